@@ -1,0 +1,129 @@
+"""Fixtures: a tiny pipeline of the real Wan classes, real mp4 clips, and `main()` run in this process or in others."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: nothing may reach for the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers.utils import export_to_video
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+import train_ltd
+from small_wan import PRESETS, build_small_wan
+
+HEIGHT, WIDTH, NUM_FRAMES = 32, 48, 9
+
+
+@pytest.fixture(scope="session")
+def tiny_wan(tmp_path_factory) -> Path:
+    """A complete WanPipeline folder below 0.5 MB, real classes, random weights."""
+    path = tmp_path_factory.mktemp("models") / "tiny-wan"
+    build_small_wan(path, **PRESETS["tiny"])
+    return path
+
+
+def write_clip(path: Path, number: int = 0, frames: int = 24, height: int = 48, width: int = 64, fps: int = 16) -> None:
+    """A bright square that moves over a coloured ground, at a speed and colour by `number`."""
+    video = np.zeros((frames, height, width, 3), np.float32)
+    video[..., number % 3] = 0.4
+    for frame in range(frames):
+        left = (4 + frame * (1 + number % 2)) % (width - 16)
+        video[frame, 10:26, left : left + 16] = 0.9
+    export_to_video(list(video), str(path), fps=fps)
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    """Seven captioned clips in the `videofolder` layout."""
+    folder = tmp_path_factory.mktemp("clips")
+    rows = []
+    for number in range(7):
+        write_clip(folder / f"{number}.mp4", number)
+        rows.append(json.dumps({"file_name": f"{number}.mp4", "text": f"a square moves, number {number}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """`main()` runs more than once in this process."""
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def flags(tiny_wan, clips, tmp_path):
+    """Function that returns a command line for a tiny run into `tmp_path/run`; keyword arguments override or add."""
+
+    def build(**kwargs) -> list[str]:
+        values = {
+            "pretrained_model_name_or_path": tiny_wan,
+            "train_data_dir": clips,
+            "output_dir": tmp_path / "run",
+            "cache_dir": tmp_path / "cache",
+            "height": HEIGHT,
+            "width": WIDTH,
+            "num_frames": NUM_FRAMES,
+            "rank": 4,
+            "learning_rate": 1e-2,
+            "max_train_steps": 2,
+            "logging_steps": 1,
+            "skip_vae_check": True,
+            "report_to": "none",
+            "seed": 3,
+        } | kwargs
+        line = []
+        for key, value in values.items():
+            if isinstance(value, bool):
+                line.append(f"--{key}" if value else f"--no-{key}")
+            elif value is not None:
+                line += [f"--{key}={v}" for v in (value if isinstance(value, list | tuple) else [value])]
+        return line
+
+    return build
+
+
+@pytest.fixture
+def run(flags):
+    """Function that trains in this process with `flags(**kwargs)` and returns the output folder."""
+
+    def train(**kwargs) -> Path:
+        args = train_ltd.parse_args(flags(**kwargs))
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        train_ltd.main(args)
+        return Path(args.output_dir)
+
+    return train
+
+
+def launch(command_line: list[str], processes: int = 1, env: dict | None = None, timeout: int = 300):
+    """`accelerate launch train_ltd.py` in processes of its own. `--cpu` would silently run one process only."""
+    launcher = ["-m", "accelerate.commands.launch", f"--num_processes={processes}", "--num_machines=1"]
+    launcher += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    launcher += ["--multi_gpu"] if processes > 1 else []
+    return subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "train_ltd.py"), *command_line],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+    )

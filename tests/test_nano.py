@@ -1,0 +1,277 @@
+"""The sprite videos say the truth about themselves, and the motion metrics notice every way of departing from it."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "nano"))
+
+import motion_metrics as metrics  # noqa: E402
+import sprites  # noqa: E402
+import train_vae  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """Twelve held-out clips with one sprite, nothing occluded: `(spec, video, truth, caption)`."""
+    specs = (sprites.clip_spec("dynamic", 0, "heldout", index) for index in range(100))
+    chosen = [spec for spec in specs if len(spec.sprites) == 1 and spec.sprites[0].speed in ("steadily", "quickly")]
+    return [(spec, *sprites.render_clip(spec), sprites.caption(spec)) for spec in chosen[:12]]
+
+
+@pytest.fixture(scope="module")
+def scores(clips):
+    return metrics.mean_scores([metrics.measure(video, text) for _, video, _, text in clips])
+
+
+def changed(clips, change):
+    """Mean scores of the clips after `change(video)`, against their captions."""
+    return metrics.mean_scores([metrics.measure(change(video), text) for _, video, _, text in clips])
+
+
+def find_clip(mix, wanted):
+    """The first clip with one sprite for which `wanted(sprite)` holds: `(spec, video, truth)`."""
+    for index in range(1000):
+        spec = sprites.clip_spec(mix, 3, "heldout", index)
+        if len(spec.sprites) == 1 and wanted(spec.sprites[0]):
+            return spec, *sprites.render_clip(spec)
+    raise AssertionError("no such clip")
+
+
+# ------------------------------------------------------------------------------------------------ sprites
+
+
+@pytest.mark.parametrize("mix", sprites.MIXES)
+def test_captions_can_be_read_back(mix):
+    seen = set()
+    for index in range(400):
+        spec = sprites.clip_spec(mix, 0, "train", index)
+        text = sprites.caption(spec)
+        assert sprites.parse_caption(text) == sprites.caption_words(spec)
+        seen |= set(text.replace(",", "").split())
+    # Every word occurs in both mixes, so that fine-tuning meets none for the first time.
+    for words in (sprites.SHAPES, sprites.COLORS, sprites.SIZES, sprites.SPEEDS, sprites.BACKGROUNDS):
+        assert set(words) <= seen
+    for phrases in (sprites.PATHS, sprites.DYNAMICS, sprites.PATTERNS):
+        assert {word for phrase in phrases for word in phrase.split()} <= seen
+
+
+def test_a_caption_says_it_all():
+    text = "a large red circle moves quickly to the left over a blue gradient"
+    words = sprites.parse_caption(text)
+    sprite = metrics.asked_sprite(words["sprites"][0])
+    assert sprite.velocity == (-2, 0)
+    clip = sprites.Clip((sprite,), "blue", "gradient", "", ((0.03, 0.0, 0.0),))
+    assert sprites.caption(clip) == text
+
+
+def test_not_a_caption_is_an_error():
+    with pytest.raises(ValueError, match="not a sprite caption"):
+        sprites.parse_caption("a corgi on a surfboard")
+
+
+def test_clips_follow_from_their_seed():
+    first, again = (sprites.render_clip(sprites.clip_spec("dynamic", 5, "train", 7))[0] for _ in range(2))
+    other = sprites.render_clip(sprites.clip_spec("dynamic", 5, "heldout", 7))[0]
+    assert first.shape == (33, 96, 96, 3) and first.dtype == np.uint8
+    assert (first == again).all() and (first != other).any()
+
+
+def test_truth_agrees_with_itself():
+    for index in range(40):
+        _, truth = sprites.render_clip(sprites.clip_spec("dynamic", 0, "train", index))
+        # A bounce turns the velocity within a frame; elsewhere the central difference is the velocity.
+        difference = (truth["position"][:, 2:] - truth["position"][:, :-2]) / 2
+        off = np.abs(difference - truth["velocity"][:, 1:-1]).max(axis=-1) > 0.05
+        assert off.sum(axis=1).max() <= 4
+        # The centre never leaves the screen.
+        assert truth["position"].min() > 0 and truth["position"].max() < sprites.SIZE
+
+
+@pytest.mark.parametrize("shape", sprites.SHAPES)
+def test_size_means_the_same_area_for_every_shape(shape):
+    alpha = sprites.coverage(shape, np.array([[48.0, 48.0]]), np.array([17.0]), np.array([0.4]))
+    assert alpha.sum() == pytest.approx(np.pi * 17**2, rel=0.02)
+
+
+def test_mask_covers_the_sprite():
+    spec, video, truth = find_clip("calm", lambda sprite: sprite.dynamics == "" and sprite.shape == "square")
+    solid = truth["mask"][0] == 1
+    color = sprites.COLORS[spec.sprites[0].color]
+    assert np.abs(np.median(video[0][solid], axis=0) - color).max() <= 1
+    assert solid.sum() == pytest.approx(np.pi * truth["radius"][0, 0] ** 2, rel=0.05)
+
+
+def test_dataset_is_a_videofolder(tmp_path):
+    sprites.write_dataset(tmp_path, "dynamic", 3, seed=1)
+    datasets = pytest.importorskip("datasets")
+    data = datasets.load_dataset("videofolder", data_dir=str(tmp_path), split="train", cache_dir=str(tmp_path / "c"))
+    data = data.cast_column("video", datasets.Video(decode=False))
+    assert len(data) == 3
+    lines = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    for line, row in zip(lines, data, strict=True):
+        assert row["text"] == line["text"]
+        sprites.parse_caption(line["text"])
+    index = 0
+    video, truth = sprites.render_clip(sprites.clip_spec("dynamic", 1, "train", index))
+    read = metrics.read_video(tmp_path / lines[index]["file_name"])
+    assert read.shape == video.shape
+    assert np.abs(read.astype(float) - video).mean() < 2.5
+    with np.load((tmp_path / lines[index]["file_name"]).with_suffix(".npz")) as saved:
+        assert (saved["mask"] == truth["mask"]).all()
+        assert np.allclose(saved["position"], truth["position"])
+
+
+# ------------------------------------------------------------------------------------------------ metrics
+
+
+def test_true_videos_score_near_perfect(scores):
+    assert scores["persistence"] > 0.99
+    assert scores["color_right"] > 0.98
+    assert scores["shape_right"] > 0.95
+    assert scores["background_right"] == 1
+    assert scores["direction_error"] < 3
+    assert scores["speed_error"] < 0.12  # the caption's word leaves 10 % open
+    assert scores["trajectory_error"] < 1.5
+    assert scores["size_drift"] < 0.05
+    assert scores["background_drift"] < 0.5
+
+
+def test_truth_is_a_sharper_reference_than_the_caption(clips):
+    exact = metrics.mean_scores([metrics.measure(video, text, truth) for _, video, truth, text in clips])
+    assert exact["speed_error"] < 0.05
+    assert exact["trajectory_error"] < 0.8
+
+
+def test_frozen_video_has_no_motion(clips, scores):
+    frozen = changed(clips, lambda video: np.repeat(video[:1], len(video), axis=0))
+    assert frozen["speed_error"] > 0.95
+    assert frozen["direction_error"] == pytest.approx(90)
+    assert frozen["temporal_flickering"] == 1 > scores["temporal_flickering"]
+
+
+def test_reversed_video_goes_the_wrong_way(clips, scores):
+    backwards = changed(clips, lambda video: video[::-1])
+    assert backwards["direction_error"] > 120
+    # At the right speed, and looking right.
+    assert backwards["speed_error"] < scores["speed_error"] + 0.1
+    assert backwards["shape_right"] > 0.9
+
+
+def test_shuffled_video_has_no_trajectory(clips, scores):
+    order = np.random.default_rng(0).permutation(33)
+    shuffled = changed(clips, lambda video: video[order])
+    assert shuffled["speed_error"] > scores["speed_error"] + 1
+    assert shuffled["trajectory_error"] > scores["trajectory_error"] + 8
+    assert shuffled["temporal_flickering"] < scores["temporal_flickering"]
+    assert shuffled["persistence"] > 0.9
+
+
+def test_noisy_video_flickers_and_drifts(clips, scores):
+    rng = np.random.default_rng(0)
+    noisy = changed(clips, lambda video: np.clip(video + rng.normal(0, 12, video.shape), 0, 255).astype(np.uint8))
+    assert noisy["temporal_flickering"] < scores["temporal_flickering"] - 0.03
+    assert noisy["background_drift"] > scores["background_drift"] + 5
+    # The object is still found where it is.
+    assert noisy["direction_error"] < 15
+
+
+def test_missing_object_and_wrong_color(clips, scores):
+    gone = changed(clips, lambda video: np.concatenate([video[:12], np.zeros_like(video[12:])]))
+    assert gone["persistence"] < 0.5
+    swapped = changed(clips, lambda video: video[..., [2, 0, 1]])
+    assert swapped["color_right"] < 0.3
+
+
+@pytest.mark.parametrize("dynamics", sprites.DYNAMICS)
+def test_modulation_is_measured(dynamics):
+    spec, video, _ = find_clip("dynamic", lambda sprite: sprite.dynamics == dynamics and sprite.path != "bouncing")
+    text = sprites.caption(spec)
+    right = metrics.measure(video, text)
+    assert right["modulation_amplitude"] == pytest.approx(1, abs=0.2)
+    if dynamics in metrics.AMPLITUDES:
+        assert right["modulation_period_error"] < 0.15
+    else:
+        frozen = metrics.measure(np.repeat(video[16:17], 33, axis=0), text)
+        assert abs(frozen["modulation_amplitude"]) < 0.1
+    if dynamics in metrics.AMPLITUDES:
+        frozen = metrics.measure(np.repeat(video[16:17], 33, axis=0), text)
+        assert frozen["modulation_amplitude"] < 0.1
+
+
+def test_camera_pan_is_not_drift():
+    for index in range(1000):
+        spec = sprites.clip_spec("dynamic", 4, "heldout", index)
+        if spec.pan and len(spec.sprites) == 1 and spec.pattern == "clouds":
+            break
+    video, _ = sprites.render_clip(spec)
+    assert metrics.measure(video, sprites.caption(spec))["background_drift"] < 1
+    still = np.repeat(video[:1], 33, axis=0)
+    assert metrics.measure(still, sprites.caption(spec))["background_drift"] > 3
+
+
+def test_temporal_flickering_by_hand():
+    video = np.zeros((3, 2, 2, 3), np.uint8)
+    video[1] = 51  # two changes of 51 out of 255
+    assert metrics.temporal_flickering(video) == pytest.approx(0.8)
+
+
+def test_dis_dynamic_degree(clips):
+    pytest.importorskip("cv2")
+    fast = next(
+        video for spec, video, _, _ in clips if spec.sprites[0].speed == "quickly" and spec.sprites[0].path == ""
+    )
+    assert metrics.dis_dynamic_degree(fast) == 1
+    assert metrics.dis_dynamic_degree(np.repeat(fast[:1], 33, axis=0)) == 0
+
+
+# ------------------------------------------------------------------------------------------------ VAE
+
+
+def test_two_chunks_are_the_stock_vae():
+    torch.manual_seed(0)
+    vae = train_vae.build_vae(train_vae.parse_args(["--base_dim", "4", "--dim_mult", "1", "2", "2"]))
+    for parameter in vae.parameters():
+        if parameter.count_nonzero() == 0:
+            torch.nn.init.normal_(parameter, std=0.05)
+    video = train_vae.render_batch(0, "train", 0, 1, num_frames=13)[..., :32, :32]
+    with torch.no_grad():
+        latents = vae.encode(video).latent_dist.mode()
+        assert latents.shape == (1, 16, 4, 4, 4)
+        assert torch.allclose(train_vae.encode_moments(vae, video)[0], latents, atol=1e-5)
+        restored = train_vae.decode_unclamped(vae, latents)
+        assert torch.allclose(restored.clamp(-1, 1), vae.decode(latents).sample, atol=1e-5)
+
+
+def test_vae_training_resumes_exactly(tmp_path, monkeypatch):
+    for name in ("EVALUATION_CLIPS", "FINAL_CLIPS", "STATISTICS_CLIPS"):
+        monkeypatch.setattr(train_vae, name, 1)
+    small = ["--base_dim", "4", "--dim_mult", "1", "2", "2", "--num_frames", "5", "--train_batch_size", "1",
+             "--lr_warmup_steps", "1", "--mixed_precision", "no", "--checkpointing_steps", "2", "--evaluation_steps", "100"]  # fmt: skip
+    learning_rate = train_vae.learning_rate
+
+    def killed_at_step_3(step, args):
+        if step == 3:
+            raise KeyboardInterrupt
+        return learning_rate(step, args)
+
+    for run, attempts in {"once": [learning_rate], "twice": [killed_at_step_3, learning_rate]}.items():
+        folders = ["--output_dir", str(tmp_path / run / "vae"), "--checkpoint_dir", str(tmp_path / run)]
+        for attempt in attempts:
+            monkeypatch.setattr(train_vae, "learning_rate", attempt)
+            with pytest.raises(KeyboardInterrupt) if attempt is killed_at_step_3 else contextlib.nullcontext():
+                train_vae.main(train_vae.parse_args([*small, "--steps", "4", *folders]))
+    once, twice = (torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in ("once", "twice"))
+    assert once["step"] == twice["step"] == 4
+    for key, value in once["vae"].items():
+        assert torch.equal(value, twice["vae"][key])
+    from diffusers import AutoencoderKLWan
+
+    vae = AutoencoderKLWan.from_pretrained(tmp_path / "once" / "vae")
+    assert vae.dtype == torch.float32 and all(std > 0 for std in vae.config.latents_std)

@@ -1,0 +1,1650 @@
+#!/usr/bin/env python
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Fine-tune Wan2.1 text-to-video with the Latent Temporal Discrepancy (LTD) loss, as a LoRA or in full.
+
+A LoRA of the 1.3B model on one GPU, from a folder of `clip.mp4` + `clip.txt` pairs or one with a `metadata.jsonl`:
+
+    accelerate launch train_ltd.py --train_data_dir my_clips --output_dir my_lora --validation_prompt "a dog jumps"
+
+All the DiT's weights, with the paper's settings, on eight GPUs:
+
+    accelerate launch --multi_gpu --num_processes 8 train_ltd.py --config examples/recipes/paper_full.yaml \
+        --dataset_name user/clips --output_dir my_wan
+
+Data flows one way, and this file reads in that order: clip -> frames -> latents (cached) -> batch -> noisy latents ->
+prediction -> weighted loss -> optimizer -> checkpoint -> Hub.
+"""
+
+import argparse
+import difflib
+import hashlib
+import importlib.util
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import platform
+import re
+import resource
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import av
+import datasets
+import diffusers
+import fsspec
+import huggingface_hub
+import imageio.v3 as iio
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+import yaml
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+    set_seed,
+)
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from diffusers.training_utils import (
+    EMAModel,
+    _collate_lora_metadata,
+    cast_training_params,
+    compute_density_for_timestep_sampling,
+    free_memory,
+)
+from diffusers.utils import check_min_version, export_to_video
+from diffusers.video_processor import VideoProcessor
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import HfHubHTTPError, HFValidationError, httpx, validate_repo_id
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from ltd_loss import latent_temporal_discrepancy, ltd_weights
+
+check_min_version("0.42.0")
+logger = get_logger(__name__)
+
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "lora_comfyui.safetensors"
+COMFYUI_NAMES = {  # diffusers' module names -> those of the original Wan code, which ComfyUI expects
+    "attn1.to_out.0": "self_attn.o",
+    "attn1.to_": "self_attn.",
+    "attn2.to_out.0": "cross_attn.o",
+    "attn2.to_": "cross_attn.",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "proj_out": "head.head",
+}
+MAX_SEQUENCE_LENGTH = 512  # what WanPipeline.__call__ pads to; encode_prompt's own default is 226
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+MEDIA_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".gif", ".png", ".jpg", ".jpeg", ".webp"}
+TIME_TOLERANCE = 1e-3  # seconds; Matroska rounds presentation times to milliseconds
+CACHE_FORMAT = 1  # part of every cache key: raise it when what is cached changes
+STATS_WINDOW = 3  # the window of the LTD statistics, whatever --ltd_window, so that runs stay comparable
+MOTION_QUANTILES = (0.5, 0.9)  # of the dataset's LTD: voxels below the first are "static", above the second "motion"
+CUT_RATIO = 4.0  # a gap this many times the clip's median gap is taken for a hard cut
+MIN_VAE_PSNR = 20.0  # dB; Wan's VAE gives 30 and more, frames in [0, 1] instead of [-1, 1] about 11
+SIGMA_DRAWS = 1024
+EVAL_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+MAX_BAD_STEPS = 10
+RETRY_DELAYS = (1, 2, 4, 8, 16)  # seconds between tries at the Hub
+HUB_ERRORS = (HfHubHTTPError, httpx.HTTPError, ConnectionError, RuntimeError)  # the client wraps some in the last
+
+
+# --- Arguments -------------------------------------------------------------------------------------------------------
+# fmt: off
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag in a line; the README's table is generated from here."""
+    formatter, switch = argparse.RawDescriptionHelpFormatter, argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file with any of the flags below; the command line overrides it")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", help="Wan T2V: folder or Hub id")
+    add("--revision", help="branch, tag or commit of it on the Hub")
+    add("--variant", help="variant of its weight files, such as fp16")
+    add("--transformer_path", help="other transformer: diffusers folder, Hub id, or a .safetensors in original Wan keys")
+    add("--init_lora", help="go on training this LoRA (file, folder or Hub id; diffusers or ComfyUI keys)")
+    add("--train_type", choices=["lora", "full"], default="lora", help="train an adapter, or all weights of the DiT")
+    add("--rank", type=int, help="LoRA rank (default: 32, enough for motion; 14B in a file of 310 MB)")
+    add("--lora_alpha", type=float, help="LoRA alpha (default: the rank, so that every program applies the scale 1)")
+    add("--lora_dropout", type=float, default=0.0, help="dropout on the adapter's input")
+    add("--lora_target_modules", nargs="+", help="modules to adapt (default: those of attention and feed-forward)")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_name", help="dataset on the Hub with a video column and a caption column")
+    add("--dataset_config_name", help="configuration of it")
+    add("--dataset_revision", help="branch, tag or commit of it")
+    add("--dataset_split", default="train", help="split to train on")
+    add("--streaming", action=switch, default=False, help="cache a Hub dataset without downloading it first")
+    add("--train_data_dir", help="folder with metadata.jsonl/csv/parquet or clip.mp4 + clip.txt pairs, or such a file")
+    add("--video_column", default="video", help="column of the clips: paths, embedded bytes, or a Video feature")
+    add("--caption_column", default="text", help="captions: a string, or a list of which one is drawn per epoch")
+    add("--trigger_word", help="put before every caption and validation prompt; the card's instance_prompt")
+    add("--height", type=int, default=480, help="pixels, a multiple of 16; clips are resized to cover, then cropped")
+    add("--width", type=int, default=832, help="pixels, a multiple of 16")
+    add("--num_frames", type=int, default=81, help="frames of a clip, 4k+1; 1 trains on images")
+    add("--fps", type=float, default=16.0, help="frames a second that clips are sampled at; 16 is Wan's own rate")
+    add("--clips_per_video", type=int, default=1, help="windows of a long video, evenly spread; 1 = from its start")
+    add("--max_skipped", type=float, default=0.1, help="stop when more than this share of the videos is unusable")
+    add("--caption_dropout", type=float, default=0.1, help="share of samples with an empty caption; guidance needs it")
+    add("--validation_split", help="held-out clips: a fraction of the videos such as 0.1, or the name of a split")
+    add("--cache_dir", help="encoded clips and captions, reusable by other runs (default: OUTPUT_DIR/cache)")
+    add("--cache_dtype", choices=["float16", "float32"], default="float16", help="precision of the cache")
+    add("--skip_vae_check", action=switch, default=False, help="accept an untrained VAE, which cannot reproduce a clip")
+    add("--min_ltd", type=float, help="drop clips whose mean LTD is below this")
+    add("--max_ltd", type=float, help="drop clips whose mean LTD is above this")
+    add("--drop_cuts", action=switch, default=False, help="drop clips in which a hard cut is suspected")
+
+    add = parser.add_argument_group("loss and noise").add_argument
+    add("--loss", choices=sorted(LOSS_WEIGHTS), default="ltd", help="weight on the squared error; mse is the weight 1")
+    add("--ltd_window", type=int, default=3, help="the paper's tau in latent frames, at least 2")
+    add("--ltd_scale", type=float, default=1.0, help="s in 1 + ln(e + s D); 1 is the paper's")
+    add("--ltd_normalize", action=switch, default=False, help="divide each sample's weights by their mean")
+    add("--weighting_scheme", choices=["none", "logit_normal"], default="logit_normal", help="density of timesteps")
+    add("--logit_mean", type=float, default=0.0, help="mean of the logit-normal density")
+    add("--logit_std", type=float, default=1.0, help="standard deviation of the logit-normal density")
+    add("--flow_shift", type=float, default=3.0, help="shift of training sigmas; 3 trains motion at 480p, 1 detail")
+    add("--min_sigma", type=float, default=0.0, help="train on noise levels from here, 0 is clean,")
+    add("--max_sigma", type=float, default=1.0, help="to here, 1 is pure noise")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--train_batch_size", type=int, default=1, help="clips a device and micro-batch; one video fills a GPU")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches an update")
+    add("--num_train_epochs", type=int, help="passes over the data (default for full: 2, as in the paper)")
+    add("--max_train_steps", type=int, help="updates, instead of epochs (default for lora: 1000)")
+    add("--learning_rate", type=float, help="default: 1e-4 for lora, whose fresh weights need it; full: 2e-5 (paper)")
+    add("--lr_scheduler", choices=[s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT],
+        default="constant_with_warmup", help="diffusers' schedules; the paper keeps the rate fixed")
+    add("--lr_warmup_steps", type=int, help="default: 5 %% of the updates, at most 100; Adam's first are its worst")
+    add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit needs bitsandbytes")
+    add("--adam_beta1", type=float, default=0.9, help="decay of AdamW's first moment")
+    add("--adam_beta2", type=float, default=0.999, help="decay of AdamW's second moment")
+    add("--adam_weight_decay", type=float, default=1e-2, help="decoupled weight decay")
+    add("--adam_epsilon", type=float, default=1e-8, help="epsilon of AdamW")
+    add("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm, 0 = never; LTD doubles the norm")
+    add("--gradient_checkpointing", action=switch, default=True, help="recompute activations: slower, but 81 frames fit")
+    add("--mixed_precision", choices=["no", "bf16"], help="default: bf16 on a GPU, no on a CPU")
+    add("--torch_compile", action=switch, default=False, help="compile the transformer's repeated block")
+    add("--use_ema", action=switch, default=False, help="keep, validate and publish an average of the weights")
+    add("--ema_decay", type=float, default=0.999, help="decay of that average, reached gradually")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that read clips and draw noise ahead")
+    add("--seed", type=int, default=0, help="of everything random")
+
+    add = parser.add_argument_group("checkpoints, validation, logging").add_argument
+    add("--output_dir", default="outputs", help="where everything is written")
+    add("--checkpointing_steps", type=int, default=250, help="write checkpoint-STEP every so many updates")
+    add("--checkpoints_total_limit", type=int, help="keep only so many checkpoints, the newest")
+    add("--resume_from_checkpoint", help="'latest', or the path of a checkpoint")
+    add("--eval_steps", type=int, default=250, help="held-out errors every so many updates, and before the first")
+    add("--max_eval_clips", type=int, default=32, help="held-out clips used for them")
+    add("--validation_prompt", action="append", help="sample this prompt while training; repeatable")
+    add("--validation_steps", type=int, default=250, help="sample every so many updates, and before the first")
+    add("--validation_num_inference_steps", type=int, default=30, help="denoising steps of a sample")
+    add("--validation_guidance_scale", type=float, default=5.0, help="guidance of a sample")
+    add("--validation_negative_prompt", default="", help="negative prompt of a sample")
+    add("--logging_steps", type=int, default=10, help="log every so many updates")
+    add("--report_to", choices=["tensorboard", "wandb", "trackio", "none"], default="tensorboard", help="tracker")
+    add("--tracker_project_name", default="ltd-wan", help="project in the tracker")
+    add("--dry_run", action=switch, default=False, help="a few clips, one update, a LoRA round trip, a table; then stop")
+
+    add = parser.add_argument_group("Hub (log in with `hf auth login` or HF_TOKEN)").add_argument
+    add("--push_to_hub", action=switch, default=False, help="create the repository first, upload to it at the end")
+    add("--hub_model_id", help="repository, user/name (default: the name of the output folder)")
+    add("--hub_private_repo", action=switch, default=False, help="create it private")
+    add("--license", default="apache-2.0", help="for the card; apache-2.0 is Wan2.1's, your clips may ask for another")
+    return parser
+
+
+# fmt: on
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    """Command line over `--config` over defaults. Raises `ValueError` with everything that is wrong at once."""
+    input_args = sys.argv[1:] if input_args is None else [str(a) for a in input_args]
+    parser = build_parser()
+    args = parser.parse_args(input_args)
+    if args.config:
+        args = parser.parse_args(recipe_flags(args.config, parser, input_args) + input_args)
+    full = args.train_type == "full"
+    args.learning_rate = args.learning_rate or (2e-5 if full else 1e-4)
+    if args.max_train_steps is None and args.num_train_epochs is None:
+        args.num_train_epochs, args.max_train_steps = (2, None) if full else (None, 1000)
+    args.cache_dir = args.cache_dir or os.path.join(args.output_dir, "cache")
+    args.validation_prompt = [with_trigger(args, p) for p in args.validation_prompt or []]
+    args.validation_negative_prompt = prompt_clean(args.validation_negative_prompt)
+    args.mixed_precision = args.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
+    try:
+        args.validation_split = float(args.validation_split or "none")
+    except ValueError:
+        pass  # None, or the name of a split
+    if problems := find_problems(args):
+        raise ValueError("\n- ".join(["these settings do not work:", *problems]))
+    return args
+
+
+def recipe_flags(path: str, parser: argparse.ArgumentParser, command_line: list[str]) -> list[str]:
+    """The YAML recipe as flags, so that argparse checks types and choices; without those on the command line."""
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path}: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"--config {path} must hold lines of `flag: value`")
+    actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
+    given = {a.split("=")[0].removeprefix("--").removeprefix("no-") for a in command_line if a.startswith("--")}
+    flags = []
+    for key, value in recipe.items():
+        if key not in actions:
+            nearest = difflib.get_close_matches(str(key), actions, n=1, cutoff=0)[0]
+            raise ValueError(f"--config {path}: there is no flag `{key}`; the nearest is `{nearest}`")
+        if isinstance(actions[key], argparse.BooleanOptionalAction) and not isinstance(value, bool):
+            raise ValueError(f"--config {path}: `{key}` must be true or false, got {value!r}")
+        if key in given or value is None:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{key}" if value else f"--no-{key}")
+        elif isinstance(value, list) and actions[key].nargs == "+":
+            flags += [f"--{key}", *map(str, value)]
+        else:
+            flags += [f"--{key}={v}" for v in (value if isinstance(value, list) else [value])]
+    return flags
+
+
+def find_problems(args: argparse.Namespace) -> list[str]:
+    """Everything wrong with the flags, each with its remedy; looks at files, packages and the GPU, loads nothing."""
+    values, path = vars(args), args.transformer_path
+    positive = """rank lora_alpha fps clips_per_video logit_std flow_shift train_batch_size gradient_accumulation_steps
+        num_train_epochs max_train_steps learning_rate checkpointing_steps checkpoints_total_limit eval_steps
+        max_eval_clips validation_steps validation_num_inference_steps logging_steps""".split()
+    not_negative = "ltd_scale max_grad_norm lr_warmup_steps dataloader_num_workers adam_weight_decay".split()
+    shares = "lora_dropout max_skipped caption_dropout ema_decay adam_beta1 adam_beta2".split()
+    problems = [f"--{k} must be positive, got {values[k]}" for k in positive if values[k] and not values[k] > 0]
+    problems += [f"--{k} must be positive, got 0" for k in positive if values[k] == 0]
+    problems += [f"--{k} must not be negative, got {values[k]}" for k in not_negative if not (values[k] or 0) >= 0]
+    problems += [f"--{k} must lie in [0, 1], got {values[k]}" for k in shares if not 0 <= values[k] <= 1]
+    for flag in ("height", "width"):
+        if values[flag] < 16 or values[flag] % 16:
+            near = max(16, round(values[flag] / 16) * 16)
+            problems.append(f"--{flag} must be a multiple of 16, got {values[flag]}; try {near}")
+    if args.num_frames < 1 or args.num_frames % 4 != 1:
+        near = max(1, round((args.num_frames - 1) / 4) * 4 + 1)
+        problems.append(f"--num_frames must be 4k+1 (the VAE would drop the rest), got {args.num_frames}; try {near}")
+    if args.ltd_window < 2:
+        problems.append(f"--ltd_window must be at least 2 (a smaller one holds no frame pair), got {args.ltd_window}")
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        problems.append("give one of --dataset_name and --train_data_dir")
+    if args.train_data_dir and not Path(args.train_data_dir).exists():
+        problems.append(f"--train_data_dir {args.train_data_dir} does not exist")
+    if args.streaming and not args.dataset_name:
+        problems.append("--streaming goes with --dataset_name; a local folder needs none")
+    if isinstance(args.validation_split, float) and not 0 < args.validation_split < 1:
+        problems.append(f"--validation_split must be between 0 and 1, or a split's name, got {args.validation_split}")
+    if args.min_ltd is not None and args.max_ltd is not None and args.min_ltd > args.max_ltd:
+        problems.append(f"--min_ltd {args.min_ltd} is above --max_ltd {args.max_ltd}")
+    if not 0 <= args.min_sigma < args.max_sigma <= 1:
+        problems.append(f"--min_sigma {args.min_sigma} and --max_sigma {args.max_sigma} must be 0 <= min < max <= 1")
+    elif not problems and len(sigmas_in_range(args, torch.Generator().manual_seed(0))) < 0.02 * SIGMA_DRAWS:
+        problems.append("--min_sigma and --max_sigma leave under 2 % of the timesteps; widen them, or use --flow_shift")
+    if args.train_type == "full" and args.init_lora:
+        problems.append("--init_lora goes with --train_type lora")
+    if path and path.endswith(".safetensors") and not Path(path).is_file():
+        problems.append(f"--transformer_path {path} does not exist")
+    if (folder := args.resume_from_checkpoint) not in (None, "latest") and not Path(folder, "settings.json").is_file():
+        problems.append(f"--resume_from_checkpoint {folder} is not a complete checkpoint (it has no settings.json)")
+    try:
+        validate_repo_id(args.hub_model_id or "default")
+    except HFValidationError as error:
+        problems.append(f"--hub_model_id: {error}")
+    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "adamw8bit": "bitsandbytes"}
+    for flag in ("report_to", "optimizer"):
+        if (package := packages.get(values[flag])) and importlib.util.find_spec(package) is None:
+            problems.append(f"--{flag} {values[flag]} needs a package: pip install {package}")
+    if args.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
+        problems.append("--mixed_precision bf16: this GPU has no bf16; use no")
+    return problems
+
+
+def with_trigger(args: argparse.Namespace, caption: str) -> str:
+    return prompt_clean(f"{args.trigger_word or ''} {caption}")
+
+
+# --- Data: dataset -> clips -> frames --------------------------------------------------------------------------------
+
+
+class ClipError(ValueError):
+    """A clip that cannot be used, and why; `num_frames` is how many there were when they were too few."""
+
+    num_frames: int | None = None
+
+
+def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset | datasets.IterableDataset, Path]:
+    """The rows of a split with undecoded `video` and `text`, and the folder that relative paths start from."""
+    local = Path(args.train_data_dir or args.dataset_name)
+    if (local / split).is_dir() and not any((local / name).is_file() for name in METADATA_FILES):
+        local = local / split
+    table = next((local / name for name in METADATA_FILES if (local / name).is_file()), local)
+    if table.is_file():
+        if table.suffix not in TABLE_BUILDERS:
+            raise ValueError(f"--train_data_dir {table} is no folder and none of {', '.join(TABLE_BUILDERS)}")
+        dataset = datasets.load_dataset(TABLE_BUILDERS[table.suffix], data_files=str(table), split="train")
+        return select_columns(dataset, args), table.parent
+    if local.is_dir() and any(local.rglob("*.txt")):
+        return pair_clips_with_captions(local), local
+    name = str(local) if local.is_dir() else args.dataset_name
+    revision, streaming = args.dataset_revision, args.streaming
+    dataset = datasets.load_dataset(name, args.dataset_config_name, split=split, revision=revision, streaming=streaming)
+    return select_columns(dataset, args), local
+
+
+def pair_clips_with_captions(folder: Path) -> datasets.Dataset:
+    """The community's layout: each clip beside a text file of the same name."""
+    clips = sorted(p for p in folder.rglob("*") if p.suffix.lower() in MEDIA_SUFFIXES)
+    rows = {"video": [str(p.relative_to(folder)) for p in clips], "text": []}
+    for path in (clip.with_suffix(".txt") for clip in clips):
+        if not path.is_file():
+            logger.warning(f"{path.name} is missing: the caption of its clip is empty")
+        try:
+            rows["text"].append(path.read_text(encoding="utf-8-sig") if path.is_file() else "")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
+    return datasets.Dataset.from_dict(rows)
+
+
+def select_columns(dataset: datasets.Dataset | datasets.IterableDataset, args: argparse.Namespace):
+    """Name the two columns `video` and `text`, and keep `datasets` from decoding."""
+    columns = dataset.column_names or list(next(iter(dataset)))
+    video, text = args.video_column, args.caption_column
+    video = "file_name" if video == "video" and video not in columns and "file_name" in columns else video
+    for flag, column in (("--video_column", video), ("--caption_column", text)):
+        if column not in columns:
+            raise ValueError(f"{flag} {column}: there is no such column; the dataset has {', '.join(columns)}")
+    dataset = dataset.select_columns([video, text])
+    if isinstance(dataset, datasets.IterableDataset):
+        dataset = dataset.decode(False)
+    elif isinstance(dataset.features[video], datasets.Video | datasets.Image):
+        dataset = dataset.cast_column(video, type(dataset.features[video])(decode=False))
+    return dataset.rename_columns({old: new for old, new in ((video, "video"), (text, "text")) if old != new})
+
+
+def clip_source(value: str | dict | bytes | None, folder: Path) -> str | bytes:
+    """Path or bytes of a clip from whatever the video column holds."""
+    value = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+    if not value:
+        raise ClipError("no video in this row")
+    if isinstance(value, bytes):
+        return value
+    if "://" in value:
+        with fsspec.open(value, "rb") as file:
+            return file.read()
+    path = folder / value
+    if not path.is_file() or not path.stat().st_size:
+        raise ClipError("file is empty" if path.is_file() else "file not found")
+    return str(path)
+
+
+def content_hash(source: str | bytes, sample: int = 2**16) -> str:
+    """Identity of a file wherever it lies: its size and the bytes at its head, middle and tail."""
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        parts = [str(size).encode()]
+        for start in (0, size // 2, max(0, size - sample)):
+            file.seek(start)
+            parts.append(file.read(sample))
+    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+
+
+def read_clips(source: str | bytes, args: argparse.Namespace) -> tuple[torch.Tensor, float, bool]:
+    """
+    Decode the windows of one video, or an image.
+
+    Returns:
+        Frames of shape `(clips, F, 3, H, W)`, uint8; the share of the picture that the crop throws away; whether a
+        portrait video meets a landscape crop, or the other way round.
+
+    Raises:
+        ClipError: no video stream, fewer frames than needed, or a window that cannot be reached.
+        av.FFmpegError: the file cannot be decoded.
+    """
+    with av.open(io.BytesIO(source) if isinstance(source, bytes) else source) as container:
+        streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+        if not streams:
+            raise ClipError("no video stream")
+        stream = streams[0]
+        stream.thread_type = "AUTO"
+        duration = float((stream.duration or 0) * (stream.time_base or 0)) or (container.duration or 0) / av.time_base
+        span = args.num_frames / args.fps
+        count = min(args.clips_per_video, max(1, int(duration / span + TIME_TOLERANCE)))
+        clips, origin = [], None
+        for start in np.linspace(0, max(0, duration - span), count):
+            if start > 0:
+                container.seek(int((origin + start) / stream.time_base), stream=stream)
+            frames, origin = pick_frames(container, stream, start, origin, args)
+            clips.append(torch.stack([resize_and_crop(f, args.height, args.width) for f in frames]))
+        height, width = upright(frames[0]).shape[:2]
+    scale = max(args.height / height, args.width / width)
+    cropped = max(0.0, 1 - args.height * args.width / (height * scale * width * scale))
+    return torch.stack(clips), cropped, (height - width) * (args.height - args.width) < 0
+
+
+def pick_frames(container, stream, start: float, origin: float | None, args) -> tuple[list[av.VideoFrame], float]:
+    """The frames on display at `start`, `start + 1/fps`, ...: seconds after the video's first frame, the origin."""
+    wanted = start + np.arange(args.num_frames) / args.fps
+    picked, shown, shown_at, interval = [], None, 0.0, 0.0
+    for index, frame in enumerate(container.decode(stream)):
+        at = float(frame.time if frame.time is not None else index / (stream.average_rate or 25))
+        origin = at if origin is None else origin
+        at -= origin
+        if shown is None and at > wanted[0] + TIME_TOLERANCE:
+            raise ClipError(f"cannot seek to {start:.2f} s")
+        while shown is not None and len(picked) < len(wanted) and wanted[len(picked)] < at - TIME_TOLERANCE:
+            picked.append(shown)
+        if len(picked) == len(wanted):
+            return picked, origin
+        interval = float(frame.duration * frame.time_base) if frame.duration else at - shown_at
+        shown, shown_at = frame, at
+    # The last frame stays for its own duration; a still has none.
+    end = shown_at + max(interval, 2 * TIME_TOLERANCE)
+    while shown is not None and len(picked) < len(wanted) and wanted[len(picked)] < end - TIME_TOLERANCE:
+        picked.append(shown)
+    if len(picked) < len(wanted):
+        error = ClipError(f"too short: {len(picked)} frames at {args.fps:g} fps, {args.num_frames} needed")
+        error.num_frames = len(picked)
+        raise error
+    return picked, origin
+
+
+def upright(frame: av.VideoFrame) -> np.ndarray:
+    """RGB of shape `(H, W, 3)`, uint8, turned as the container says."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
+
+
+def resize_and_crop(frame: av.VideoFrame, height: int, width: int) -> torch.Tensor:
+    """Resize with antialiasing to cover `height` x `width`, keep the centre: `(3, H, W)`, uint8."""
+    picture = torch.from_numpy(upright(frame).copy()).permute(2, 0, 1)
+    scale = max(height / picture.shape[1], width / picture.shape[2])
+    size = [max(height, round(picture.shape[1] * scale)), max(width, round(picture.shape[2] * scale))]
+    picture = F.interpolate(picture[None], size, mode="bicubic", antialias=True)[0]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return picture[:, top : top + height, left : left + width].contiguous()
+
+
+# --- Cache: frames -> latents, captions -> prompt_embeds -------------------------------------------------------------
+
+
+def digest(*parts) -> str:
+    return hashlib.blake2b(json.dumps([CACHE_FORMAT, *parts]).encode(), digest_size=16).hexdigest()
+
+
+def model_identity(args: argparse.Namespace, *subfolders: str) -> str:
+    """What the cache knows a component by: Hub id and commit, or the contents of a local folder."""
+    path = args.pretrained_model_name_or_path
+    if not os.path.isdir(path):
+        _, commit = WanPipeline.load_config(path, revision=args.revision, return_commit_hash=True)
+        return f"{path}@{commit}:{args.variant}"
+    files = [f for folder in subfolders for f in sorted(Path(path, folder).glob("*")) if f.is_file()]
+    return digest([(f.name, content_hash(str(f))) for f in files])
+
+
+def save_entry(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write beside and rename, so that a killed run leaves no half entry."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial)
+    os.replace(partial, path)
+
+
+def read_statistics(path: Path) -> dict[str, list] | None:
+    """All of a cached video but its latents; `None` when it is absent or damaged, so that it is made again."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {k: file.get_tensor(k).tolist() for k in file.keys() if k != "latents"}
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
+def load_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKLWan:
+    """In float32: the latents are made once and used in every step."""
+    base, kwargs = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
+    vae = AutoencoderKLWan.from_pretrained(base, subfolder="vae", dtype=torch.float32, **kwargs)
+    return vae.requires_grad_(False).to(device)
+
+
+def latent_constants(vae: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the latents, each `(1, C, 1, 1, 1)`."""
+    constants = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device)
+    return constants[0].view(1, -1, 1, 1, 1), constants[1].view(1, -1, 1, 1, 1)
+
+
+@torch.no_grad()
+def encode_clip(vae: AutoencoderKLWan, frames: torch.Tensor) -> torch.Tensor:
+    """Frames `(F, 3, H, W)` uint8 to normalised latents `(C, F', H/8, W/8)` float32, the posterior's mode."""
+    pixels = frames.to(vae.device, torch.float32).div(127.5).sub(1).transpose(0, 1)[None]  # (1, 3, F, H, W)
+    mean, std = latent_constants(vae)
+    return ((vae.encode(pixels).latent_dist.mode() - mean) / std)[0]
+
+
+@torch.no_grad()
+def check_vae(vae: AutoencoderKLWan, frames: torch.Tensor, latents: torch.Tensor, args: argparse.Namespace) -> None:
+    """Decode as the stock pipeline does and compare with the clip's own pixels: a wrong pixel range cannot pass."""
+    mean, std = latent_constants(vae)
+    video = vae.decode(latents[None] * std + mean, return_dict=False)[0]
+    video = VideoProcessor().postprocess_video(video, output_type="pt")[0]
+    psnr = -10 * math.log10(F.mse_loss(video.cpu(), frames.float() / 255).item() + 1e-10)
+    logger.info(f"VAE check: the first clip comes back with {psnr:.1f} dB")
+    if psnr < MIN_VAE_PSNR and not args.skip_vae_check:
+        raise ValueError(
+            f"the VAE of {args.pretrained_model_name_or_path} brings the first clip back with {psnr:.1f} dB, below "
+            f"{MIN_VAE_PSNR:g}: it is broken, untrained or another model's. --skip_vae_check goes on all the same."
+        )
+
+
+def latent_statistics(latents: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a run needs to know of `(clips, C, F, H, W)` latents without reading them again; each `(clips, ...)`."""
+    ltd, latents = latent_temporal_discrepancy(latents, STATS_WINDOW), latents.float()
+    steps = torch.linspace(0, 1, 21)
+    return {
+        "ltd": ltd.mean(dim=(1, 2, 3)),
+        "ltd_per_frame": ltd.mean(dim=(2, 3)),
+        "ltd_quantiles": torch.stack([torch.from_numpy(np.quantile(d.cpu().numpy(), steps)) for d in ltd]),
+        "gaps": torch.linalg.vector_norm(latents.diff(dim=2), dim=1).mean(dim=(2, 3)),
+        "mean": latents.mean(dim=(1, 2, 3, 4)),
+        "std": latents.std(dim=(1, 2, 3, 4)),
+    }
+
+
+def cache_videos(args: argparse.Namespace, accelerator: Accelerator, split: str, limit: int | None) -> list[dict]:
+    """
+    Encode each video of a split that is not in the cache yet; the ranks share the work.
+
+    Returns:
+        On every rank, one dictionary a video in the dataset's order: `file`, `captions`, and either `reason` and
+        `num_frames` (skipped), or `identity`, `path`, `statistics` (lists over its clips) and `encoded` (now).
+    """
+    dataset, folder = open_dataset(args, split)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if isinstance(dataset, datasets.IterableDataset):
+        total, rows = limit, itertools.islice(enumerate(dataset), rank, limit, world)
+    else:
+        total = min(len(dataset), limit or len(dataset))
+        rows = ((number, dataset[number]) for number in range(rank, total, world))
+    settings = [args.height, args.width, args.num_frames, args.fps, args.clips_per_video, args.cache_dtype]
+    vae, key, videos = None, digest(model_identity(args, "vae"), *settings), []
+    bar = tqdm(desc=f"caching {split}", total=total, unit="video", disable=not accelerator.is_main_process)
+    for number, row in rows:
+        video, vae = cache_video(row, f"row {number}", folder, key, vae, args, accelerator.device)
+        videos.append(video | {"number": number})
+        bar.update(min(world, total - bar.n) if total else world)
+    bar.close()
+    del vae
+    free_memory()
+    return sorted(gather_object(videos), key=lambda video: video["number"])
+
+
+def cache_video(row: dict, name: str, folder: Path, key: str, vae: AutoencoderKLWan | None, args, device) -> tuple:
+    """One row: found in the cache, encoded, or skipped. Returns it and the VAE, which the first that needs it loads."""
+    value, captions = row["video"], row["text"] if isinstance(row["text"], list) else [row["text"]]
+    path = value.get("path") if isinstance(value, dict) else value
+    captions = [with_trigger(args, "" if c is None else str(c)) for c in captions or [""]]
+    video = {"file": path if isinstance(path, str) else name, "captions": captions, "encoded": False}
+    try:
+        source = clip_source(value, folder)
+        video["identity"] = content_hash(source)
+        video["path"] = f"latents/{digest(key, video['identity'])}.safetensors"
+        video["statistics"] = read_statistics(Path(args.cache_dir, video["path"]))
+        decoded = None if video["statistics"] else read_clips(source, args)
+    except (ClipError, OSError, av.FFmpegError) as error:
+        reason = str(error) if isinstance(error, ClipError) else f"cannot be read: {error}"
+        logger.warning(f"skipped {video['file']}: {reason}", main_process_only=False)
+        return video | {"reason": reason, "num_frames": getattr(error, "num_frames", None)}, vae
+    if decoded is None:
+        return video, vae
+    frames, cropped, turned = decoded
+    check, vae = vae is None, vae or load_vae(args, device)
+    latents = torch.stack([encode_clip(vae, clip) for clip in frames])
+    if not torch.isfinite(latents).all():
+        return video | {"reason": "the VAE returned values that are not finite", "num_frames": None}, vae
+    if check:
+        check_vae(vae, frames[0], latents[0], args)
+    tensors = latent_statistics(latents) | {"latents": latents.to(getattr(torch, args.cache_dtype))}
+    tensors |= {"cropped": torch.full((len(frames),), cropped), "turned": torch.full((len(frames),), turned)}
+    save_entry(tensors, Path(args.cache_dir, video["path"]))
+    return video | {"statistics": read_statistics(Path(args.cache_dir, video["path"])), "encoded": True}, vae
+
+
+@torch.no_grad()
+def cache_captions(args: argparse.Namespace, accelerator: Accelerator, captions: set[str]) -> tuple[dict, int]:
+    """Encode each caption that is not in the cache yet. Returns caption -> file, and how many were encoded now."""
+    base, dtype = args.pretrained_model_name_or_path, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+    key = digest(model_identity(args, "text_encoder", "tokenizer"), str(dtype), args.cache_dtype)
+    files = {c: f"text/{digest(key, c)}.safetensors" for c in sorted(captions)}
+    missing = [c for c in files if not Path(args.cache_dir, files[c]).is_file()]
+    accelerator.wait_for_everyone()  # every rank has looked before any writes
+    if missing:
+        kwargs = {"revision": args.revision, "variant": args.variant, "dtype": dtype}
+        pipeline = WanPipeline.from_pretrained(base, transformer=None, vae=None, **kwargs).to(accelerator.device)
+        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        for caption in tqdm(mine, desc="caching captions", disable=not accelerator.is_main_process):
+            embeds, _ = pipeline.encode_prompt(caption, None, False, max_sequence_length=MAX_SEQUENCE_LENGTH)
+            length = int(embeds[0].any(dim=-1).nonzero().max()) + 1  # the rest is the pipeline's zero padding
+            if length == MAX_SEQUENCE_LENGTH:
+                logger.warning(f"caption cut to {length} tokens: {caption[:60]}...", main_process_only=False)
+            embeds = embeds[0, :length].to(getattr(torch, args.cache_dtype))
+            save_entry({"prompt_embeds": embeds}, Path(args.cache_dir, files[caption]))
+        del pipeline
+        free_memory()
+    accelerator.wait_for_everyone()
+    return files, len(missing)
+
+
+def usable_videos(args: argparse.Namespace, accelerator: Accelerator, videos: list[dict]) -> list[dict]:
+    """Those that were not skipped; the others go to `skipped.jsonl`. Refuses to go on with too few."""
+    skipped = [v for v in videos if "reason" in v]
+    if accelerator.is_main_process and skipped:
+        with open(Path(args.output_dir, "skipped.jsonl"), "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({k: v[k] for k in ("file", "reason")}, ensure_ascii=False) + "\n" for v in skipped)
+    if skipped:
+        logger.warning(f"{len(skipped)} of {len(videos)} videos were skipped; see skipped.jsonl")
+    if len(skipped) == len(videos) or len(skipped) > args.max_skipped * len(videos):
+        message = "; ".join(f"{v['file']}: {v['reason']}" for v in skipped[:3])
+        message = f"{len(skipped)} of {len(videos)} videos cannot be used ({message}; all in skipped.jsonl). "
+        lengths = sorted((v.get("num_frames", args.num_frames) or 0 for v in videos), reverse=True)
+        shortest = lengths[math.ceil(0.9 * len(lengths)) - 1] if lengths else 0
+        if 0 < shortest < args.num_frames:
+            message += f"--num_frames {(shortest - 1) // 4 * 4 + 1} would keep 90 % of them. "
+        raise ValueError(f"{message}Mend them, or raise --max_skipped {args.max_skipped:g}.")
+    return [v for v in videos if "reason" not in v]
+
+
+def split_videos(args: argparse.Namespace, videos: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Hold out a share of the videos, by content, so that copies and windows of one video stay on one side."""
+    identities = sorted({v["identity"] for v in videos}, key=lambda identity: digest(args.seed, identity))
+    held_out = set(identities[: max(1, round(args.validation_split * len(identities)))])
+    if len(held_out) == len(identities):
+        raise ValueError(f"--validation_split {args.validation_split} leaves no video to train on")
+    return [v for v in videos if v["identity"] not in held_out], [v for v in videos if v["identity"] in held_out]
+
+
+def select_clips(args: argparse.Namespace, videos: list[dict]) -> list[dict]:
+    """One dictionary a clip, that is a window of a video, without those that the LTD flags drop."""
+    clips = []
+    for video in videos:
+        windows = range(len(video["statistics"]["ltd"]))
+        for window in windows:
+            clip = {"name": video["file"] + (f"#{window}" if len(windows) > 1 else ""), "window": window}
+            clip |= {k: video[k] for k in ("path", "captions")} | {k: v[window] for k, v in video["statistics"].items()}
+            gaps = sorted(clip["gaps"][1:])  # a causal VAE inflates the first: latent frame 0 is one picture, not four
+            cut = len(gaps) > 2 and gaps[-1] > CUT_RATIO * gaps[len(gaps) // 2]
+            if cut:
+                logger.warning(f"{clip['name']}: a hard cut is suspected; cut it into shots, or use --drop_cuts")
+            too_still = args.min_ltd is not None and clip["ltd"] < args.min_ltd
+            too_wild = args.max_ltd is not None and clip["ltd"] > args.max_ltd
+            clips.append(clip | {"dropped": too_still or too_wild or (cut and args.drop_cuts)})
+    kept = [clip for clip in clips if not clip["dropped"]]
+    if len(kept) < len(clips):
+        logger.info(f"--min_ltd, --max_ltd and --drop_cuts dropped {len(clips) - len(kept)} of {len(clips)} clips")
+    return kept
+
+
+def prepare_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[list[dict], list[dict], dict[str, str]]:
+    """Training clips, held-out clips and the file of every caption's embedding, all of them cached."""
+    Path(args.output_dir, "skipped.jsonl").unlink(missing_ok=True)
+    limit = 2 * samples_per_update(args, accelerator) + 2 if args.dry_run else None
+    held_out, videos = [], usable_videos(args, accelerator, cache_videos(args, accelerator, args.dataset_split, limit))
+    if isinstance(args.validation_split, float):
+        videos, held_out = split_videos(args, videos)
+    elif args.validation_split:
+        held_out = cache_videos(args, accelerator, args.validation_split, limit)
+        held_out = usable_videos(args, accelerator, held_out)
+    captions = {c for v in videos + held_out for c in v["captions"]}
+    captions |= {"", args.validation_negative_prompt, *args.validation_prompt}
+    files, new_captions = cache_captions(args, accelerator, captions)
+    new_videos = sum(v["encoded"] for v in videos + held_out)
+    size = sum(Path(args.cache_dir, v["path"]).stat().st_size for v in videos + held_out)
+    logger.info(
+        f"cache: {len(videos)} training and {len(held_out)} held-out videos, {size / 2**20:.1f} MiB in {args.cache_dir}; "
+        f"encoded now: {new_videos} videos, {new_captions} captions"
+    )
+    if not new_videos and not new_captions:
+        logger.info("warm start: neither the VAE nor the text encoder was loaded")
+    summarise(args, videos)
+    clips, held_out = select_clips(args, videos), select_clips(args, held_out)
+    if not clips:
+        raise ValueError("--min_ltd, --max_ltd and --drop_cuts left no clip; see the LTD summary above")
+    return clips, held_out, files
+
+
+def summarise(args: argparse.Namespace, videos: list[dict]) -> None:
+    """Captions, crop, latents and LTD of the training videos, with the warnings that save money."""
+    statistics = {k: np.concatenate([v["statistics"][k] for v in videos]) for k in videos[0]["statistics"]}
+    captions = [c for v in videos for c in v["captions"]]
+    logger.info(f"captions: {len(captions)}, {captions.count(with_trigger(args, ''))} of them empty")
+    logger.info(f"crop: {statistics['cropped'].mean():.0%} of the picture is thrown away")
+    if turned := [v["file"] for v in videos if any(v["statistics"]["turned"])]:
+        logger.warning(f"portrait clips in a landscape crop, or the other way round: {', '.join(turned)}")
+    mean, std = statistics["mean"].mean(), math.sqrt((statistics["std"] ** 2).mean())
+    logger.info(f"latents: mean {mean:.3f}, std {std:.3f}")
+    if not 0.02 < std < 50 or abs(mean) > 10:
+        raise ValueError(f"latents of mean {mean:.3g} and std {std:.3g} cannot be right; is this the model's own VAE?")
+    if abs(mean) > 0.5 or not 0.5 < std < 1.5:
+        logger.warning("latents should have a mean near 0 and a std near 1: check the VAE and the clips")
+    quantiles = " ".join(f"{q:.3f}" for q in np.quantile(statistics["ltd"], [0, 0.1, 0.5, 0.9, 1]))
+    logger.info(f"LTD: mean {statistics['ltd'].mean():.3f}; over clips (0, 10, 50, 90, 100 %) {quantiles}")
+    frames = " ".join(f"{d:.3f}" for d in statistics["ltd_per_frame"].mean(0))
+    logger.info(f"LTD: over latent frames {frames}")
+
+
+# --- Batches: everything random about a sample is drawn here ---------------------------------------------------------
+
+
+def sample_seed(*parts: int | str) -> int:
+    """A hash, since a CPU generator looks only at the low 32 bits of its seed."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "little")
+
+
+def sigmas_in_range(args: argparse.Namespace, generator: torch.Generator) -> torch.Tensor:
+    """Draws from the shifted density of timesteps, truncated to `--min_sigma` .. `--max_sigma`."""
+    density = (args.weighting_scheme, SIGMA_DRAWS, args.logit_mean, args.logit_std)
+    u = compute_density_for_timestep_sampling(*density, generator=generator)
+    sigmas = args.flow_shift * u / (1 + (args.flow_shift - 1) * u)
+    return sigmas[(sigmas >= args.min_sigma) & (sigmas <= args.max_sigma)]
+
+
+class LatentDataset(torch.utils.data.Dataset):
+    """
+    Cached clips with their sigma, caption, caption dropout and noise, drawn from a generator seeded by
+    (seed, epoch, index): ranks differ, batches of any shape agree, and a resumed run goes on exactly.
+    """
+
+    def __init__(self, clips: list[dict], captions: dict[str, str], args: argparse.Namespace):
+        self.clips, self.captions, self.args, self.epoch = clips, captions, args, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict:
+        seed = sample_seed(self.args.seed, self.epoch, index)
+        generator = torch.Generator().manual_seed(seed)
+        clip, sigma = self.clips[index], sigmas_in_range(self.args, generator)[0]
+        caption = clip["captions"][torch.randint(len(clip["captions"]), (), generator=generator)]
+        caption = "" if torch.rand((), generator=generator) < self.args.caption_dropout else caption
+        return self.load(clip, caption, generator) | {"sigmas": sigma, "seed": seed, "name": clip["name"]}
+
+    def load(self, clip: dict, caption: str, generator: torch.Generator) -> dict:
+        """Latents `(C, F, H, W)`, as much noise, and prompt_embeds `(512, D)`."""
+        with safe_open(Path(self.args.cache_dir, clip["path"]), framework="pt") as file:
+            latents = file.get_slice("latents")[clip["window"]].float()
+        noise = torch.randn(latents.shape, generator=generator)
+        return {"latents": latents, "noise": noise, "prompt_embeds": load_prompt(self.args, self.captions[caption])}
+
+
+def load_prompt(args: argparse.Namespace, file: str) -> torch.Tensor:
+    """A cached caption as the stock pipeline pads it, with zeros: `(512, D)` float32."""
+    embeds = load_file(Path(args.cache_dir, file))["prompt_embeds"].float()
+    return F.pad(embeds, (0, 0, 0, MAX_SEQUENCE_LENGTH - len(embeds)))
+
+
+def samples_per_update(args: argparse.Namespace, accelerator: Accelerator) -> int:
+    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+
+
+def build_dataloader(dataset: LatentDataset, args: argparse.Namespace, update: int) -> torch.utils.data.DataLoader:
+    """Shuffled by seed and epoch. An epoch is cut to whole updates, so that no sample counts twice."""
+    if len(dataset) < update:
+        raise ValueError(
+            f"{len(dataset)} clips are fewer than the {update} of one update: lower --train_batch_size "
+            f"{args.train_batch_size}, --gradient_accumulation_steps {args.gradient_accumulation_steps} or the processes"
+        )
+    sampler = torch.utils.data.RandomSampler(dataset, num_samples=len(dataset) // update * update)
+    kwargs = {"num_workers": args.dataloader_num_workers, "pin_memory": torch.cuda.is_available()}
+    return torch.utils.data.DataLoader(dataset, args.train_batch_size, sampler=sampler, drop_last=True, **kwargs)
+
+
+# --- Model -----------------------------------------------------------------------------------------------------------
+
+
+def check_model(args: argparse.Namespace) -> dict:
+    """The pipeline's index. Refuses what is no Wan2.1 text-to-video model, before anything big is downloaded."""
+    base, path = args.pretrained_model_name_or_path, args.transformer_path
+    try:
+        index = WanPipeline.load_config(base, revision=args.revision)
+        configs = {base: WanTransformer3DModel.load_config(base, subfolder="transformer", revision=args.revision)}
+        if path and path.endswith(".safetensors"):
+            with safe_open(path, framework="pt") as file:
+                odd = [k for k in file.keys() if re.search("img_emb|k_img|vace_|control_adapter", k)]
+        elif path:
+            configs[path], odd = WanTransformer3DModel.load_config(path, subfolder=transformer_subfolder(path)), []
+    except (OSError, SafetensorError, *HUB_ERRORS) as error:
+        raise ValueError(f"--pretrained_model_name_or_path {base} or --transformer_path {path}: {error}") from error
+    only = "this script trains Wan2.1 text-to-video only"
+    if index["_class_name"] != "WanPipeline":
+        raise ValueError(f"{base} is a {index['_class_name']}; {only}")
+    if index.get("transformer_2", [None])[0] or index.get("boundary_ratio") or index.get("expand_timesteps"):
+        raise ValueError(f"{base} is a Wan2.2 model (two experts, or TI2V); {only}")
+    for name, config in configs.items():
+        if config["_class_name"] != "WanTransformer3DModel":
+            raise ValueError(f"{name} has a {config['_class_name']}; {only}")
+        if config.get("image_dim") or config["in_channels"] != config["out_channels"]:
+            raise ValueError(f"{name} is an image-to-video model; {only}")
+    if path and odd:
+        raise ValueError(f"--transformer_path {path} is an I2V, VACE or control model, by its {odd[0]}; {only}")
+    return index
+
+
+def transformer_subfolder(path: str) -> str | None:
+    return "transformer" if Path(path, "transformer").is_dir() else None
+
+
+def load_transformer(args: argparse.Namespace) -> WanTransformer3DModel:
+    """Float32 weights to train in full; under a LoRA the frozen base in bfloat16, where autocast works in it."""
+    dtype = torch.bfloat16 if args.train_type == "lora" and args.mixed_precision == "bf16" else torch.float32
+    base, path = args.pretrained_model_name_or_path, args.transformer_path
+    kwargs = {"subfolder": "transformer", "revision": args.revision, "dtype": dtype}
+    if path and path.endswith(".safetensors"):
+        # Without the base's config it would guess one by the width, and go to the Hub for it.
+        transformer = WanTransformer3DModel.from_single_file(path, config=base, **kwargs)
+    elif path:
+        transformer = WanTransformer3DModel.from_pretrained(path, subfolder=transformer_subfolder(path), dtype=dtype)
+    else:
+        transformer = WanTransformer3DModel.from_pretrained(base, variant=args.variant, **kwargs)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return transformer.train().requires_grad_(args.train_type == "full")
+
+
+def add_lora(transformer: WanTransformer3DModel, args: argparse.Namespace) -> None:
+    """An adapter in float32, fresh or that of `--init_lora`; settles `args.rank`, `.lora_alpha`, `.lora_target_modules`."""
+    state_dict = {}
+    if args.init_lora:
+        state_dict, found = read_lora(args.init_lora)
+        asked = args.lora_target_modules or []
+        stray = [t for t in found["lora_target_modules"] if not any(f".{t}".endswith(f".{a}") for a in asked)]
+        for key in ("rank", "lora_alpha"):
+            if getattr(args, key) not in (None, found[key]):
+                raise ValueError(f"--{key} {getattr(args, key)} clashes with --init_lora, which has {found[key]}")
+        if asked and stray:
+            raise ValueError(f"--lora_target_modules clashes with --init_lora, which adapts {stray[0]} too")
+        vars(args).update(found)
+    args.rank = args.rank or 32
+    args.lora_alpha = args.lora_alpha or args.rank
+    args.lora_target_modules = sorted(args.lora_target_modules or LORA_TARGETS)
+    config = {"r": args.rank, "lora_alpha": args.lora_alpha, "target_modules": args.lora_target_modules}
+    transformer.add_adapter(LoraConfig(**config, lora_dropout=args.lora_dropout))
+    cast_training_params(transformer, dtype=torch.float32)
+    if state_dict:
+        set_lora(transformer, state_dict)
+
+
+def read_lora(name: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """A LoRA of either dialect: its weights in peft's keys, and its rank, alpha and target modules."""
+    state_dict, metadata = WanPipeline.lora_state_dict(name, return_lora_metadata=True, use_safetensors=True)
+    state_dict = {k.removeprefix("transformer."): v.float() for k, v in state_dict.items()}
+    ranks = sorted({v.shape[0] for k, v in state_dict.items() if k.endswith(".lora_A.weight")})
+    if len(ranks) != 1:
+        raise ValueError(f"--init_lora {name}: a LoRA with one rank for all its layers is needed, found ranks {ranks}")
+    # The converter of ComfyUI's dialect folds alpha into the weights, which leaves the scale 1.
+    alpha = (metadata or {}).get("transformer.lora_alpha", ranks[0])
+    targets = sorted({k.split(".lora_")[0] for k in state_dict})
+    return state_dict, {"rank": ranks[0], "lora_alpha": alpha, "lora_target_modules": targets}
+
+
+def set_lora(transformer: WanTransformer3DModel, state_dict: dict[str, torch.Tensor]) -> None:
+    """Overwrite the adapter. Every key must match, which peft leaves to its caller."""
+    result = set_peft_model_state_dict(transformer, state_dict)
+    if odd := [*result.unexpected_keys, *(k for k in result.missing_keys if ".lora_" in k)]:
+        raise ValueError(f"the LoRA does not fit this model; it differs in {odd[0]}")
+
+
+def trainable(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for p in transformer.parameters() if p.requires_grad]
+
+
+def build_optimizer(transformer: WanTransformer3DModel, args: argparse.Namespace) -> torch.optim.Optimizer:
+    kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    kwargs["weight_decay"] = args.adam_weight_decay
+    if args.optimizer == "adamw8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(trainable(transformer), **kwargs)
+    return torch.optim.AdamW(trainable(transformer), fused=torch.cuda.is_available(), **kwargs)
+
+
+# --- Objective -------------------------------------------------------------------------------------------------------
+
+
+def ltd_weight(batch: dict, args: argparse.Namespace) -> torch.Tensor:
+    """The paper's, 1 + ln(e + D)."""
+    return ltd_weights(batch["latents"], args.ltd_window, scale=args.ltd_scale, normalize=args.ltd_normalize)
+
+
+def mse_weight(batch: dict, args: argparse.Namespace) -> torch.Tensor:
+    """Plain flow matching, "w/o LTD" in the paper's Table 2."""
+    return torch.ones_like(batch["latents"][:, 0])
+
+
+# name -> function of (batch, args) that returns the weight of each voxel's squared error, (B, F, H, W)
+LOSS_WEIGHTS = {"ltd": ltd_weight, "mse": mse_weight}
+
+
+def flow_matching_error(transformer: torch.nn.Module, batch: dict) -> torch.Tensor:
+    """Squared error of the predicted flow `noise - latents`, `(B, C, F, H, W)` float32, at `batch["sigmas"]` `(B,)`."""
+    sigmas = batch["sigmas"].view(-1, 1, 1, 1, 1)
+    noisy_latents = (1 - sigmas) * batch["latents"] + sigmas * batch["noise"]
+    target = batch["noise"] - batch["latents"]
+    prediction = transformer(
+        hidden_states=noisy_latents,
+        timestep=1000 * batch["sigmas"],
+        encoder_hidden_states=batch["prompt_embeds"],
+        return_dict=False,
+    )[0]
+    return (prediction.float() - target).square()
+
+
+def training_loss(transformer, batch: dict, thresholds: torch.Tensor, args) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eq. 3 of the LTD paper on the flow-matching error. Returns the loss, and a row for `average_metrics`."""
+    squared_error = flow_matching_error(transformer, batch)
+    weights = LOSS_WEIGHTS[args.loss](batch, args)  # (B, F, H, W)
+    loss = (weights.unsqueeze(1) * squared_error).mean()
+    sums = motion_sums(squared_error.detach(), batch["latents"], thresholds)
+    return loss, torch.stack([loss.detach(), weights.mean(), weights.max(), *sums])
+
+
+def motion_thresholds(clips: list[dict]) -> torch.Tensor:
+    """The LTD below which a voxel is static and above which it is motion, over all training clips: `(2,)`."""
+    # Clips have equally many voxels, so their quantiles pool into the dataset's.
+    return torch.from_numpy(np.quantile([clip["ltd_quantiles"] for clip in clips], MOTION_QUANTILES)).float()
+
+
+def motion_sums(squared_error: torch.Tensor, latents: torch.Tensor, thresholds: torch.Tensor) -> list[torch.Tensor]:
+    """Mean error; error sum and count of the voxels in motion; the same of the static ones."""
+    error, ltd = squared_error.mean(dim=1), latent_temporal_discrepancy(latents, STATS_WINDOW)  # (B, F, H, W)
+    motion, static = ltd > thresholds[1], ltd < thresholds[0]
+    return [error.mean(), (error * motion).sum(), motion.sum().float(), (error * static).sum(), static.sum().float()]
+
+
+def motion_means(rows: torch.Tensor) -> dict[str, float]:
+    """Rows of `motion_sums` as means, without those that no voxel belongs to."""
+    mse, motion, motion_count, static, static_count = rows.double().T
+    means = {"mse": mse.mean(), "mse_motion": motion.sum() / motion_count.sum()}
+    means["mse_static"] = static.sum() / static_count.sum()
+    return {k: v.item() for k, v in means.items() if not v.isnan()}
+
+
+def average_metrics(accelerator: Accelerator, rows: list[torch.Tensor]) -> dict[str, float]:
+    """Means over the micro-batches since the last call and over the ranks."""
+    rows = accelerator.gather(torch.stack(rows))
+    means = {"loss": rows[:, 0].mean().item(), "weight_mean": rows[:, 1].mean().item()}
+    return means | {"weight_max": rows[:, 2].max().item()} | motion_means(rows[:, 3:])
+
+
+# --- Held-out errors and sample videos; neither touches the random state of training ---------------------------------
+
+
+@torch.no_grad()
+def evaluate(accelerator, transformer, dataset: LatentDataset, thresholds, args) -> dict[str, float]:
+    """Error on fixed clips at fixed noise and sigmas, with their first captions; the ranks share the clips."""
+    model, rows = accelerator.unwrap_model(transformer).eval(), []
+    for index in range(accelerator.process_index, min(len(dataset), args.max_eval_clips), accelerator.num_processes):
+        clip, generator = dataset.clips[index], torch.Generator().manual_seed(sample_seed("eval", args.seed, index))
+        batch = dataset.load(clip, clip["captions"][0], generator)
+        batch = {k: v[None].to(accelerator.device) for k, v in batch.items()}
+        for sigma in EVAL_SIGMAS:
+            batch["sigmas"] = torch.tensor([sigma], device=accelerator.device)
+            sums = motion_sums(flow_matching_error(model, batch), batch["latents"], thresholds)
+            rows.append([index, sigma, *torch.stack(sums).tolist()])
+    model.train()
+    rows = torch.tensor(sorted(gather_object(rows)), dtype=torch.float64)
+    values = {f"val/{k}": v for k, v in motion_means(rows[:, 2:]).items()}
+    return values | {f"val/mse_sigma_{s}": rows[rows[:, 1] == s, 2].mean().item() for s in EVAL_SIGMAS}
+
+
+@torch.no_grad()
+def sample_videos(accelerator, transformer, captions: dict[str, str], index: dict, step: int, args) -> list[Path]:
+    """One mp4 a prompt by the stock pipeline and its own scheduler, around the live transformer; shared by the ranks."""
+    texts = {t: load_prompt(args, captions[t])[None].to(accelerator.device) for t in args.validation_prompt}
+    negative = load_prompt(args, captions[args.validation_negative_prompt])[None].to(accelerator.device)
+    base, scheduler = args.pretrained_model_name_or_path, getattr(diffusers, index["scheduler"][1])
+    pipeline = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        transformer=accelerator.unwrap_model(transformer).eval(),
+        vae=load_vae(args, accelerator.device),
+        scheduler=scheduler.from_pretrained(base, subfolder="scheduler", revision=args.revision),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    paths = [Path(args.output_dir, "samples", f"step-{step:06d}-{i}.mp4") for i in range(len(args.validation_prompt))]
+    paths[0].parent.mkdir(exist_ok=True)
+    for i in range(accelerator.process_index, len(paths), accelerator.num_processes):
+        video = pipeline(
+            prompt_embeds=texts[args.validation_prompt[i]],
+            negative_prompt_embeds=negative,
+            height=args.height,
+            width=args.width,
+            num_frames=args.num_frames,
+            num_inference_steps=args.validation_num_inference_steps,
+            guidance_scale=args.validation_guidance_scale,
+            generator=torch.Generator().manual_seed(args.seed),
+        ).frames[0]
+        export_to_video(video, str(paths[i]), fps=args.fps)
+    pipeline.transformer.train()
+    del pipeline
+    free_memory()
+    accelerator.wait_for_everyone()
+    return paths
+
+
+def log_videos(accelerator: Accelerator, paths: list[Path], step: int, args: argparse.Namespace) -> None:
+    """To the tracker. TensorBoard gets an animated picture, since its own video support needs one more package."""
+    for tracker in accelerator.trackers:
+        for number, (path, prompt) in enumerate(zip(paths, args.validation_prompt, strict=True)):
+            if tracker.name == "tensorboard":
+                from tensorboard.compat.proto.summary_pb2 import Summary
+
+                frames = iio.imread(path)  # (F, H, W, 3)
+                gif = iio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / args.fps, loop=0)
+                size = {"height": frames.shape[1], "width": frames.shape[2], "colorspace": 3}
+                value = Summary.Value(tag=f"sample/{number}", image=Summary.Image(**size, encoded_image_string=gif))
+                tracker.writer.file_writer.add_summary(Summary(value=[value]), step)
+            else:
+                video = importlib.import_module(tracker.name).Video(str(path), caption=prompt)
+                tracker.log({f"sample/{number}": video}, step=step)
+
+
+# --- Weights and checkpoints -----------------------------------------------------------------------------------------
+
+
+def comfyui_state_dict(state_dict: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
+    """peft's keys in ComfyUI's dialect. Alpha is mandatory there: without it the scale is taken for 1."""
+    converted = {}
+    for key, value in state_dict.items():
+        for name, original in COMFYUI_NAMES.items():
+            key = key.replace(name, original)
+        converted[f"diffusion_model.{key}"] = value
+        converted[f"diffusion_model.{key.split('.lora_')[0]}.alpha"] = torch.tensor(float(alpha))
+    return converted
+
+
+def save_weights(accelerator: Accelerator, transformer: torch.nn.Module, folder: Path, args) -> None:
+    """What others load: a LoRA in diffusers' keys, with adapter metadata, and in ComfyUI's; or `transformer/`."""
+    model = accelerator.unwrap_model(transformer, keep_torch_compile=False)
+    state_dict = accelerator.get_state_dict(transformer)  # on all ranks: sharded weights are gathered
+    if not accelerator.is_main_process:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.train_type == "lora":
+        lora = {k: v.cpu().contiguous() for k, v in get_peft_model_state_dict(model, state_dict=state_dict).items()}
+        WanPipeline.save_lora_weights(folder, lora, **_collate_lora_metadata({"transformer": model}))
+        save_file(comfyui_state_dict(lora, args.lora_alpha), folder / COMFYUI_FILE, {"format": "pt"})
+    else:
+        with torch.device("meta"):
+            copy = WanTransformer3DModel.from_config({k: v for k, v in model.config.items() if k != "_name_or_path"})
+        copy.load_state_dict({k: v.cpu() for k, v in state_dict.items()}, assign=True)
+        copy.save_pretrained(folder / "transformer")
+
+
+def load_weights(accelerator: Accelerator, transformer: torch.nn.Module, folder: Path, args) -> None:
+    """The inverse of `save_weights`, into the live model."""
+    model = accelerator.unwrap_model(transformer, keep_torch_compile=False)
+    if args.train_type == "lora":
+        set_lora(model, {k.removeprefix("transformer."): v for k, v in load_file(folder / LORA_FILE).items()})
+    else:
+        model.load_state_dict(WanTransformer3DModel.from_pretrained(folder / "transformer").state_dict())
+
+
+def leave_model_out(models: list, weights_or_folder: list | str, folder: str | None = None) -> None:
+    """accelerate would save and load the whole model, frozen base and all; `save_weights` does that part."""
+    (models if folder is None else weights_or_folder).clear()
+
+
+def resume_settings(run: "Run", args: argparse.Namespace) -> dict:
+    """What a checkpoint and the run that resumes it must agree on."""
+    settings = {"clips": len(run.dataset), "samples_per_update": samples_per_update(args, run.accelerator)}
+    names = ("train_type", "seed", "use_ema", "rank", "lora_alpha", "lora_target_modules")
+    return settings | {k: getattr(args, k) for k in names if args.train_type == "lora" or ("lora" not in k and k != "rank")}
+
+
+def list_checkpoints(output_dir: str) -> list[Path]:
+    """The complete ones, oldest first."""
+    found = [path.parent for path in Path(output_dir).glob("checkpoint-*/settings.json")]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def save_checkpoint(run: "Run", args: argparse.Namespace) -> None:
+    """`checkpoint-STEP`, complete or absent: written beside and renamed. Holds the ready-to-load weights too."""
+    accelerator, state, parameters = run.accelerator, dict(run.state), trainable(run.transformer)
+    folder = Path(args.output_dir, f"checkpoint-{state['step']}")
+    partial = folder.with_name(f".{folder.name}.partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    if run.ema:
+        save_weights(accelerator, run.transformer, partial / "live", args)
+        state["ema_step"] = run.ema.optimization_step
+        run.ema.store(parameters)
+        run.ema.copy_to(parameters)
+    save_weights(accelerator, run.transformer, partial, args)
+    if run.ema:
+        run.ema.restore(parameters)
+    if accelerator.is_main_process:
+        text = json.dumps({"settings": resume_settings(run, args), "state": state}, indent=2)
+        (partial / "settings.json").write_text(text)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        for old in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def resume(run: "Run", args: argparse.Namespace) -> None:
+    """Restore weights, optimizer, schedule, EMA, random states and the position in the data."""
+    folder = args.resume_from_checkpoint
+    if folder == "latest":
+        folder = next(reversed(list_checkpoints(args.output_dir)), None)
+    if not folder:
+        if args.resume_from_checkpoint:
+            logger.warning(f"no checkpoint in {args.output_dir} to resume from: starting afresh")
+        return
+    saved = json.loads(Path(folder, "settings.json").read_text())
+    there, now = saved["settings"], resume_settings(run, args)
+    if odd := [f"{k} {there.get(k)} there, {now.get(k)} here" for k in sorted(there | now) if there.get(k) != now.get(k)]:
+        raise ValueError(f"--resume_from_checkpoint {folder} was made with other settings: {'; '.join(odd)}")
+    run.state = saved["state"]
+    if run.ema:
+        load_weights(run.accelerator, run.transformer, Path(folder), args)
+        run.ema.shadow_params = [p.detach().clone() for p in trainable(run.transformer)]
+        run.ema.optimization_step = run.state.pop("ema_step")
+    load_weights(run.accelerator, run.transformer, Path(folder, "live" if run.ema else ""), args)
+    run.accelerator.load_state(str(folder))
+    logger.info(f"resumed {folder}, step {run.state['step']}")
+
+
+# --- Logs, card, Hub -------------------------------------------------------------------------------------------------
+
+
+def start_trackers(run: "Run", args: argparse.Namespace) -> None:
+    """A resumed run continues its tracker's run. `metrics.jsonl` holds the same numbers, for the card's picture."""
+    step, metrics, name_file = run.state["step"], Path(args.output_dir, "metrics.jsonl"), Path(args.output_dir, "run.txt")
+    if run.accelerator.is_main_process:
+        lines = metrics.read_text().splitlines() if step and metrics.is_file() else []
+        metrics.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        if not step or not name_file.is_file():
+            name_file.write_text(f"{Path(args.output_dir).resolve().name}-{int(time.time())}")
+    run.accelerator.wait_for_everyone()
+    name = {"name": name_file.read_text(), "resume": "allow"}
+    kwargs = {"wandb": name | {"id": name["name"]}, "trackio": name, "tensorboard": {"purge_step": step + 1}}
+    config = {k: v for k, v in published_settings(args).items() if isinstance(v, (bool, int, float, str))}
+    run.accelerator.init_trackers(args.tracker_project_name, config, init_kwargs=kwargs)
+
+
+def log_metrics(accelerator: Accelerator, values: dict[str, float], step: int, args: argparse.Namespace) -> None:
+    accelerator.log(values, step=step)
+    if accelerator.is_main_process:
+        with open(Path(args.output_dir, "metrics.jsonl"), "a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB of the GPU, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def plot_curves(output_dir: Path) -> None:
+    """`curves.png`: the training error and the held-out errors over the steps."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for key, colour in (("mse", "0.7"), ("val/mse", "C0"), ("val/mse_motion", "C1"), ("val/mse_static", "C2")):
+        if points := [(row["step"], row[key]) for row in rows if key in row]:
+            axes.plot(*zip(*points, strict=True), colour, marker="." if "val" in key else "", label=key)
+    axes.set(xlabel="optimizer step", ylabel="unweighted squared error")
+    axes.legend()
+    figure.savefig(output_dir / "curves.png")
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name` if it is a repository's and no local path, which must not get into a card."""
+    return name if name and not os.path.exists(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+
+
+def published_settings(args: argparse.Namespace) -> dict:
+    """The flags without any path of this machine: a local model or dataset goes by its last name."""
+    local = ("output_dir", "cache_dir", "config", "resume_from_checkpoint", "train_data_dir")
+    settings = {k: v for k, v in vars(args).items() if k not in local}
+    for key in ("pretrained_model_name_or_path", "transformer_path", "init_lora", "dataset_name"):
+        settings[key] = hub_id(settings[key]) or (Path(settings[key]).name if settings[key] else None)
+    return settings
+
+
+def usage_code(args: argparse.Namespace, repo_id: str) -> str:
+    """Python that samples from the published weights; a test runs it."""
+    settings, lora = published_settings(args), args.train_type == "lora"
+    base, other = settings["pretrained_model_name_or_path"], settings["transformer_path"]
+    source = f'("{other}", ' if lora else f'("{repo_id}", subfolder="transformer", '
+    single = 'from_single_file("{other}", config=base, subfolder="transformer", '
+    loader = single.format(other=other) if lora and other and other.endswith(".safetensors") else "from_pretrained" + source
+    transformer = f"transformer = WanTransformer3DModel.{loader}dtype=torch.bfloat16)\n" if other or not lora else ""
+    prompt = args.validation_prompt[0] if args.validation_prompt else args.trigger_word or "a dog runs over the grass"
+    return f"""import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers.utils import export_to_video
+
+base = {json.dumps(base)}
+vae = AutoencoderKLWan.from_pretrained(base, subfolder="vae", dtype=torch.float32)
+{transformer}pipe = WanPipeline.from_pretrained(base, vae=vae, {"transformer=transformer, " * bool(transformer)}dtype=torch.bfloat16)
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+{f'pipe.load_lora_weights("{repo_id}")' if lora else ""}
+video = pipe(
+    {json.dumps(prompt, ensure_ascii=False)},
+    height={args.height},
+    width={args.width},
+    num_frames={args.num_frames},
+    num_inference_steps={args.validation_num_inference_steps},
+    guidance_scale={args.validation_guidance_scale},
+).frames[0]
+export_to_video(video, "output.mp4", fps={args.fps:g})"""
+
+
+def model_card(args: argparse.Namespace, repo_id: str, samples: list[str], facts: dict) -> ModelCard:
+    """Front matter by `ModelCardData`; a body with working code, the settings and the held-out curves."""
+    lora, settings, dataset = args.train_type == "lora", published_settings(args), hub_id(args.dataset_name)
+    bases = [hub_id(name) for name in (args.transformer_path or args.pretrained_model_name_or_path, args.init_lora)]
+    bases = [name for name in bases if name]
+    front = {
+        "base_model": bases if len(bases) > 1 else next(iter(bases), None),
+        "base_model_relation": ("adapter" if lora else "finetune") if bases else None,
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-video",
+        "license": args.license,
+        "datasets": [dataset] if dataset else None,
+        "instance_prompt": args.trigger_word if lora else None,
+        "tags": ["text-to-video", "diffusers-training", "diffusers", "wan", "wan-diffusers", "ltd"]
+        + ["lora", "template:sd-lora"] * lora,
+        "widget": [{"text": p, "output": {"url": s}} for p, s in zip(args.validation_prompt, samples, strict=True)],
+    }
+    names = ("pretrained_model_name_or_path", "transformer_path", "init_lora")
+    weight = f"1 + ln(e + {args.ltd_scale:g} D), window {args.ltd_window}{', normalised' * args.ltd_normalize}"
+    table = {
+        "base": " + ".join(settings[name] for name in names if settings[name]),
+        "trained": f"LoRA, rank {args.rank}, alpha {args.lora_alpha:g}" if lora else "all weights of the DiT",
+        "dataset": dataset or "local clips",
+        "clip": f"{args.width} x {args.height}, {args.num_frames} frames at {args.fps:g} fps",
+        "loss weight": weight if args.loss == "ltd" else args.loss,
+        "timesteps": f"{args.weighting_scheme}, shift {args.flow_shift:g}, sigma {args.min_sigma:g}-{args.max_sigma:g}",
+        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}, {args.optimizer}, {args.mixed_precision}",
+        **facts,
+        "libraries": ", ".join(f"{m.__name__} {m.__version__}" for m in (diffusers, transformers, torch)),
+    }
+    how = f"For ComfyUI, put `{COMFYUI_FILE}` into `models/loras`." if lora else "This is the transformer alone."
+    trigger = f"\n\nPut `{args.trigger_word}` before the prompt." if args.trigger_word else ""
+    rows = "\n".join(f"| {k} | {v} |" for k, v in table.items())
+    front = ModelCardData(**{k: v for k, v in front.items() if v}).to_yaml()
+    return ModelCard(f"""---
+{front}
+---
+
+# {repo_id.split("/")[-1]}
+
+{"A LoRA for" if lora else "A fine-tune of"} Wan text-to-video, trained with `train_ltd.py`. With the loss weight `ltd`,
+the squared error of each latent voxel is weighted by its motion, the
+[Latent Temporal Discrepancy](https://huggingface.co/papers/2601.20504) of the clip.
+
+{"<Gallery />" * bool(samples)}
+
+## How to use
+
+```python
+{usage_code(args, repo_id)}
+```
+
+{how}{trigger}
+
+## Training
+
+| setting | value |
+|---|---|
+{rows}
+
+Every flag is in `training_settings.json`.
+
+![training and held-out error over the steps](curves.png)
+
+## Licence
+
+{args.license}. The base model's licence and the rights in the training clips apply as well.
+
+## Citation
+
+```bibtex
+@article{{ltd2026,
+  title={{Latent Temporal Discrepancy as Motion Prior: A Loss-Weighting Strategy for Dynamic Fidelity in T2V}},
+  author={{Wu, Meiqi and Song, Bingze and Lin, Ruimin and Zhu, Chen and Feng, Xiaokun and Wu, Jiahong and Chu, Xiangxiang
+    and Huang, Kaiqi}},
+  journal={{arXiv preprint arXiv:2601.20504}},
+  year={{2026}}
+}}
+```
+""")
+
+
+def with_retries(call, *args, **kwargs):
+    """The Hub's passing faults (429, 5xx, a broken connection) are waited out, all others raised at once."""
+    for delay in (*RETRY_DELAYS, None):
+        try:
+            return call(*args, **kwargs)
+        except HUB_ERRORS as error:
+            fault = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+            status = fault.response.status_code if isinstance(fault, HfHubHTTPError) else 503
+            if delay is None or (status != 429 and status < 500):
+                raise
+            logger.warning(f"the Hub failed ({type(fault).__name__}, {status}); trying again in {delay} s")
+            time.sleep(delay)
+
+
+def create_hub_repo(args: argparse.Namespace) -> str:
+    """Before any time is spent: the repository exists and the token may write to it. Returns its full id."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        url = with_retries(huggingface_hub.create_repo, name, private=args.hub_private_repo or None, exist_ok=True)
+        with_retries(huggingface_hub.auth_check, url.repo_id, write=True)
+    except (*HUB_ERRORS, huggingface_hub.errors.LocalTokenNotFoundError) as error:
+        raise ValueError(
+            f"--push_to_hub: cannot write to {name} ({error}). Log in with `hf auth login`, or set HF_TOKEN to a token "
+            "with write access, and check --hub_model_id."
+        ) from error
+    return url.repo_id
+
+
+def publish(args: argparse.Namespace, repo_id: str, files: list[Path]) -> None:
+    """Upload a clean folder of just these files; on failure it stays, and the command that uploads it is printed."""
+    staging = Path(args.output_dir, "hub")
+    shutil.rmtree(staging, ignore_errors=True)
+    for file in files:
+        target = staging / file.relative_to(args.output_dir)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    try:
+        upload = {"repo_id": repo_id, "folder_path": staging, "commit_message": "Upload weights, card and samples"}
+        logger.info(f"published: {with_retries(huggingface_hub.upload_folder, **upload)}")
+    except HUB_ERRORS as error:
+        command = f"hf upload {repo_id} {shlex.quote(str(staging))} ."
+        raise RuntimeError(f"the upload failed ({error}). Nothing is lost; type: {command}") from error
+
+
+def finish(run: "Run", repo_id: str | None, facts: dict, args: argparse.Namespace) -> None:
+    """Final weights, card, settings and pictures in the output folder, and on the Hub if asked for."""
+    folder, step = Path(args.output_dir), run.state["step"]
+    if run.ema:
+        run.ema.copy_to(trainable(run.transformer))
+    save_weights(run.accelerator, run.transformer, folder, args)
+    if run.accelerator.is_main_process:
+        samples = sorted(folder.glob(f"samples/step-{step:06d}-*.mp4"), key=lambda path: int(path.stem.split("-")[2]))
+        plot_curves(folder)
+        settings = json.dumps(published_settings(args), indent=2, ensure_ascii=False)
+        (folder / "training_settings.json").write_text(settings + "\n", encoding="utf-8")
+        urls = [path.relative_to(folder).as_posix() for path in samples]
+        model_card(args, repo_id or folder.resolve().name, urls, facts).save(folder / "README.md")
+        lora = args.train_type == "lora"
+        weights = [folder / LORA_FILE, folder / COMFYUI_FILE] if lora else sorted(folder.glob("transformer/*"))
+        if repo_id:
+            others = [folder / name for name in ("README.md", "training_settings.json", "curves.png")]
+            publish(args, repo_id, [*weights, *others, *samples])
+    run.accelerator.wait_for_everyone()
+
+
+# --- The run ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What a run has once everything is loaded."""
+
+    accelerator: Accelerator
+    index: dict  # of the pipeline
+    captions: dict[str, str]  # caption -> file in the cache
+    dataset: LatentDataset
+    held_out: LatentDataset
+    thresholds: torch.Tensor
+    transformer: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    dataloader: torch.utils.data.DataLoader
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    ema: EMAModel | None
+    updates_per_epoch: int
+    max_steps: int
+    state: dict  # "step", "skipped_steps", "bad_steps" (skipped in a row): goes into checkpoints
+
+
+def build_accelerator(args: argparse.Namespace) -> Accelerator:
+    accumulation = GradientAccumulationPlugin(args.gradient_accumulation_steps, sync_with_dataloader=False)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_plugin=accumulation,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, "logs")),
+        step_scheduler_with_optimizer=False,  # the schedule counts updates, whatever the number of processes
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # ranks wait for each other's encoding
+    )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and accelerator.distributed_type != "FSDP":
+        raise ValueError(f"FSDP was asked for, but accelerate set up {accelerator.distributed_type}")
+    accelerator.register_save_state_pre_hook(leave_model_out)
+    accelerator.register_load_state_pre_hook(leave_model_out)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    for noisy in ("httpx", "httpx2", "accelerate.checkpointing", "accelerate.accelerator"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return accelerator
+
+
+def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> Run:
+    """Data, model, optimizer and schedule, prepared by accelerate."""
+    clips, held_out, captions = prepare_data(args, accelerator)
+    dataset, update = LatentDataset(clips, captions, args), samples_per_update(args, accelerator)
+    dataloader, updates_per_epoch = build_dataloader(dataset, args, update), len(dataset) // update
+    max_steps = args.max_train_steps or args.num_train_epochs * updates_per_epoch
+
+    set_seed(args.seed)
+    transformer = load_transformer(args)
+    if args.train_type == "lora":
+        add_lora(transformer, args)
+    if args.torch_compile:
+        transformer.compile_repeated_blocks()
+    transformer.to(accelerator.device)
+    optimizer = build_optimizer(transformer, args)
+    warmup = min(100, max_steps // 20) if args.lr_warmup_steps is None else args.lr_warmup_steps
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=max_steps)
+    prepared = accelerator.prepare(transformer, optimizer, dataloader, lr_scheduler)
+    ema = EMAModel(trainable(prepared[0]), decay=args.ema_decay) if args.use_ema else None
+    held_out, thresholds = LatentDataset(held_out, captions, args), motion_thresholds(clips).to(accelerator.device)
+    logger.info(
+        f"{len(dataset)} clips, {max_steps} updates of {update} clips, {updates_per_epoch} an epoch; "
+        f"{sum(p.numel() for p in trainable(transformer)):,} trainable parameters"
+    )
+    state = {"step": 0, "skipped_steps": 0, "bad_steps": 0}
+    loaded = (index, captions, dataset, held_out, thresholds)
+    return Run(accelerator, *loaded, *prepared, ema, updates_per_epoch, max_steps, state)
+
+
+def train(run: Run, args: argparse.Namespace) -> None:
+    """The loop over micro-batches, and once in a while a log line, a checkpoint, a look at held-out clips."""
+    accelerator, transformer, state = run.accelerator, run.transformer, run.state
+    bar = tqdm(total=run.max_steps, initial=state["step"], desc="training", disable=not accelerator.is_main_process)
+    skip = state["step"] % run.updates_per_epoch * args.gradient_accumulation_steps
+    rows, update, names, started = [], [], [], time.perf_counter()
+    for epoch in range(state["step"] // run.updates_per_epoch, math.ceil(run.max_steps / run.updates_per_epoch)):
+        run.dataset.set_epoch(epoch)
+        run.dataloader.set_epoch(epoch)
+        for batch in accelerator.skip_first_batches(run.dataloader, skip) if skip else run.dataloader:
+            torch.manual_seed(int(batch["seed"][0]))  # LoRA dropout: tied to the sample, like all that is random
+            with accelerator.accumulate(transformer):
+                loss, row = training_loss(transformer, batch, run.thresholds, args)
+                accelerator.backward(loss)
+                update, names = [*update, row], [*names, *batch["name"]]
+                if not accelerator.sync_gradients:
+                    continue
+                grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm or math.inf)
+                finite = bool(torch.isfinite(grad_norm))  # of averaged gradients: all ranks agree
+                if finite:
+                    run.optimizer.step()
+                run.lr_scheduler.step()
+                run.optimizer.zero_grad()
+
+            # once an update
+            state["step"] += 1
+            bar.update()
+            count_bad_step(state, finite, names)
+            if finite:
+                rows += update
+                if run.ema:
+                    run.ema.step(trainable(transformer))
+            update, names, last = [], [], state["step"] == run.max_steps
+            if rows and (state["step"] % args.logging_steps == 0 or last):
+                values = average_metrics(accelerator, rows) | {"grad_norm": float(grad_norm), "epoch": epoch}
+                seconds = (time.perf_counter() - started) / len(rows) * args.gradient_accumulation_steps
+                speed = {"seconds_per_step": seconds, "clips_per_second": samples_per_update(args, accelerator) / seconds}
+                values |= speed | {"lr": run.lr_scheduler.get_last_lr()[0], "skipped_steps": state["skipped_steps"]}
+                values["peak_memory_gib"] = peak_memory(accelerator.device)
+                log_metrics(accelerator, values, state["step"], args)
+                bar.set_postfix(loss=f"{values['loss']:.4f}", mse=f"{values['mse']:.4f}")
+                rows, started = [], time.perf_counter()
+            paused = time.perf_counter()
+            if state["step"] % args.checkpointing_steps == 0 or last:
+                save_checkpoint(run, args)
+            look(run, args)
+            started += time.perf_counter() - paused
+            if last:
+                return
+        skip = 0
+
+
+def count_bad_step(state: dict, finite: bool, names: list[str]) -> None:
+    """A step whose loss or gradient is not finite has been skipped on all ranks; too many in a row end the run."""
+    state["bad_steps"] = 0 if finite else state["bad_steps"] + 1
+    if finite:
+        return
+    state["skipped_steps"] += 1
+    names = ", ".join(gather_object(names))
+    logger.warning(f"step {state['step']} skipped: its loss or gradient is not finite; its clips: {names}")
+    if state["bad_steps"] == MAX_BAD_STEPS:
+        raise RuntimeError(f"{MAX_BAD_STEPS} steps in a row were not finite; clips of the last one: {names}")
+
+
+def look(run: Run, args: argparse.Namespace) -> None:
+    """Before the first step, every so many, and after the last: held-out errors and sample videos, by the EMA if any."""
+    step, last = run.state["step"], run.state["step"] == run.max_steps
+    evaluates = len(run.held_out) > 0 and (step % args.eval_steps == 0 or last)
+    samples = len(args.validation_prompt) > 0 and (step % args.validation_steps == 0 or last)
+    if run.ema:
+        run.ema.store(trainable(run.transformer))
+        run.ema.copy_to(trainable(run.transformer))
+    if evaluates:
+        values = evaluate(run.accelerator, run.transformer, run.held_out, run.thresholds, args)
+        log_metrics(run.accelerator, values, step, args)
+        logger.info(f"step {step}: held-out mse {values['val/mse']:.4f}")
+    if samples:
+        paths = sample_videos(run.accelerator, run.transformer, run.captions, run.index, step, args)
+        log_videos(run.accelerator, paths, step, args)
+    if run.ema:
+        run.ema.restore(trainable(run.transformer))
+
+
+def dry_run(run: Run, args: argparse.Namespace) -> None:
+    """One update, a LoRA round trip in memory, and a table of what the whole run would need."""
+    batch, model = next(iter(run.dataloader)), run.accelerator.unwrap_model(run.transformer, keep_torch_compile=False)
+    loss, row = training_loss(run.transformer, batch, run.thresholds, args)
+    run.accelerator.backward(loss)
+    run.optimizer.step()
+    if args.train_type == "lora":
+        lora = {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(model).items()}
+        loaded = WanPipeline.lora_state_dict(comfyui_state_dict({k: v.clone() for k, v in lora.items()}, args.lora_alpha))
+        for key in (k for k in lora if k.endswith("lora_A.weight")):
+            up, scale = key.replace("lora_A", "lora_B"), args.lora_alpha / args.rank
+            torch.testing.assert_close(loaded[up] @ loaded[key], scale * lora[up] @ lora[key])
+    rows, seen = open_dataset(args, args.dataset_split)[0], {c["path"] for c in run.dataset.clips + run.held_out.clips}
+    count = len(rows) if isinstance(rows, datasets.Dataset) else len(seen)
+    size = sum(Path(args.cache_dir, path).stat().st_size for path in seen) / len(seen) * count / 2**20
+    values, latents = average_metrics(run.accelerator, [row]), batch["latents"]
+    skipped = Path(args.output_dir, "skipped.jsonl")
+    table = {
+        "videos": f"{count}, of which {len(seen)} were tried; {len(run.dataset)} training clips",
+        "skipped": len(skipped.read_text().splitlines()) if skipped.is_file() else 0,
+        "captions": f"{sum(len(c['captions']) for c in run.dataset.clips)}, by now encoded",
+        "cache to expect": f"{size:.1f} MiB",
+        "trainable parameters": f"{sum(p.numel() for p in trainable(run.transformer)):,}",
+        "latents": f"{tuple(latents.shape[1:])}, mean {latents.mean():.3f}, std {latents.std():.3f}",
+        "tokens per clip": f"{latents[0, 0].numel() // math.prod(model.config.patch_size):,}",
+        "peak memory": f"{peak_memory(latents.device):.2f} GiB",
+        "base model's loss": f"{values['loss']:.4f}, mse {values['mse']:.4f}, on one batch",
+        "LoRA round trip": "passed" if args.train_type == "lora" else "not a LoRA",
+    }
+    if run.accelerator.is_main_process:
+        print("\n".join(f"{name:22}{value}" for name, value in table.items()))
+
+
+def main(args: argparse.Namespace) -> None:
+    # 1. What can be refused is refused before anything is paid for
+    accelerator = build_accelerator(args)
+    index = check_model(args)
+    publishes = args.push_to_hub and accelerator.is_main_process and not args.dry_run
+    repo_id = create_hub_repo(args) if publishes else None
+
+    # 2. Data, model, optimizer
+    run = set_up(args, accelerator, index)
+    if args.dry_run:
+        return dry_run(run, args)
+
+    # 3. Where a checkpoint stopped, or a first look at the untrained model
+    resume(run, args)
+    start_trackers(run, args)
+    started = time.perf_counter()
+    if run.state["step"] == 0:
+        look(run, args)
+
+    # 4. Train
+    if run.state["step"] < run.max_steps:
+        train(run, args)
+
+    # 5. Weights, card, Hub
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"{platform.machine()} CPU"
+    hours = (time.perf_counter() - started) / 3600
+    facts = {"clips": len(run.dataset), "steps": run.state["step"], "seed": args.seed}
+    facts["clips an update"] = samples_per_update(args, accelerator)
+    facts["hardware"] = f"{accelerator.num_processes} x {device}, {hours:.2f} h"
+    finish(run, repo_id, facts, args)
+    accelerator.end_training()
+    logger.info(f"done; look into {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main(parse_args())
