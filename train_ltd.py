@@ -1079,14 +1079,18 @@ def log_videos(accelerator: Accelerator, paths: list[Path], step: int, args: arg
 # --- Weights and checkpoints -----------------------------------------------------------------------------------------
 
 
-def comfyui_state_dict(state_dict: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
+def comfyui_state_dict(state_dict: dict[str, torch.Tensor], rank: int, alpha: float) -> dict[str, torch.Tensor]:
     """peft's keys in ComfyUI's dialect. Alpha is mandatory there: without it the scale is taken for 1."""
     converted = {}
     for key, value in state_dict.items():
+        in_block = key.startswith("blocks.")
+        if not in_block and ".lora_B." in key:
+            value = value * (alpha / rank)  # outside the blocks diffusers' converter refuses an alpha
         for name, original in COMFYUI_NAMES.items():
             key = key.replace(name, original)
         converted[f"diffusion_model.{key}"] = value
-        converted[f"diffusion_model.{key.split('.lora_')[0]}.alpha"] = torch.tensor(float(alpha))
+        if in_block:
+            converted[f"diffusion_model.{key.split('.lora_')[0]}.alpha"] = torch.tensor(float(alpha))
     return converted
 
 
@@ -1100,7 +1104,7 @@ def save_weights(accelerator: Accelerator, transformer: torch.nn.Module, folder:
     if args.train_type == "lora":
         lora = {k: v.cpu().contiguous() for k, v in get_peft_model_state_dict(model, state_dict=state_dict).items()}
         WanPipeline.save_lora_weights(folder, lora, **_collate_lora_metadata({"transformer": model}))
-        save_file(comfyui_state_dict(lora, args.lora_alpha), folder / COMFYUI_FILE, {"format": "pt"})
+        save_file(comfyui_state_dict(lora, args.rank, args.lora_alpha), folder / COMFYUI_FILE, {"format": "pt"})
     else:
         with torch.device("meta"):
             copy = WanTransformer3DModel.from_config({k: v for k, v in model.config.items() if k != "_name_or_path"})
@@ -1290,7 +1294,7 @@ def model_card(args: argparse.Namespace, repo_id: str, samples: list[str], facts
         "instance_prompt": args.trigger_word if lora else None,
         "tags": ["text-to-video", "diffusers-training", "diffusers", "wan", "wan-diffusers", "ltd"]
         + ["lora", "template:sd-lora"] * lora,
-        "widget": [{"text": p, "output": {"url": s}} for p, s in zip(args.validation_prompt, samples, strict=True)],
+        "widget": [{"text": p, "output": {"url": s}} for p, s in zip(args.validation_prompt, samples, strict=False)],
     }
     names = ("pretrained_model_name_or_path", "transformer_path", "init_lora")
     weight = f"1 + ln(e + {args.ltd_scale:g} D), window {args.ltd_window}{', normalised' * args.ltd_normalize}"
@@ -1480,6 +1484,9 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> R
         add_lora(transformer, args)
     if args.torch_compile:
         transformer.compile_repeated_blocks()
+    for parameter in transformer.parameters():
+        # A copy also on a CPU: memory-mapped weights are unaligned, and then round otherwise than what DDP aligns.
+        parameter.data = parameter.data.to(accelerator.device, copy=True)
     transformer.to(accelerator.device)
     optimizer = build_optimizer(transformer, args)
     warmup = min(100, max_steps // 20) if args.lr_warmup_steps is None else args.lr_warmup_steps
@@ -1587,10 +1594,12 @@ def dry_run(run: Run, args: argparse.Namespace) -> None:
     run.optimizer.step()
     if args.train_type == "lora":
         lora = {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(model).items()}
-        loaded = WanPipeline.lora_state_dict(comfyui_state_dict({k: v.clone() for k, v in lora.items()}, args.lora_alpha))
-        for key in (k for k in lora if k.endswith("lora_A.weight")):
-            up, scale = key.replace("lora_A", "lora_B"), args.lora_alpha / args.rank
-            torch.testing.assert_close(loaded[up] @ loaded[key], scale * lora[up] @ lora[key])
+        copy = {k: v.clone() for k, v in comfyui_state_dict(lora, args.rank, args.lora_alpha).items()}
+        loaded, scale = WanPipeline.lora_state_dict(copy), args.lora_alpha / args.rank
+        for down in (k for k in lora if k.endswith("lora_A.weight")):
+            up = down.replace("lora_A", "lora_B")
+            product = loaded[f"transformer.{up}"] @ loaded[f"transformer.{down}"]
+            torch.testing.assert_close(product, scale * lora[up] @ lora[down])
     rows, seen = open_dataset(args, args.dataset_split)[0], {c["path"] for c in run.dataset.clips + run.held_out.clips}
     count = len(rows) if isinstance(rows, datasets.Dataset) else len(seen)
     size = sum(Path(args.cache_dir, path).stat().st_size for path in seen) / len(seen) * count / 2**20
