@@ -47,26 +47,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
 from accelerate.logging import get_logger
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    gather_object,
-    set_seed,
-)
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, gather_object, set_seed
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from diffusers.training_utils import (
-    EMAModel,
-    _collate_lora_metadata,
-    cast_training_params,
-    compute_density_for_timestep_sampling,
-    free_memory,
-)
+from diffusers.training_utils import EMAModel, _collate_lora_metadata, cast_training_params, free_memory
+from diffusers.training_utils import compute_density_for_timestep_sampling as sample_density
 from diffusers.utils import check_min_version, export_to_video
 from diffusers.video_processor import VideoProcessor
 from huggingface_hub import ModelCard, ModelCardData
@@ -83,20 +71,19 @@ logger = get_logger(__name__)
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "lora_comfyui.safetensors"
-COMFYUI_NAMES = {  # diffusers' module names -> those of the original Wan code, which ComfyUI expects
-    "attn1.to_out.0": "self_attn.o",
-    "attn1.to_": "self_attn.",
-    "attn2.to_out.0": "cross_attn.o",
-    "attn2.to_": "cross_attn.",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
+# diffusers' module names -> those of the original Wan code, which ComfyUI expects
+# fmt: off
+COMFYUI_NAMES = {
+    "attn1.to_out.0": "self_attn.o", "attn1.to_": "self_attn.",
+    "attn2.to_out.0": "cross_attn.o", "attn2.to_": "cross_attn.",
+    "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2", "proj_out": "head.head",
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
     "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
     "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "proj_out": "head.head",
+    "condition_embedder.time_proj": "time_projection.1",
 }
+# fmt: on
 MAX_SEQUENCE_LENGTH = 512  # what WanPipeline.__call__ pads to; encode_prompt's own default is 226
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -125,10 +112,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", help="YAML file with any of the flags below; the command line overrides it")
 
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", help="Wan T2V: folder or Hub id")
+    add("--pretrained_model_name_or_path", default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", help="folder or Hub id")
     add("--revision", help="branch, tag or commit of it on the Hub")
     add("--variant", help="variant of its weight files, such as fp16")
-    add("--transformer_path", help="other transformer: diffusers folder, Hub id, or a .safetensors in original Wan keys")
+    add("--transformer_path", help="other transformer: diffusers folder, Hub id, .safetensors in original Wan keys")
     add("--init_lora", help="go on training this LoRA (file, folder or Hub id; diffusers or ComfyUI keys)")
     add("--train_type", choices=["lora", "full"], default="lora", help="train an adapter, or all weights of the DiT")
     add("--rank", type=int, help="LoRA rank (default: 32, enough for motion; 14B in a file of 310 MB)")
@@ -156,7 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--validation_split", help="held-out clips: a fraction of the videos such as 0.1, or the name of a split")
     add("--cache_dir", help="encoded clips and captions, reusable by other runs (default: OUTPUT_DIR/cache)")
     add("--cache_dtype", choices=["float16", "float32"], default="float16", help="precision of the cache")
-    add("--skip_vae_check", action=switch, default=False, help="accept an untrained VAE, which cannot reproduce a clip")
+    add("--skip_vae_check", action=switch, default=False, help="accept a VAE that cannot reproduce a clip")
     add("--min_ltd", type=float, help="drop clips whose mean LTD is below this")
     add("--max_ltd", type=float, help="drop clips whose mean LTD is above this")
     add("--drop_cuts", action=switch, default=False, help="drop clips in which a hard cut is suspected")
@@ -188,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adam_weight_decay", type=float, default=1e-2, help="decoupled weight decay")
     add("--adam_epsilon", type=float, default=1e-8, help="epsilon of AdamW")
     add("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm, 0 = never; LTD doubles the norm")
-    add("--gradient_checkpointing", action=switch, default=True, help="recompute activations: slower, but 81 frames fit")
+    add("--gradient_checkpointing", action=switch, default=True, help="recompute activations: slow, but 81 frames fit")
     add("--mixed_precision", choices=["no", "bf16"], help="default: bf16 on a GPU, no on a CPU")
     add("--torch_compile", action=switch, default=False, help="compile the transformer's repeated block")
     add("--use_ema", action=switch, default=False, help="keep, validate and publish an average of the weights")
@@ -211,7 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--logging_steps", type=int, default=10, help="log every so many updates")
     add("--report_to", choices=["tensorboard", "wandb", "trackio", "none"], default="tensorboard", help="tracker")
     add("--tracker_project_name", default="ltd-wan", help="project in the tracker")
-    add("--dry_run", action=switch, default=False, help="a few clips, one update, a LoRA round trip, a table; then stop")
+    add("--dry_run", action=switch, default=False, help="a few clips, one update, a LoRA round trip, a table")
 
     add = parser.add_argument_group("Hub (log in with `hf auth login` or HF_TOKEN)").add_argument
     add("--push_to_hub", action=switch, default=False, help="create the repository first, upload to it at the end")
@@ -276,55 +263,47 @@ def recipe_flags(path: str, parser: argparse.ArgumentParser, command_line: list[
 
 def find_problems(args: argparse.Namespace) -> list[str]:
     """Everything wrong with the flags, each with its remedy; looks at files, packages and the GPU, loads nothing."""
-    values, path = vars(args), args.transformer_path
+    values, path, folder = vars(args), args.transformer_path, args.resume_from_checkpoint
     positive = """rank lora_alpha fps clips_per_video logit_std flow_shift train_batch_size gradient_accumulation_steps
         num_train_epochs max_train_steps learning_rate checkpointing_steps checkpoints_total_limit eval_steps
         max_eval_clips validation_steps validation_num_inference_steps logging_steps""".split()
     not_negative = "ltd_scale max_grad_norm lr_warmup_steps dataloader_num_workers adam_weight_decay".split()
     shares = "lora_dropout max_skipped caption_dropout ema_decay adam_beta1 adam_beta2".split()
-    problems = [f"--{k} must be positive, got {values[k]}" for k in positive if values[k] and not values[k] > 0]
-    problems += [f"--{k} must be positive, got 0" for k in positive if values[k] == 0]
-    problems += [f"--{k} must not be negative, got {values[k]}" for k in not_negative if not (values[k] or 0) >= 0]
-    problems += [f"--{k} must lie in [0, 1], got {values[k]}" for k in shares if not 0 <= values[k] <= 1]
-    for flag in ("height", "width"):
-        if values[flag] < 16 or values[flag] % 16:
-            near = max(16, round(values[flag] / 16) * 16)
-            problems.append(f"--{flag} must be a multiple of 16, got {values[flag]}; try {near}")
-    if args.num_frames < 1 or args.num_frames % 4 != 1:
-        near = max(1, round((args.num_frames - 1) / 4) * 4 + 1)
-        problems.append(f"--num_frames must be 4k+1 (the VAE would drop the rest), got {args.num_frames}; try {near}")
-    if args.ltd_window < 2:
-        problems.append(f"--ltd_window must be at least 2 (a smaller one holds no frame pair), got {args.ltd_window}")
-    if (args.dataset_name is None) == (args.train_data_dir is None):
-        problems.append("give one of --dataset_name and --train_data_dir")
-    if args.train_data_dir and not Path(args.train_data_dir).exists():
-        problems.append(f"--train_data_dir {args.train_data_dir} does not exist")
-    if args.streaming and not args.dataset_name:
-        problems.append("--streaming goes with --dataset_name; a local folder needs none")
-    if isinstance(args.validation_split, float) and not 0 < args.validation_split < 1:
-        problems.append(f"--validation_split must be between 0 and 1, or a split's name, got {args.validation_split}")
-    if args.min_ltd is not None and args.max_ltd is not None and args.min_ltd > args.max_ltd:
-        problems.append(f"--min_ltd {args.min_ltd} is above --max_ltd {args.max_ltd}")
-    if not 0 <= args.min_sigma < args.max_sigma <= 1:
-        problems.append(f"--min_sigma {args.min_sigma} and --max_sigma {args.max_sigma} must be 0 <= min < max <= 1")
-    elif not problems and len(sigmas_in_range(args, torch.Generator().manual_seed(0))) < 0.02 * SIGMA_DRAWS:
-        problems.append("--min_sigma and --max_sigma leave under 2 % of the timesteps; widen them, or use --flow_shift")
-    if args.train_type == "full" and args.init_lora:
-        problems.append("--init_lora goes with --train_type lora")
-    if path and path.endswith(".safetensors") and not Path(path).is_file():
-        problems.append(f"--transformer_path {path} does not exist")
-    if (folder := args.resume_from_checkpoint) not in (None, "latest") and not Path(folder, "settings.json").is_file():
-        problems.append(f"--resume_from_checkpoint {folder} is not a complete checkpoint (it has no settings.json)")
+    near = {k: max(16, round(values[k] / 16) * 16) for k in ("height", "width")}
+    frames = max(1, round((args.num_frames - 1) / 4) * 4 + 1)
+    window, split = args.ltd_window, args.validation_split
+    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "adamw8bit": "bitsandbytes"}
+    needed = {values[flag]: packages.get(values[flag]) for flag in ("report_to", "optimizer")}
+    no_bf16 = args.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False)
+    checks = [
+        *((values[k] is not None and not values[k] > 0, f"--{k} must be positive, got {values[k]}") for k in positive),
+        *((not (values[k] or 0) >= 0, f"--{k} must not be negative, got {values[k]}") for k in not_negative),
+        *((not 0 <= values[k] <= 1, f"--{k} must lie in [0, 1], got {values[k]}") for k in shares),
+        *((values[k] != near[k], f"--{k} must be a multiple of 16, got {values[k]}; try {near[k]}") for k in near),
+        (args.num_frames != frames, f"--num_frames must be 4k+1, got {args.num_frames}; try {frames}"),
+        (window < 2, f"--ltd_window must be at least 2 (a smaller one holds no frame pair), got {window}"),
+        (bool(args.dataset_name) == bool(args.train_data_dir), "give one of --dataset_name and --train_data_dir"),
+        (not os.path.exists(args.train_data_dir or "."), f"--train_data_dir {args.train_data_dir} does not exist"),
+        (args.streaming and not args.dataset_name, "--streaming goes with --dataset_name; a local folder needs none"),
+        (isinstance(split, float) and not 0 < split < 1, f"--validation_split must be in (0, 1), got {split}"),
+        ((args.min_ltd or 0) > (args.max_ltd or math.inf), "--min_ltd must not be above --max_ltd"),
+        (not 0 <= args.min_sigma < args.max_sigma <= 1, "--min_sigma and --max_sigma must be 0 <= min < max <= 1"),
+        (args.train_type == "full" and args.init_lora, "--init_lora goes with --train_type lora"),
+        ((path or "").endswith("tensors") and not os.path.isfile(path), f"--transformer_path {path} does not exist"),
+        (
+            folder not in (None, "latest") and not Path(folder, "settings.json").is_file(),
+            f"--resume_from_checkpoint {folder} is not a complete checkpoint (it has no settings.json)",
+        ),
+        *((k and not importlib.util.find_spec(k), f"{v} needs a package: pip install {k}") for v, k in needed.items()),
+        (no_bf16, "--mixed_precision bf16: this GPU has no bf16; use no"),
+    ]
+    problems = [message for wrong, message in checks if wrong]
+    if not problems and len(sigmas_in_range(args, torch.Generator().manual_seed(0))) < 0.02 * SIGMA_DRAWS:
+        problems.append("--min_sigma, --max_sigma leave under 2 % of the timesteps: widen them, or use --flow_shift")
     try:
         validate_repo_id(args.hub_model_id or "default")
     except HFValidationError as error:
         problems.append(f"--hub_model_id: {error}")
-    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "adamw8bit": "bitsandbytes"}
-    for flag in ("report_to", "optimizer"):
-        if (package := packages.get(values[flag])) and importlib.util.find_spec(package) is None:
-            problems.append(f"--{flag} {values[flag]} needs a package: pip install {package}")
-    if args.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
-        problems.append("--mixed_precision bf16: this GPU has no bf16; use no")
     return problems
 
 
@@ -355,8 +334,8 @@ def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset
     if local.is_dir() and any(local.rglob("*.txt")):
         return pair_clips_with_captions(local), local
     name = str(local) if local.is_dir() else args.dataset_name
-    revision, streaming = args.dataset_revision, args.streaming
-    dataset = datasets.load_dataset(name, args.dataset_config_name, split=split, revision=revision, streaming=streaming)
+    kwargs = {"split": split, "revision": args.dataset_revision, "streaming": args.streaming}
+    dataset = datasets.load_dataset(name, args.dataset_config_name, **kwargs)
     return select_columns(dataset, args), local
 
 
@@ -605,7 +584,7 @@ def cache_videos(args: argparse.Namespace, accelerator: Accelerator, split: str,
 
 
 def cache_video(row: dict, name: str, folder: Path, key: str, vae: AutoencoderKLWan | None, args, device) -> tuple:
-    """One row: found in the cache, encoded, or skipped. Returns it and the VAE, which the first that needs it loads."""
+    """One row: found in the cache, encoded, or skipped. Returns it, and the VAE once the first has needed it."""
     value, captions = row["video"], row["text"] if isinstance(row["text"], list) else [row["text"]]
     path = value.get("path") if isinstance(value, dict) else value
     captions = [with_trigger(args, "" if c is None else str(c)) for c in captions or [""]]
@@ -638,13 +617,14 @@ def cache_video(row: dict, name: str, folder: Path, key: str, vae: AutoencoderKL
 @torch.no_grad()
 def cache_captions(args: argparse.Namespace, accelerator: Accelerator, captions: set[str]) -> tuple[dict, int]:
     """Encode each caption that is not in the cache yet. Returns caption -> file, and how many were encoded now."""
-    base, dtype = args.pretrained_model_name_or_path, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     key = digest(model_identity(args, "text_encoder", "tokenizer"), str(dtype), args.cache_dtype)
     files = {c: f"text/{digest(key, c)}.safetensors" for c in sorted(captions)}
     missing = [c for c in files if not Path(args.cache_dir, files[c]).is_file()]
     accelerator.wait_for_everyone()  # every rank has looked before any writes
     if missing:
-        kwargs = {"revision": args.revision, "variant": args.variant, "dtype": dtype}
+        base, kwargs = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
+        kwargs |= {"dtype": dtype}
         pipeline = WanPipeline.from_pretrained(base, transformer=None, vae=None, **kwargs).to(accelerator.device)
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         for caption in tqdm(mine, desc="caching captions", disable=not accelerator.is_main_process):
@@ -664,8 +644,9 @@ def usable_videos(args: argparse.Namespace, accelerator: Accelerator, videos: li
     """Those that were not skipped; the others go to `skipped.jsonl`. Refuses to go on with too few."""
     skipped = [v for v in videos if "reason" in v]
     if accelerator.is_main_process and skipped:
+        rows = [json.dumps({"file": v["file"], "reason": v["reason"]}, ensure_ascii=False) for v in skipped]
         with open(Path(args.output_dir, "skipped.jsonl"), "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({k: v[k] for k in ("file", "reason")}, ensure_ascii=False) + "\n" for v in skipped)
+            file.write("\n".join(rows) + "\n")
     if skipped:
         logger.warning(f"{len(skipped)} of {len(videos)} videos were skipped; see skipped.jsonl")
     if len(skipped) == len(videos) or len(skipped) > args.max_skipped * len(videos):
@@ -695,7 +676,8 @@ def select_clips(args: argparse.Namespace, videos: list[dict]) -> list[dict]:
         windows = range(len(video["statistics"]["ltd"]))
         for window in windows:
             clip = {"name": video["file"] + (f"#{window}" if len(windows) > 1 else ""), "window": window}
-            clip |= {k: video[k] for k in ("path", "captions")} | {k: v[window] for k, v in video["statistics"].items()}
+            clip |= {k: v[window] for k, v in video["statistics"].items()}
+            clip |= {"path": video["path"], "captions": video["captions"]}
             gaps = sorted(clip["gaps"][1:])  # a causal VAE inflates the first: latent frame 0 is one picture, not four
             cut = len(gaps) > 2 and gaps[-1] > CUT_RATIO * gaps[len(gaps) // 2]
             if cut:
@@ -725,8 +707,8 @@ def prepare_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[li
     new_videos = sum(v["encoded"] for v in videos + held_out)
     size = sum(Path(args.cache_dir, v["path"]).stat().st_size for v in videos + held_out)
     logger.info(
-        f"cache: {len(videos)} training and {len(held_out)} held-out videos, {size / 2**20:.1f} MiB in {args.cache_dir}; "
-        f"encoded now: {new_videos} videos, {new_captions} captions"
+        f"cache: {len(videos)} training and {len(held_out)} held-out videos, {size / 2**20:.1f} MiB in "
+        f"{args.cache_dir}; encoded now: {new_videos} videos, {new_captions} captions"
     )
     if not new_videos and not new_captions:
         logger.info("warm start: neither the VAE nor the text encoder was loaded")
@@ -768,7 +750,7 @@ def sample_seed(*parts: int | str) -> int:
 def sigmas_in_range(args: argparse.Namespace, generator: torch.Generator) -> torch.Tensor:
     """Draws from the shifted density of timesteps, truncated to `--min_sigma` .. `--max_sigma`."""
     density = (args.weighting_scheme, SIGMA_DRAWS, args.logit_mean, args.logit_std)
-    u = compute_density_for_timestep_sampling(*density, generator=generator)
+    u = sample_density(*density, generator=generator)
     sigmas = args.flow_shift * u / (1 + (args.flow_shift - 1) * u)
     return sigmas[(sigmas >= args.min_sigma) & (sigmas <= args.max_sigma)]
 
@@ -818,8 +800,8 @@ def build_dataloader(dataset: LatentDataset, args: argparse.Namespace, update: i
     """Shuffled by seed and epoch. An epoch is cut to whole updates, so that no sample counts twice."""
     if len(dataset) < update:
         raise ValueError(
-            f"{len(dataset)} clips are fewer than the {update} of one update: lower --train_batch_size "
-            f"{args.train_batch_size}, --gradient_accumulation_steps {args.gradient_accumulation_steps} or the processes"
+            f"{len(dataset)} clips are fewer than the {update} of one update; lower --train_batch_size "
+            f"{args.train_batch_size}, --gradient_accumulation_steps or the number of processes"
         )
     sampler = torch.utils.data.RandomSampler(dataset, num_samples=len(dataset) // update * update)
     kwargs = {"num_workers": args.dataloader_num_workers, "pin_memory": torch.cuda.is_available()}
@@ -879,7 +861,7 @@ def load_transformer(args: argparse.Namespace) -> WanTransformer3DModel:
 
 
 def add_lora(transformer: WanTransformer3DModel, args: argparse.Namespace) -> None:
-    """An adapter in float32, fresh or that of `--init_lora`; settles `args.rank`, `.lora_alpha`, `.lora_target_modules`."""
+    """An adapter in float32, fresh or that of `--init_lora`; settles rank, alpha and targets in `args`."""
     state_dict = {}
     if args.init_lora:
         state_dict, found = read_lora(args.init_lora)
@@ -953,7 +935,7 @@ LOSS_WEIGHTS = {"ltd": ltd_weight, "mse": mse_weight}
 
 
 def flow_matching_error(transformer: torch.nn.Module, batch: dict) -> torch.Tensor:
-    """Squared error of the predicted flow `noise - latents`, `(B, C, F, H, W)` float32, at `batch["sigmas"]` `(B,)`."""
+    """Squared error of the predicted flow `noise - latents` at `batch["sigmas"]` `(B,)`: `(B, C, F, H, W)` float32."""
     sigmas = batch["sigmas"].view(-1, 1, 1, 1, 1)
     noisy_latents = (1 - sigmas) * batch["latents"] + sigmas * batch["noise"]
     target = batch["noise"] - batch["latents"]
@@ -1026,7 +1008,7 @@ def evaluate(accelerator, transformer, dataset: LatentDataset, thresholds, args)
 
 @torch.no_grad()
 def sample_videos(accelerator, transformer, captions: dict[str, str], index: dict, step: int, args) -> list[Path]:
-    """One mp4 a prompt by the stock pipeline and its own scheduler, around the live transformer; shared by the ranks."""
+    """One mp4 a prompt, by the stock pipeline and its own scheduler around the live transformer; ranks share them."""
     texts = {t: load_prompt(args, captions[t])[None].to(accelerator.device) for t in args.validation_prompt}
     negative = load_prompt(args, captions[args.validation_negative_prompt])[None].to(accelerator.device)
     base, scheduler = args.pretrained_model_name_or_path, getattr(diffusers, index["scheduler"][1])
@@ -1129,8 +1111,9 @@ def leave_model_out(models: list, weights_or_folder: list | str, folder: str | N
 def resume_settings(run: "Run", args: argparse.Namespace) -> dict:
     """What a checkpoint and the run that resumes it must agree on."""
     settings = {"clips": len(run.dataset), "samples_per_update": samples_per_update(args, run.accelerator)}
-    names = ("train_type", "seed", "use_ema", "rank", "lora_alpha", "lora_target_modules")
-    return settings | {k: getattr(args, k) for k in names if args.train_type == "lora" or ("lora" not in k and k != "rank")}
+    names = ["train_type", "seed", "use_ema"]
+    names += ["rank", "lora_alpha", "lora_target_modules"] if args.train_type == "lora" else []
+    return settings | {name: getattr(args, name) for name in names}
 
 
 def list_checkpoints(output_dir: str) -> list[Path]:
@@ -1176,8 +1159,9 @@ def resume(run: "Run", args: argparse.Namespace) -> None:
             logger.warning(f"no checkpoint in {args.output_dir} to resume from: starting afresh")
         return
     saved = json.loads(Path(folder, "settings.json").read_text())
-    there, now = saved["settings"], resume_settings(run, args)
-    if odd := [f"{k} {there.get(k)} there, {now.get(k)} here" for k in sorted(there | now) if there.get(k) != now.get(k)]:
+    there, here = saved["settings"], resume_settings(run, args)
+    odd = [k for k in sorted(there | here) if there.get(k) != here.get(k)]
+    if odd := [f"{k} {there.get(k)} there, {here.get(k)} here" for k in odd]:
         raise ValueError(f"--resume_from_checkpoint {folder} was made with other settings: {'; '.join(odd)}")
     run.state = saved["state"]
     if run.ema:
@@ -1194,12 +1178,13 @@ def resume(run: "Run", args: argparse.Namespace) -> None:
 
 def start_trackers(run: "Run", args: argparse.Namespace) -> None:
     """A resumed run continues its tracker's run. `metrics.jsonl` holds the same numbers, for the card's picture."""
-    step, metrics, name_file = run.state["step"], Path(args.output_dir, "metrics.jsonl"), Path(args.output_dir, "run.txt")
+    step, folder = run.state["step"], Path(args.output_dir)
+    metrics, name_file = folder / "metrics.jsonl", folder / "run.txt"
     if run.accelerator.is_main_process:
         lines = metrics.read_text().splitlines() if step and metrics.is_file() else []
         metrics.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
         if not step or not name_file.is_file():
-            name_file.write_text(f"{Path(args.output_dir).resolve().name}-{int(time.time())}")
+            name_file.write_text(f"{folder.resolve().name}-{int(time.time())}")
     run.accelerator.wait_for_everyone()
     name = {"name": name_file.read_text(), "resume": "allow"}
     kwargs = {"wandb": name | {"id": name["name"]}, "trackio": name, "tensorboard": {"purge_step": step + 1}}
@@ -1253,19 +1238,18 @@ def published_settings(args: argparse.Namespace) -> dict:
 def usage_code(args: argparse.Namespace, repo_id: str) -> str:
     """Python that samples from the published weights; a test runs it."""
     settings, lora = published_settings(args), args.train_type == "lora"
-    base, other = settings["pretrained_model_name_or_path"], settings["transformer_path"]
-    source = f'("{other}", ' if lora else f'("{repo_id}", subfolder="transformer", '
-    single = 'from_single_file("{other}", config=base, subfolder="transformer", '
-    loader = single.format(other=other) if lora and other and other.endswith(".safetensors") else "from_pretrained" + source
-    transformer = f"transformer = WanTransformer3DModel.{loader}dtype=torch.bfloat16)\n" if other or not lora else ""
-    prompt = args.validation_prompt[0] if args.validation_prompt else args.trigger_word or "a dog runs over the grass"
+    own, prompt = settings["transformer_path"], (args.validation_prompt or [args.trigger_word or "a dog runs"])[0]
+    load = f'from_pretrained("{own}"' if lora else f'from_pretrained("{repo_id}", subfolder="transformer"'
+    if lora and own and own.endswith(".safetensors"):
+        load = f'from_single_file("{own}", config=base, subfolder="transformer"'
+    load = f"transformer = WanTransformer3DModel.{load}, dtype=torch.bfloat16)\n" if own or not lora else ""
     return f"""import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.utils import export_to_video
 
-base = {json.dumps(base)}
+base = {json.dumps(settings["pretrained_model_name_or_path"])}
 vae = AutoencoderKLWan.from_pretrained(base, subfolder="vae", dtype=torch.float32)
-{transformer}pipe = WanPipeline.from_pretrained(base, vae=vae, {"transformer=transformer, " * bool(transformer)}dtype=torch.bfloat16)
+{load}pipe = WanPipeline.from_pretrained(base, vae=vae{", transformer=transformer" * bool(load)}, dtype=torch.bfloat16)
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 {f'pipe.load_lora_weights("{repo_id}")' if lora else ""}
 video = pipe(
@@ -1282,46 +1266,47 @@ export_to_video(video, "output.mp4", fps={args.fps:g})"""
 def model_card(args: argparse.Namespace, repo_id: str, samples: list[str], facts: dict) -> ModelCard:
     """Front matter by `ModelCardData`; a body with working code, the settings and the held-out curves."""
     lora, settings, dataset = args.train_type == "lora", published_settings(args), hub_id(args.dataset_name)
+    names = ("pretrained_model_name_or_path", "transformer_path", "init_lora")
     bases = [hub_id(name) for name in (args.transformer_path or args.pretrained_model_name_or_path, args.init_lora)]
     bases = [name for name in bases if name]
-    front = {
-        "base_model": bases if len(bases) > 1 else next(iter(bases), None),
-        "base_model_relation": ("adapter" if lora else "finetune") if bases else None,
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-video",
-        "license": args.license,
-        "datasets": [dataset] if dataset else None,
-        "instance_prompt": args.trigger_word if lora else None,
-        "tags": ["text-to-video", "diffusers-training", "diffusers", "wan", "wan-diffusers", "ltd"]
-        + ["lora", "template:sd-lora"] * lora,
-        "widget": [{"text": p, "output": {"url": s}} for p, s in zip(args.validation_prompt, samples, strict=False)],
-    }
-    names = ("pretrained_model_name_or_path", "transformer_path", "init_lora")
+    tags = ["text-to-video", "diffusers-training", "diffusers", "wan", "wan-diffusers", "ltd"]
+    widget = [{"text": p, "output": {"url": s}} for p, s in zip(args.validation_prompt, samples, strict=False)]
+    front = ModelCardData(
+        base_model=bases if len(bases) > 1 else next(iter(bases), None),
+        base_model_relation=("adapter" if lora else "finetune") if bases else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-video",
+        license=args.license,
+        datasets=[dataset] if dataset else None,
+        instance_prompt=args.trigger_word if lora else None,
+        tags=tags + ["lora", "template:sd-lora"] * lora,
+        widget=widget or None,
+    )
     weight = f"1 + ln(e + {args.ltd_scale:g} D), window {args.ltd_window}{', normalised' * args.ltd_normalize}"
+    sigma = f"sigma {args.min_sigma:g} to {args.max_sigma:g}"
     table = {
         "base": " + ".join(settings[name] for name in names if settings[name]),
         "trained": f"LoRA, rank {args.rank}, alpha {args.lora_alpha:g}" if lora else "all weights of the DiT",
         "dataset": dataset or "local clips",
         "clip": f"{args.width} x {args.height}, {args.num_frames} frames at {args.fps:g} fps",
         "loss weight": weight if args.loss == "ltd" else args.loss,
-        "timesteps": f"{args.weighting_scheme}, shift {args.flow_shift:g}, sigma {args.min_sigma:g}-{args.max_sigma:g}",
+        "timesteps": f"{args.weighting_scheme}, shift {args.flow_shift:g}, {sigma}",
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}, {args.optimizer}, {args.mixed_precision}",
         **facts,
         "libraries": ", ".join(f"{m.__name__} {m.__version__}" for m in (diffusers, transformers, torch)),
     }
-    how = f"For ComfyUI, put `{COMFYUI_FILE}` into `models/loras`." if lora else "This is the transformer alone."
-    trigger = f"\n\nPut `{args.trigger_word}` before the prompt." if args.trigger_word else ""
     rows = "\n".join(f"| {k} | {v} |" for k, v in table.items())
-    front = ModelCardData(**{k: v for k, v in front.items() if v}).to_yaml()
+    how = f"For ComfyUI, put `{COMFYUI_FILE}` into `models/loras`." if lora else "This is the transformer alone."
+    ltd = "[Latent Temporal Discrepancy](https://huggingface.co/papers/2601.20504)"
+    loss = f"The squared error of each voxel was weighted by its motion, the {ltd} of the clip." * (args.loss == "ltd")
+    trigger = f"\n\nPut `{args.trigger_word}` before the prompt." if args.trigger_word else ""
     return ModelCard(f"""---
-{front}
+{front.to_yaml()}
 ---
 
 # {repo_id.split("/")[-1]}
 
-{"A LoRA for" if lora else "A fine-tune of"} Wan text-to-video, trained with `train_ltd.py`. With the loss weight `ltd`,
-the squared error of each latent voxel is weighted by its motion, the
-[Latent Temporal Discrepancy](https://huggingface.co/papers/2601.20504) of the clip.
+{"A LoRA for" if lora else "A fine-tune of"} Wan text-to-video, trained with `train_ltd.py`. {loss}
 
 {"<Gallery />" * bool(samples)}
 
@@ -1339,21 +1324,16 @@ the squared error of each latent voxel is weighted by its motion, the
 |---|---|
 {rows}
 
-Every flag is in `training_settings.json`.
+Every flag is in `training_settings.json`. The base model's licence and the rights in the clips apply as well.
 
 ![training and held-out error over the steps](curves.png)
-
-## Licence
-
-{args.license}. The base model's licence and the rights in the training clips apply as well.
 
 ## Citation
 
 ```bibtex
-@article{{ltd2026,
-  title={{Latent Temporal Discrepancy as Motion Prior: A Loss-Weighting Strategy for Dynamic Fidelity in T2V}},
-  author={{Wu, Meiqi and Song, Bingze and Lin, Ruimin and Zhu, Chen and Feng, Xiaokun and Wu, Jiahong and Chu, Xiangxiang
-    and Huang, Kaiqi}},
+@article{{wu2026ltd,
+  title={{Latent Temporal Discrepancy as Motion Prior}},
+  author={{Wu, Meiqi and Song, Bingze and Lin, Ruimin and Zhu, Chen and Feng, Xiaokun and Wu, Jiahong and others}},
   journal={{arXiv preprint arXiv:2601.20504}},
   year={{2026}}
 }}
@@ -1383,8 +1363,8 @@ def create_hub_repo(args: argparse.Namespace) -> str:
         with_retries(huggingface_hub.auth_check, url.repo_id, write=True)
     except (*HUB_ERRORS, huggingface_hub.errors.LocalTokenNotFoundError) as error:
         raise ValueError(
-            f"--push_to_hub: cannot write to {name} ({error}). Log in with `hf auth login`, or set HF_TOKEN to a token "
-            "with write access, and check --hub_model_id."
+            f"--push_to_hub: cannot write to {name} ({error}). Log in with `hf auth login`, or set HF_TOKEN to a "
+            "token with write access, and check --hub_model_id."
         ) from error
     return url.repo_id
 
@@ -1539,8 +1519,9 @@ def train(run: Run, args: argparse.Namespace) -> None:
             if rows and (state["step"] % args.logging_steps == 0 or last):
                 values = average_metrics(accelerator, rows) | {"grad_norm": float(grad_norm), "epoch": epoch}
                 seconds = (time.perf_counter() - started) / len(rows) * args.gradient_accumulation_steps
-                speed = {"seconds_per_step": seconds, "clips_per_second": samples_per_update(args, accelerator) / seconds}
-                values |= speed | {"lr": run.lr_scheduler.get_last_lr()[0], "skipped_steps": state["skipped_steps"]}
+                clips = samples_per_update(args, accelerator)
+                values |= {"seconds_per_step": seconds, "clips_per_second": clips / seconds}
+                values |= {"lr": run.lr_scheduler.get_last_lr()[0], "skipped_steps": state["skipped_steps"]}
                 values["peak_memory_gib"] = peak_memory(accelerator.device)
                 log_metrics(accelerator, values, state["step"], args)
                 bar.set_postfix(loss=f"{values['loss']:.4f}", mse=f"{values['mse']:.4f}")
@@ -1568,7 +1549,7 @@ def count_bad_step(state: dict, finite: bool, names: list[str]) -> None:
 
 
 def look(run: Run, args: argparse.Namespace) -> None:
-    """Before the first step, every so many, and after the last: held-out errors and sample videos, by the EMA if any."""
+    """Before the first step, every so many, after the last: held-out errors and sample videos, by the EMA if any."""
     step, last = run.state["step"], run.state["step"] == run.max_steps
     evaluates = len(run.held_out) > 0 and (step % args.eval_steps == 0 or last)
     samples = len(args.validation_prompt) > 0 and (step % args.validation_steps == 0 or last)
