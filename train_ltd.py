@@ -118,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--transformer_path", help="other transformer: diffusers folder, Hub id, .safetensors in original Wan keys")
     add("--init_lora", help="go on training this LoRA (file, folder or Hub id; diffusers or ComfyUI keys)")
     add("--train_type", choices=["lora", "full"], default="lora", help="train an adapter, or all weights of the DiT")
-    add("--rank", type=int, help="LoRA rank (default: 32, enough for motion; 14B in a file of 310 MB)")
+    add("--rank", type=int, help="LoRA rank (default: 32, enough for motion; 175 MB for 1.3B, 613 MB for 14B)")
     add("--lora_alpha", type=float, help="LoRA alpha (default: the rank, so that every program applies the scale 1)")
     add("--lora_dropout", type=float, default=0.0, help="dropout on the adapter's input")
     add("--lora_target_modules", nargs="+", help="modules to adapt (default: those of attention and feed-forward)")

