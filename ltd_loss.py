@@ -10,13 +10,13 @@ One line in any trainer of a latent video model:
     loss = F.mse_loss(prediction.float(), target.float())
     loss = ltd_loss(prediction, target, latents)  # latents: the clean, normalised VAE latents
 
-Legend: B batch, C channels, F latent frames, H and W latent height and width. The default layout is (B, C, F, H, W), as
-in Wan; for (B, F, C, H, W), as in CogVideoX, pass `channel_dim=2, frame_dim=1`.
+Legend: B batch, C channels, F latent frames, H and W latent height and width. The default layout is (B, C, F, H, W),
+as in Wan; for (B, F, C, H, W), as in CogVideoX, pass `channel_dim=2, frame_dim=1`.
 
-From the paper (https://huggingface.co/papers/2601.20504): the windowed mean of Eq. 2 with its cut-off windows at the two
-ends, the logarithm, and the form `L + ln(e + D) * L` of Eq. 3. Our choices: float32 inside, D = 0 for a single frame
-(an image), the prediction and target of whatever parametrisation the model has (noise, velocity, flow) in place of the
-paper's noise, and the two knobs `scale` and `normalize`, both off by default.
+From the paper (https://huggingface.co/papers/2601.20504): the windowed mean of Eq. 2 with its cut-off windows at the
+two ends, the logarithm, and the form `L + ln(e + D) * L` of Eq. 3. Our choices: float32 inside, D = 0 for a single
+frame (an image), the prediction and target of whatever parametrisation the model has (noise, velocity, flow) in place
+of the paper's noise, and the two knobs `scale` and `normalize`, both off by default.
 """
 
 import math
@@ -53,16 +53,21 @@ def latent_temporal_discrepancy(
             different ones of 1 to 4.
     """
     if not isinstance(window, int) or window < 2:
-        raise ValueError(f"`window` must be an integer of at least 2 (a smaller one holds no frame pair), got {window!r}.")
+        raise ValueError(
+            f"`window` must be an integer of at least 2 (a smaller one holds no frame pair), got {window!r}."
+        )
     channel_dim, frame_dim = _check_layout(latents, channel_dim, frame_dim)
     z = latents.detach().movedim((channel_dim, frame_dim), (1, 2)).float()  # (B, C, F, H, W)
     if z.shape[2] == 1:
         discrepancy = z.new_zeros(z.shape[0], *z.shape[2:])
     else:
-        gaps = torch.linalg.vector_norm(z[:, :, 1:] - z[:, :, :-1], dim=1)  # (B, F-1, H, W)
-        half = window // 2
-        # Frame f averages gaps f-half .. f+half-1 and counts only those that exist: a pooling that ignores its padding.
-        discrepancy = F.avg_pool3d(gaps, (2 * half, 1, 1), stride=1, padding=(half, 0, 0), count_include_pad=False)
+        gaps = (z[:, :, 1:] - z[:, :, :-1]).square().sum(dim=1).sqrt()  # (B, F-1, H, W)
+        # Frame f averages gaps f-half .. f+half-1 and counts only those there are: a pooling that ignores its padding.
+        # In 2-D, over (F-1, H * W), since avg_pool3d refuses a kernel longer than its input.
+        half = min(window // 2, gaps.shape[1])
+        discrepancy = F.avg_pool2d(
+            gaps.flatten(2), (2 * half, 1), stride=1, padding=(half, 0), count_include_pad=False
+        ).unflatten(2, gaps.shape[2:])
     return discrepancy.movedim(1, frame_dim - (channel_dim < frame_dim))
 
 
@@ -100,14 +105,15 @@ def ltd_weights(
     Raises:
         ValueError: `scale` is negative or not a number, or as in [`latent_temporal_discrepancy`].
     """
-    if not scale >= 0:
-        raise ValueError(f"`scale` must be at least 0, got {scale!r}.")
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"`scale` must be a number of at least 0, got {scale!r}.")
     discrepancy = latent_temporal_discrepancy(latents, window, channel_dim=channel_dim, frame_dim=frame_dim)
-    # ln(e + sD) = 1 + ln(1 + sD/e): exactly 2 where nothing moves, which log(e + 0) in float32 is not.
-    weights = 2 + torch.log1p(discrepancy * (scale / math.e))
+    # ln(e + sD) = 1 + ln(1 + sD/e), exact where nothing moves.
+    motion = torch.log1p(discrepancy * (scale / math.e))
     if normalize:
-        weights = weights / weights.mean(dim=(1, 2, 3), keepdim=True)
-    return weights
+        # The 2 stays outside the mean, so that a still clip is divided by exactly 2 on any device.
+        return (2 + motion) / (2 + motion.mean(dim=(1, 2, 3), keepdim=True))
+    return 2 + motion
 
 
 def ltd_loss(
@@ -145,8 +151,8 @@ def ltd_loss(
         `torch.Tensor`, float32.
 
     Raises:
-        ValueError: The shapes of the three tensors differ, `sample_weight` is not `(B,)`, `reduction` is unknown, or as
-            in [`ltd_weights`].
+        ValueError: The shapes of the three tensors differ, `sample_weight` is not `(B,)`, `reduction` is unknown, or
+            as in [`ltd_weights`].
 
     Example:
 
@@ -174,11 +180,13 @@ def ltd_loss(
 
 def _check_layout(latents: torch.Tensor, channel_dim: int, frame_dim: int) -> tuple[int, int]:
     if latents.ndim != 5:
-        raise ValueError(f"`latents` must be 5-D (batch, channels, frames, height, width), got {tuple(latents.shape)}.")
-    dims = channel_dim % 5, frame_dim % 5
-    if 0 in dims or dims[0] == dims[1]:
         raise ValueError(
-            f"`channel_dim` and `frame_dim` must be two different dimensions of 1 to 4 (0 is the batch), got {channel_dim}"
-            f" and {frame_dim}."
+            f"`latents` must be 5-D (batch, channels, frames, height, width), got {tuple(latents.shape)}."
+        )
+    dims = channel_dim % 5, frame_dim % 5
+    if not (-5 <= channel_dim < 5 and -5 <= frame_dim < 5) or 0 in dims or dims[0] == dims[1]:
+        raise ValueError(
+            "`channel_dim` and `frame_dim` must be two different dimensions of 1 to 4 (0 is the batch), got "
+            f"{channel_dim} and {frame_dim}."
         )
     return dims

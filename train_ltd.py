@@ -170,10 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="constant_with_warmup", help="diffusers' schedules; the paper keeps the rate fixed")
     add("--lr_warmup_steps", type=int, help="default: 5 %% of the updates, at most 100; Adam's first are its worst")
     add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit needs bitsandbytes")
-    add("--adam_beta1", type=float, default=0.9, help="decay of AdamW's first moment")
-    add("--adam_beta2", type=float, default=0.999, help="decay of AdamW's second moment")
     add("--adam_weight_decay", type=float, default=1e-2, help="decoupled weight decay")
-    add("--adam_epsilon", type=float, default=1e-8, help="epsilon of AdamW")
     add("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm, 0 = never; LTD doubles the norm")
     add("--gradient_checkpointing", action=switch, default=True, help="recompute activations: slow, but 81 frames fit")
     add("--mixed_precision", choices=["no", "bf16"], help="default: bf16 on a GPU, no on a CPU")
@@ -223,6 +220,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args.cache_dir = args.cache_dir or os.path.join(args.output_dir, "cache")
     args.validation_prompt = [with_trigger(args, p) for p in args.validation_prompt or []]
     args.validation_negative_prompt = prompt_clean(args.validation_negative_prompt)
+    if args.transformer_path and Path(args.transformer_path, "transformer").is_dir():
+        args.transformer_path = os.path.join(args.transformer_path, "transformer")
     args.mixed_precision = args.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
     try:
         args.validation_split = float(args.validation_split or "none")
@@ -268,7 +267,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         num_train_epochs max_train_steps learning_rate checkpointing_steps checkpoints_total_limit eval_steps
         max_eval_clips validation_steps validation_num_inference_steps logging_steps""".split()
     not_negative = "ltd_scale max_grad_norm lr_warmup_steps dataloader_num_workers adam_weight_decay".split()
-    shares = "lora_dropout max_skipped caption_dropout ema_decay adam_beta1 adam_beta2".split()
+    shares = "lora_dropout max_skipped caption_dropout ema_decay".split()
     near = {k: max(16, round(values[k] / 16) * 16) for k in ("height", "width")}
     frames = max(1, round((args.num_frames - 1) / 4) * 4 + 1)
     window, split = args.ltd_window, args.validation_split
@@ -660,15 +659,6 @@ def usable_videos(args: argparse.Namespace, accelerator: Accelerator, videos: li
     return [v for v in videos if "reason" not in v]
 
 
-def split_videos(args: argparse.Namespace, videos: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Hold out a share of the videos, by content, so that copies and windows of one video stay on one side."""
-    identities = sorted({v["identity"] for v in videos}, key=lambda identity: digest(args.seed, identity))
-    held_out = set(identities[: max(1, round(args.validation_split * len(identities)))])
-    if len(held_out) == len(identities):
-        raise ValueError(f"--validation_split {args.validation_split} leaves no video to train on")
-    return [v for v in videos if v["identity"] not in held_out], [v for v in videos if v["identity"] in held_out]
-
-
 def select_clips(args: argparse.Namespace, videos: list[dict]) -> list[dict]:
     """One dictionary a clip, that is a window of a video, without those that the LTD flags drop."""
     clips = []
@@ -697,7 +687,13 @@ def prepare_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[li
     limit = 2 * samples_per_update(args, accelerator) + 2 if args.dry_run else None
     held_out, videos = [], usable_videos(args, accelerator, cache_videos(args, accelerator, args.dataset_split, limit))
     if isinstance(args.validation_split, float):
-        videos, held_out = split_videos(args, videos)
+        # By content, so that copies and windows of one video stay on one side.
+        identities = sorted({v["identity"] for v in videos}, key=lambda identity: digest(args.seed, identity))
+        chosen = set(identities[: max(1, round(args.validation_split * len(identities)))])
+        if len(chosen) == len(identities):
+            raise ValueError(f"--validation_split {args.validation_split} leaves no video to train on")
+        held_out = [v for v in videos if v["identity"] in chosen]
+        videos = [v for v in videos if v["identity"] not in chosen]
     elif args.validation_split:
         held_out = cache_videos(args, accelerator, args.validation_split, limit)
         held_out = usable_videos(args, accelerator, held_out)
@@ -764,9 +760,6 @@ class LatentDataset(torch.utils.data.Dataset):
     def __init__(self, clips: list[dict], captions: dict[str, str], args: argparse.Namespace):
         self.clips, self.captions, self.args, self.epoch = clips, captions, args, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
     def __len__(self) -> int:
         return len(self.clips)
 
@@ -821,7 +814,7 @@ def check_model(args: argparse.Namespace) -> dict:
             with safe_open(path, framework="pt") as file:
                 odd = [k for k in file.keys() if re.search("img_emb|k_img|vace_|control_adapter", k)]
         elif path:
-            configs[path], odd = WanTransformer3DModel.load_config(path, subfolder=transformer_subfolder(path)), []
+            configs[path], odd = WanTransformer3DModel.load_config(path), []
     except (OSError, SafetensorError, *HUB_ERRORS) as error:
         raise ValueError(f"--pretrained_model_name_or_path {base} or --transformer_path {path}: {error}") from error
     only = "this script trains Wan2.1 text-to-video only"
@@ -839,10 +832,6 @@ def check_model(args: argparse.Namespace) -> dict:
     return index
 
 
-def transformer_subfolder(path: str) -> str | None:
-    return "transformer" if Path(path, "transformer").is_dir() else None
-
-
 def load_transformer(args: argparse.Namespace) -> WanTransformer3DModel:
     """Float32 weights to train in full; under a LoRA the frozen base in bfloat16, where autocast works in it."""
     dtype = torch.bfloat16 if args.train_type == "lora" and args.mixed_precision == "bf16" else torch.float32
@@ -852,7 +841,7 @@ def load_transformer(args: argparse.Namespace) -> WanTransformer3DModel:
         # Without the base's config it would guess one by the width, and go to the Hub for it.
         transformer = WanTransformer3DModel.from_single_file(path, config=base, **kwargs)
     elif path:
-        transformer = WanTransformer3DModel.from_pretrained(path, subfolder=transformer_subfolder(path), dtype=dtype)
+        transformer = WanTransformer3DModel.from_pretrained(path, dtype=dtype)
     else:
         transformer = WanTransformer3DModel.from_pretrained(base, variant=args.variant, **kwargs)
     if args.gradient_checkpointing:
@@ -908,8 +897,7 @@ def trainable(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def build_optimizer(transformer: WanTransformer3DModel, args: argparse.Namespace) -> torch.optim.Optimizer:
-    kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    kwargs["weight_decay"] = args.adam_weight_decay
+    kwargs = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
     if args.optimizer == "adamw8bit":
         import bitsandbytes
 
@@ -920,18 +908,13 @@ def build_optimizer(transformer: WanTransformer3DModel, args: argparse.Namespace
 # --- Objective -------------------------------------------------------------------------------------------------------
 
 
-def ltd_weight(batch: dict, args: argparse.Namespace) -> torch.Tensor:
-    """The paper's, 1 + ln(e + D)."""
-    return ltd_weights(batch["latents"], args.ltd_window, scale=args.ltd_scale, normalize=args.ltd_normalize)
-
-
-def mse_weight(batch: dict, args: argparse.Namespace) -> torch.Tensor:
-    """Plain flow matching, "w/o LTD" in the paper's Table 2."""
-    return torch.ones_like(batch["latents"][:, 0])
-
-
-# name -> function of (batch, args) that returns the weight of each voxel's squared error, (B, F, H, W)
-LOSS_WEIGHTS = {"ltd": ltd_weight, "mse": mse_weight}
+# --loss -> weight of each voxel's squared error, (B, F, H, W): the paper's 1 + ln(e + D), and its "w/o LTD" of Table 2
+LOSS_WEIGHTS = {
+    "ltd": lambda batch, args: ltd_weights(
+        batch["latents"], args.ltd_window, scale=args.ltd_scale, normalize=args.ltd_normalize
+    ),
+    "mse": lambda batch, args: torch.ones_like(batch["latents"][:, 0]),
+}
 
 
 def flow_matching_error(transformer: torch.nn.Module, batch: dict) -> torch.Tensor:
@@ -955,12 +938,6 @@ def training_loss(transformer, batch: dict, thresholds: torch.Tensor, args) -> t
     loss = (weights.unsqueeze(1) * squared_error).mean()
     sums = motion_sums(squared_error.detach(), batch["latents"], thresholds)
     return loss, torch.stack([loss.detach(), weights.mean(), weights.max(), *sums])
-
-
-def motion_thresholds(clips: list[dict]) -> torch.Tensor:
-    """The LTD below which a voxel is static and above which it is motion, over all training clips: `(2,)`."""
-    # Clips have equally many voxels, so their quantiles pool into the dataset's.
-    return torch.from_numpy(np.quantile([clip["ltd_quantiles"] for clip in clips], MOTION_QUANTILES)).float()
 
 
 def motion_sums(squared_error: torch.Tensor, latents: torch.Tensor, thresholds: torch.Tensor) -> list[torch.Tensor]:
@@ -1101,11 +1078,6 @@ def load_weights(accelerator: Accelerator, transformer: torch.nn.Module, folder:
         set_lora(model, {k.removeprefix("transformer."): v for k, v in load_file(folder / LORA_FILE).items()})
     else:
         model.load_state_dict(WanTransformer3DModel.from_pretrained(folder / "transformer").state_dict())
-
-
-def leave_model_out(models: list, weights_or_folder: list | str, folder: str | None = None) -> None:
-    """accelerate would save and load the whole model, frozen base and all; `save_weights` does that part."""
-    (models if folder is None else weights_or_folder).clear()
 
 
 def resume_settings(run: "Run", args: argparse.Namespace) -> dict:
@@ -1442,8 +1414,9 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and accelerator.distributed_type != "FSDP":
         raise ValueError(f"FSDP was asked for, but accelerate set up {accelerator.distributed_type}")
-    accelerator.register_save_state_pre_hook(leave_model_out)
-    accelerator.register_load_state_pre_hook(leave_model_out)
+    # accelerate would save and load the whole model, frozen base and all: save_weights does that part.
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for noisy in ("httpx", "httpx2", "accelerate.checkpointing", "accelerate.accelerator"):
@@ -1473,13 +1446,15 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> R
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=max_steps)
     prepared = accelerator.prepare(transformer, optimizer, dataloader, lr_scheduler)
     ema = EMAModel(trainable(prepared[0]), decay=args.ema_decay) if args.use_ema else None
-    held_out, thresholds = LatentDataset(held_out, captions, args), motion_thresholds(clips).to(accelerator.device)
+    # Clips have equally many voxels, so their quantiles pool into the dataset's.
+    thresholds = np.quantile([clip["ltd_quantiles"] for clip in clips], MOTION_QUANTILES)
+    thresholds = torch.tensor(thresholds, dtype=torch.float32, device=accelerator.device)
     logger.info(
         f"{len(dataset)} clips, {max_steps} updates of {update} clips, {updates_per_epoch} an epoch; "
         f"{sum(p.numel() for p in trainable(transformer)):,} trainable parameters"
     )
     state = {"step": 0, "skipped_steps": 0, "bad_steps": 0}
-    loaded = (index, captions, dataset, held_out, thresholds)
+    loaded = (index, captions, dataset, LatentDataset(held_out, captions, args), thresholds)
     return Run(accelerator, *loaded, *prepared, ema, updates_per_epoch, max_steps, state)
 
 
@@ -1490,7 +1465,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
     skip = state["step"] % run.updates_per_epoch * args.gradient_accumulation_steps
     rows, update, names, started = [], [], [], time.perf_counter()
     for epoch in range(state["step"] // run.updates_per_epoch, math.ceil(run.max_steps / run.updates_per_epoch)):
-        run.dataset.set_epoch(epoch)
+        run.dataset.epoch = epoch
         run.dataloader.set_epoch(epoch)
         for batch in accelerator.skip_first_batches(run.dataloader, skip) if skip else run.dataloader:
             torch.manual_seed(int(batch["seed"][0]))  # LoRA dropout: tied to the sample, like all that is random
