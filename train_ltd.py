@@ -218,10 +218,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if args.max_train_steps is None and args.num_train_epochs is None:
         args.num_train_epochs, args.max_train_steps = (2, None) if full else (None, 1000)
     args.cache_dir = args.cache_dir or os.path.join(args.output_dir, "cache")
+    args.trigger_word = with_trigger(args, "") or None
     args.validation_prompt = [with_trigger(args, p) for p in args.validation_prompt or []]
     args.validation_negative_prompt = prompt_clean(args.validation_negative_prompt)
-    if args.transformer_path and Path(args.transformer_path, "transformer").is_dir():
-        args.transformer_path = os.path.join(args.transformer_path, "transformer")
     args.mixed_precision = args.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
     try:
         args.validation_split = float(args.validation_split or "none")
@@ -300,7 +299,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     if not problems and len(sigmas_in_range(args, torch.Generator().manual_seed(0))) < 0.02 * SIGMA_DRAWS:
         problems.append("--min_sigma, --max_sigma leave under 2 % of the timesteps: widen them, or use --flow_shift")
     try:
-        validate_repo_id(args.hub_model_id or "default")
+        validate_repo_id(args.hub_model_id or (Path(args.output_dir).resolve().name if args.push_to_hub else "none"))
     except HFValidationError as error:
         problems.append(f"--hub_model_id: {error}")
     return problems
@@ -814,7 +813,7 @@ def check_model(args: argparse.Namespace) -> dict:
             with safe_open(path, framework="pt") as file:
                 odd = [k for k in file.keys() if re.search("img_emb|k_img|vace_|control_adapter", k)]
         elif path:
-            configs[path], odd = WanTransformer3DModel.load_config(path), []
+            configs[path], odd = WanTransformer3DModel.load_config(path, subfolder=transformer_subfolder(path)), []
     except (OSError, SafetensorError, *HUB_ERRORS) as error:
         raise ValueError(f"--pretrained_model_name_or_path {base} or --transformer_path {path}: {error}") from error
     only = "this script trains Wan2.1 text-to-video only"
@@ -832,6 +831,15 @@ def check_model(args: argparse.Namespace) -> dict:
     return index
 
 
+def transformer_subfolder(path: str) -> str | None:
+    """A pipeline, or a fine-tune as this script publishes it, has its transformer in a subfolder."""
+    try:
+        WanTransformer3DModel.load_config(path, subfolder="transformer")
+    except OSError:
+        return None
+    return "transformer"
+
+
 def load_transformer(args: argparse.Namespace) -> WanTransformer3DModel:
     """Float32 weights to train in full; under a LoRA the frozen base in bfloat16, where autocast works in it."""
     dtype = torch.bfloat16 if args.train_type == "lora" and args.mixed_precision == "bf16" else torch.float32
@@ -841,7 +849,7 @@ def load_transformer(args: argparse.Namespace) -> WanTransformer3DModel:
         # Without the base's config it would guess one by the width, and go to the Hub for it.
         transformer = WanTransformer3DModel.from_single_file(path, config=base, **kwargs)
     elif path:
-        transformer = WanTransformer3DModel.from_pretrained(path, dtype=dtype)
+        transformer = WanTransformer3DModel.from_pretrained(path, subfolder=transformer_subfolder(path), dtype=dtype)
     else:
         transformer = WanTransformer3DModel.from_pretrained(base, variant=args.variant, **kwargs)
     if args.gradient_checkpointing:
@@ -1203,7 +1211,7 @@ def published_settings(args: argparse.Namespace) -> dict:
     local = ("output_dir", "cache_dir", "config", "resume_from_checkpoint", "train_data_dir")
     settings = {k: v for k, v in vars(args).items() if k not in local}
     for key in ("pretrained_model_name_or_path", "transformer_path", "init_lora", "dataset_name"):
-        settings[key] = hub_id(settings[key]) or (Path(settings[key]).name if settings[key] else None)
+        settings[key] = hub_id(settings[key]) or (Path(settings[key]).resolve().name if settings[key] else None)
     return settings
 
 
@@ -1211,17 +1219,21 @@ def usage_code(args: argparse.Namespace, repo_id: str) -> str:
     """Python that samples from the published weights; a test runs it."""
     settings, lora = published_settings(args), args.train_type == "lora"
     own, prompt = settings["transformer_path"], (args.validation_prompt or [args.trigger_word or "a dog runs"])[0]
-    load = f'from_pretrained("{own}"' if lora else f'from_pretrained("{repo_id}", subfolder="transformer"'
+    where = "".join(f', {k}="{settings[k]}"' for k in ("revision", "variant") if settings[k])
+    load = f'from_pretrained("{repo_id}", subfolder="transformer"'
     if lora and own and own.endswith(".safetensors"):
-        load = f'from_single_file("{own}", config=base, subfolder="transformer"'
+        load = f'from_single_file({json.dumps(own)}, config=base, subfolder="transformer"'
+    elif lora and own:
+        load = f"from_pretrained({json.dumps(own)}, subfolder={transformer_subfolder(args.transformer_path)!r}"
     load = f"transformer = WanTransformer3DModel.{load}, dtype=torch.bfloat16)\n" if own or not lora else ""
+    kwargs = f"vae=vae{', transformer=transformer' * bool(load)}, dtype=torch.bfloat16{where}"
     return f"""import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.utils import export_to_video
 
 base = {json.dumps(settings["pretrained_model_name_or_path"])}
-vae = AutoencoderKLWan.from_pretrained(base, subfolder="vae", dtype=torch.float32)
-{load}pipe = WanPipeline.from_pretrained(base, vae=vae{", transformer=transformer" * bool(load)}, dtype=torch.bfloat16)
+vae = AutoencoderKLWan.from_pretrained(base, subfolder="vae", dtype=torch.float32{where})
+{load}pipe = WanPipeline.from_pretrained(base, {kwargs})
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 {f'pipe.load_lora_weights("{repo_id}")' if lora else ""}
 video = pipe(
@@ -1241,8 +1253,8 @@ def model_card(args: argparse.Namespace, repo_id: str, samples: list[str], facts
     names = ("pretrained_model_name_or_path", "transformer_path", "init_lora")
     bases = [hub_id(name) for name in (args.transformer_path or args.pretrained_model_name_or_path, args.init_lora)]
     bases = [name for name in bases if name]
-    tags = ["text-to-video", "diffusers-training", "diffusers", "wan", "wan-diffusers", "ltd"]
-    widget = [{"text": p, "output": {"url": s}} for p, s in zip(args.validation_prompt, samples, strict=False)]
+    tags = ["text-to-video", "diffusers-training", "diffusers", "wan", "wan-diffusers"]
+    widget = [{"text": p, "output": {"url": s}} for p, s in zip(args.validation_prompt, samples, strict=True)]
     front = ModelCardData(
         base_model=bases if len(bases) > 1 else next(iter(bases), None),
         base_model_relation=("adapter" if lora else "finetune") if bases else None,
@@ -1251,7 +1263,7 @@ def model_card(args: argparse.Namespace, repo_id: str, samples: list[str], facts
         license=args.license,
         datasets=[dataset] if dataset else None,
         instance_prompt=args.trigger_word if lora else None,
-        tags=tags + ["lora", "template:sd-lora"] * lora,
+        tags=tags + ["ltd"] * (args.loss == "ltd") + ["lora", "template:sd-lora"] * lora,
         widget=widget or None,
     )
     weight = f"1 + ln(e + {args.ltd_scale:g} D), window {args.ltd_window}{', normalised' * args.ltd_normalize}"
@@ -1267,7 +1279,7 @@ def model_card(args: argparse.Namespace, repo_id: str, samples: list[str], facts
         **facts,
         "libraries": ", ".join(f"{m.__name__} {m.__version__}" for m in (diffusers, transformers, torch)),
     }
-    rows = "\n".join(f"| {k} | {v} |" for k, v in table.items())
+    rows = "\n".join("| {} | {} |".format(k, str(v).replace("|", "\\|")) for k, v in table.items())
     how = f"For ComfyUI, put `{COMFYUI_FILE}` into `models/loras`." if lora else "This is the transformer alone."
     ltd = "[Latent Temporal Discrepancy](https://huggingface.co/papers/2601.20504)"
     loss = f"The squared error of each voxel was weighted by its motion, the {ltd} of the clip." * (args.loss == "ltd")
@@ -1319,11 +1331,16 @@ def with_retries(call, *args, **kwargs):
         try:
             return call(*args, **kwargs)
         except HUB_ERRORS as error:
-            fault = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-            status = fault.response.status_code if isinstance(fault, HfHubHTTPError) else 503
-            if delay is None or (status != 429 and status < 500):
+            fault = error.__cause__ if isinstance(error, RuntimeError) else error  # the client wraps some faults
+            answer = fault.response if isinstance(fault, HfHubHTTPError) else None
+            passing = isinstance(fault, HUB_ERRORS) and (
+                answer is None or answer.status_code in (429, *range(500, 600))
+            )
+            if delay is None or not passing:
                 raise
-            logger.warning(f"the Hub failed ({type(fault).__name__}, {status}); trying again in {delay} s")
+            after = answer.headers.get("retry-after", "") if answer is not None else ""
+            delay = max(delay, int(after) if after.isdigit() else 0)
+            logger.warning(f"the Hub failed ({type(fault).__name__}); trying again in {delay} s")
             time.sleep(delay)
 
 
@@ -1348,13 +1365,18 @@ def publish(args: argparse.Namespace, repo_id: str, files: list[Path]) -> None:
     for file in files:
         target = staging / file.relative_to(args.output_dir)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
+        try:
+            os.link(file, target)  # a copy of the 14B model would double what is on disk
+        except OSError:
+            shutil.copyfile(file, target)
+    upload = {"repo_id": repo_id, "folder_path": staging, "delete_patterns": ["samples/*"]}
     try:
-        upload = {"repo_id": repo_id, "folder_path": staging, "commit_message": "Upload weights, card and samples"}
-        logger.info(f"published: {with_retries(huggingface_hub.upload_folder, **upload)}")
+        url = with_retries(huggingface_hub.upload_folder, commit_message="Upload weights, card and samples", **upload)
     except HUB_ERRORS as error:
         command = f"hf upload {repo_id} {shlex.quote(str(staging))} ."
         raise RuntimeError(f"the upload failed ({error}). Nothing is lost; type: {command}") from error
+    shutil.rmtree(staging)
+    logger.info(f"published: {url}")
 
 
 def finish(run: "Run", repo_id: str | None, facts: dict, args: argparse.Namespace) -> None:
@@ -1364,7 +1386,7 @@ def finish(run: "Run", repo_id: str | None, facts: dict, args: argparse.Namespac
         run.ema.copy_to(trainable(run.transformer))
     save_weights(run.accelerator, run.transformer, folder, args)
     if run.accelerator.is_main_process:
-        samples = sorted(folder.glob(f"samples/step-{step:06d}-*.mp4"), key=lambda path: int(path.stem.split("-")[2]))
+        samples = [folder / f"samples/step-{step:06d}-{i}.mp4" for i in range(len(args.validation_prompt))]
         plot_curves(folder)
         settings = json.dumps(published_settings(args), indent=2, ensure_ascii=False)
         (folder / "training_settings.json").write_text(settings + "\n", encoding="utf-8")
@@ -1525,7 +1547,7 @@ def count_bad_step(state: dict, finite: bool, names: list[str]) -> None:
 
 def look(run: Run, args: argparse.Namespace) -> None:
     """Before the first step, every so many, after the last: held-out errors and sample videos, by the EMA if any."""
-    step, last = run.state["step"], run.state["step"] == run.max_steps
+    step, last = run.state["step"], run.state["step"] >= run.max_steps
     evaluates = len(run.held_out) > 0 and (step % args.eval_steps == 0 or last)
     samples = len(args.validation_prompt) > 0 and (step % args.validation_steps == 0 or last)
     if run.ema:
@@ -1593,7 +1615,7 @@ def main(args: argparse.Namespace) -> None:
     resume(run, args)
     start_trackers(run, args)
     started = time.perf_counter()
-    if run.state["step"] == 0:
+    if run.state["step"] == 0 or run.state["step"] >= run.max_steps:
         look(run, args)
 
     # 4. Train

@@ -1,5 +1,6 @@
 """Fixtures: a tiny pipeline of the real Wan classes, real mp4 clips, and `main()` run in this process or in others."""
 
+import gc
 import json
 import os
 import subprocess
@@ -20,6 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import train_ltd
 from small_wan import PRESETS, build_small_wan
+
+gc.freeze()  # main() collects garbage often: what the imports made need not be walked each time
 
 HEIGHT, WIDTH, NUM_FRAMES = 32, 48, 9
 

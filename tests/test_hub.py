@@ -1,0 +1,835 @@
+"""Publishing: from a loopback Hub through whole runs, back to it, into stock diffusers; and all faults on the way.
+
+The Hub's client reads its environment at import, so all that talks to the Hub happens in processes of its own: whole
+runs in fresh ones, single calls in a worker that imports `train_ltd` once.
+"""
+
+import ast
+import contextlib
+import json
+import os
+import re
+import select
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from hub_server import HubServer
+
+ROOT = Path(__file__).resolve().parent.parent
+TRIGGER = 'ohwx: "man"'
+PROMPTS = ["a \"quoted\": prompt,\n---\nof a 'square' 🎬 # & {x}: [y]", "--- | `b` \\ %s ``` é\t中文\n\n: end"]
+LORA_FILES = {
+    ".gitattributes",
+    "README.md",
+    "pytorch_lora_weights.safetensors",
+    "lora_comfyui.safetensors",
+    "training_settings.json",
+    "curves.png",
+}
+FULL_FILES = {
+    ".gitattributes",
+    "README.md",
+    "training_settings.json",
+    "curves.png",
+    "transformer/config.json",
+    "transformer/diffusion_pytorch_model.safetensors",
+}
+NEVER_NEEDED = [
+    "README.md",
+    "assets/demo.mp4",
+    "google/umt5-xxl/spiece.model",
+    "text_encoder/model.fp16.safetensors",
+    "transformer/diffusion_pytorch_model.fp16.safetensors",
+    "vae/diffusion_pytorch_model.bin",
+]
+
+
+def cleaned(prompt, trigger=TRIGGER):
+    """What a prompt with its trigger word comes to: one line, single spaces."""
+    return " ".join(f"{trigger} {prompt}".split())
+
+
+def matter(card):
+    """The front matter of a card's text, by plain YAML."""
+    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL).group(1))
+
+
+def code_block(card):
+    """The only Python in a card, as Markdown delimits it."""
+    (code,) = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+    return code
+
+
+def all_bytes(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_no_secrets(files, hub, *folders):
+    """No token of the Hub, no path of this machine, be it plain or JSON-escaped, in names or bytes."""
+    paths = [hub.root, Path.home(), *folders]
+    secrets = [hub.token, hub.read_token, *(str(path) for path in paths if len(str(path)) > 3)]
+    for name, data in files.items():
+        found = [s for s in secrets if s.encode() in data or s.replace("/", "\\/").encode() in data or s in name]
+        assert not found, name
+
+
+# --- Whole runs ------------------------------------------------------------------------------------------------------
+
+
+def train(hub, folder, *flags, token=None):
+    """`python train_ltd.py`, in `folder`, with a fresh home; the result has the requests that the Hub saw."""
+    command = [sys.executable, str(ROOT / "train_ltd.py"), *TINY, *flags]
+    cpu = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    env, start = {**os.environ, **hub.env(token), **cpu}, len(hub.requests)
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
+    done.requests = hub.requests[start:]
+    return done
+
+
+TINY = """--pretrained_model_name_or_path=team/tiny-wan --dataset_name=team/clips --height=32 --width=48 --num_frames=9
+    --skip_vae_check --logging_steps=1 --learning_rate=1e-2 --seed=3 --push_to_hub --validation_num_inference_steps=2
+    --hub_private_repo""".split()
+LORA = ["--output_dir=run", "--rank=4", "--hub_model_id=tester/my-lora", f"--trigger_word={TRIGGER}"]
+
+
+def downloads(requests, repo):
+    """Files of a repository whose content was asked for, in that order."""
+    pattern = re.compile(rf"GET /(?:datasets/)?{repo}/resolve/[^/]+/(.+)")
+    return [match.group(1) for request in requests if (match := pattern.fullmatch(" ".join(request)))]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory, tiny_wan, clips):
+    """With a base model, in whose repository lies much that nobody needs, and a dataset of videos."""
+    root = tmp_path_factory.mktemp("hub")
+    with HubServer(root) as server:
+        server.add("team/tiny-wan", all_bytes(tiny_wan) | dict.fromkeys(NEVER_NEEDED, b"not needed"))
+        server.add("team/clips", clips, repo_type="dataset")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def lora_run(hub, work):
+    """Two steps of a LoRA, published; every kind of by-product is written too."""
+    prompts = [f"--validation_prompt={prompt}" for prompt in PROMPTS]
+    extra = ["--max_train_steps=2", "--checkpointing_steps=1", "--validation_split=0.3", "--report_to=tensorboard"]
+    done = train(hub, work, *LORA, *prompts, *extra)
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(done=done, folder=work / "run", files=hub.files("tester/my-lora"))
+
+
+@pytest.fixture(scope="module")
+def second_run(hub, work, lora_run):
+    """It resumes the first for one more step, in a home without any download, and publishes again."""
+    extra = ["--max_train_steps=3", "--resume_from_checkpoint=latest", "--validation_split=0.3", "--report_to=none"]
+    done = train(hub, work, *LORA, *extra)
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(done=done, files=hub.files("tester/my-lora"))
+
+
+@pytest.fixture(scope="module")
+def full_run(hub, work):
+    """Two steps of all weights. The Hub refuses the commit; the command that the run printed is then typed."""
+    hub.fail("/api/models/tester/my-wan/commit/", 403, message="storage quota exceeded")
+    flags = ["--train_type=full", "--output_dir=it's full", "--hub_model_id=tester/my-wan", "--max_train_steps=2"]
+    done = train(hub, work, *flags, "--validation_prompt=a square moves", "--report_to=none")
+    assert done.returncode == 1, done.stderr
+    command = re.findall(r"hf upload .*$", done.stderr, re.MULTILINE)[-1]
+    before, path = set(hub.files("tester/my-wan")), f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, **hub.env(), "PATH": path}
+    typed = subprocess.run(command, shell=True, env=env, cwd=work, capture_output=True, text=True, timeout=120)
+    return SimpleNamespace(done=done, command=command, typed=typed, before=before, folder=work / "it's full")
+
+
+def test_lora_repository_holds_just_what_others_need(hub, lora_run):
+    samples = {f"samples/step-000002-{number}.mp4" for number in range(len(PROMPTS))}
+    assert set(lora_run.files) == LORA_FILES | samples
+    assert hub.repos["model", "tester/my-lora"].private
+    for name in set(lora_run.files) - {".gitattributes"}:
+        assert lora_run.files[name] == (lora_run.folder / name).read_bytes()
+    # ... although the output folder holds more than that.
+    assert (lora_run.folder / "checkpoint-2" / "optimizer.bin").is_file()
+    assert list(lora_run.folder.rglob("events.out.tfevents*")) and list(lora_run.folder.glob("cache/latents/*"))
+
+
+def test_only_what_is_needed_is_downloaded_and_once(lora_run):
+    fetched = downloads(lora_run.done.requests, "team/tiny-wan")
+    assert len(fetched) == len(set(fetched))
+    assert not set(fetched) & set(NEVER_NEEDED)
+    weights = {name for name in fetched if name.endswith(".safetensors")}
+    parts = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+    assert weights == {f"{folder}/{name}.safetensors" for folder, name in parts.items()}
+
+
+def test_repository_is_made_before_anything_big_is_downloaded(lora_run):
+    requests = lora_run.done.requests
+    create = requests.index(("POST", "/api/repos/create"))
+    check = requests.index(("GET", "/api/models/tester/my-lora/auth-check/write"))
+    expensive = (".safetensors", ".mp4", ".jsonl")
+    assert create < check < min(n for n, (_, path) in enumerate(requests) if path.endswith(expensive))
+
+
+def test_no_path_and_no_token_anywhere(hub, work, lora_run, second_run, full_run, tiny_wan, clips):
+    """Uploads of all runs, and everything else the runs wrote or said: the flags were relative."""
+    for repo in ("tester/my-lora", "tester/my-wan"):
+        assert_no_secrets(hub.files(repo), hub, work, tiny_wan, clips, ROOT)
+    assert_no_secrets(all_bytes(work), hub, work, tiny_wan, clips)
+    # A traceback, which ends the run whose upload failed, names the machine's files; it must not name tokens.
+    for run in (lora_run, second_run):
+        said = run.done.stdout + run.done.stderr
+        assert_no_secrets({"what it said": said.encode()}, hub, work, tiny_wan, clips)
+    for text in (full_run.done.stdout, full_run.done.stderr, full_run.typed.stdout, full_run.typed.stderr):
+        assert hub.token not in text
+
+
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+def test_local_base_and_clips_leave_no_path(run, hub, tiny_wan, clips, tmp_path, train_type):
+    """Here all flags are absolute paths. Only notes for the user, outside what is published, may hold them."""
+    folder = run(train_type=train_type, report_to="tensorboard", validation_prompt="a square", max_train_steps=1)
+    assert_no_secrets(all_bytes(folder), hub, tmp_path, tiny_wan, clips, ROOT)
+    front = matter((folder / "README.md").read_text())
+    assert not {"base_model", "base_model_relation", "datasets"} & set(front)
+
+
+def test_lora_card_of_the_run(lora_run):
+    card = lora_run.files["README.md"].decode()
+    front = matter(card)
+    assert front["base_model"] == "team/tiny-wan" and front["datasets"] == ["team/clips"]
+    for number, (entry, prompt) in enumerate(zip(front["widget"], PROMPTS, strict=True)):
+        assert entry == {"text": cleaned(prompt), "output": {"url": f"samples/step-000002-{number}.mp4"}}
+        assert lora_run.files[entry["output"]["url"]][4:8] == b"ftyp"
+    # Every local link of the body is in the repository, too.
+    assert re.findall(r"!\[.*?\]\((.*?)\)", card) == ["curves.png"]
+    settings = json.loads(lora_run.files["training_settings.json"])
+    assert settings["rank"] == settings["lora_alpha"] == 4 and settings["trigger_word"] == TRIGGER
+
+
+def test_second_push_updates_the_repository(hub, lora_run, second_run):
+    assert len(hub.repos["model", "tester/my-lora"].commits) == 3  # with the initial one
+    old_samples = {name for name in lora_run.files if name.startswith("samples/")}
+    assert set(second_run.files) - old_samples == LORA_FILES
+    for name in LORA_FILES - {".gitattributes", "curves.png"}:
+        assert second_run.files[name] != lora_run.files[name]
+    assert "| steps | 3 |" in second_run.files["README.md"].decode()
+    assert "widget" not in matter(second_run.files["README.md"].decode())
+
+
+def test_warm_run_downloads_neither_vae_nor_text_encoder(second_run):
+    fetched = downloads(second_run.done.requests, "team/tiny-wan")
+    folders = {name.split("/")[0] for name in fetched if "/" in name}
+    assert folders == {"transformer"}
+
+
+def test_failed_upload_prints_the_command_that_mends_it(hub, full_run):
+    assert "RuntimeError" in full_run.done.stderr and "storage quota exceeded" in full_run.done.stderr
+    assert full_run.before == {".gitattributes"}
+    words = shlex.split(full_run.command)
+    assert words == ["hf", "upload", "tester/my-wan", "it's full/hub", "."]
+    assert full_run.typed.returncode == 0, full_run.typed.stderr
+    files = hub.files("tester/my-wan")
+    assert set(files) == FULL_FILES | {"samples/step-000002-0.mp4"}
+    for name in set(files) - {".gitattributes"}:
+        assert files[name] == (full_run.folder / name).read_bytes()
+
+
+def test_full_card_of_the_run(hub, full_run):
+    front = matter(hub.files("tester/my-wan")["README.md"].decode())
+    assert front["base_model"] == "team/tiny-wan" and front["base_model_relation"] == "finetune"
+    assert not {"lora", "template:sd-lora"} & set(front["tags"]) and "instance_prompt" not in front
+    config = json.loads(hub.files("tester/my-wan")["transformer/config.json"])
+    assert config["_class_name"] == "WanTransformer3DModel" and "_name_or_path" not in config
+
+
+def test_without_a_token_nothing_is_encoded(hub, tmp_path):
+    done = train(hub, tmp_path, *LORA, "--hub_model_id=tester/never", "--max_train_steps=1", token="")
+    assert done.returncode == 1
+    error = done.stderr[done.stderr.rindex("ValueError") :]
+    assert "hf auth login" in error and "HF_TOKEN" in error and "tester/never" in error
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not [name for name in downloads(done.requests, "team/tiny-wan") if name.endswith(".safetensors")]
+    assert not downloads(done.requests, "team/clips") and ("model", "tester/never") not in hub.repos
+
+
+def test_dry_run_makes_no_repository(run):
+    """This process may not reach the Hub at all, so that a try would be an error."""
+    run(dry_run=True, push_to_hub=True, hub_model_id="tester/dry")
+
+
+# --- Single calls, in a worker ---------------------------------------------------------------------------------------
+
+
+def work_off():
+    """The worker's loop: a line `[function, arguments]` in, a line with what it returned out."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    from accelerate.state import PartialState
+
+    PartialState(cpu=True)  # train_ltd's logger asks for it
+    for line in sys.stdin:
+        name, arguments = json.loads(line)
+        try:
+            result = {"result": globals()[name](**arguments)}
+        except Exception as error:
+            result = {"error": type(error).__name__, "message": str(error), "cause": repr(error.__cause__)}
+        print(json.dumps(result), file=answers, flush=True)
+
+
+@pytest.fixture(scope="module")
+def worker(hub, tmp_path_factory):
+    """Function that calls a function of this file, by name, in the other process."""
+    folder = tmp_path_factory.mktemp("worker")
+    env = {**os.environ, **hub.env(), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), env.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", f"import {Path(__file__).stem} as tests; tests.work_off()"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": open(folder / "stderr.txt", "w")}
+    with pipes["stderr"], subprocess.Popen(command, env=env, text=True, **pipes) as child:
+
+        def call(function, **arguments):
+            start = len(hub.requests)
+            child.stdin.write(json.dumps([function.__name__, arguments]) + "\n")
+            child.stdin.flush()
+            answered = select.select([child.stdout], [], [], 120)[0]
+            line = child.stdout.readline() if answered else ""
+            assert line, (folder / "stderr.txt").read_text()[-3000:]
+            result = SimpleNamespace(**{"result": None, "error": None, "message": "", **json.loads(line)})
+            result.requests = hub.requests[start:]
+            return result
+
+        try:
+            yield call
+        finally:
+            child.kill()
+
+
+@contextlib.contextmanager
+def hurried(token, endpoint=None):
+    """Nobody waits: yields the list of the waits, `train_ltd`'s and the client's own."""
+    import huggingface_hub
+
+    api, slept = huggingface_hub.hf_api.api, []
+    before = time.sleep, os.environ["HF_TOKEN"], api.endpoint
+    time.sleep, os.environ["HF_TOKEN"], api.endpoint = slept.append, token, endpoint or api.endpoint
+    try:
+        yield slept
+    finally:
+        time.sleep, os.environ["HF_TOKEN"], api.endpoint = before
+
+
+def parse(output_dir, name=None):
+    import train_ltd
+
+    flags = ["--train_data_dir=.", "--report_to=none", "--push_to_hub", f"--output_dir={output_dir}"]
+    return train_ltd.parse_args([*flags, *([f"--hub_model_id={name}"] if name else [])])
+
+
+def create(token, endpoint=None, name=None, output_dir="run"):
+    import train_ltd
+
+    args = parse(output_dir, name)
+    with hurried(token, endpoint) as slept:
+        return [train_ltd.create_hub_repo(args), slept]
+
+
+def publish(token, repo_id, output_dir, files):
+    import train_ltd
+
+    args = parse(output_dir, repo_id)
+    with hurried(token) as slept:
+        train_ltd.publish(args, repo_id, [Path(output_dir, name) for name in files])
+    return slept
+
+
+def counts(requests, method, part):
+    return sum(request[0] == method and part in request[1] for request in requests)
+
+
+@pytest.mark.parametrize("name", ["tester/named", "bare", None])
+def test_create_makes_the_repository(hub, worker, tmp_path, name):
+    made = {"bare": "tester/bare", None: "tester/my_run"}.get(name, name)
+    done = worker(create, token=hub.token, name=name, output_dir=str(tmp_path / "my_run"))
+    assert done.result == [made, []], done.message
+    assert set(hub.files(made)) == {".gitattributes"}
+
+
+@pytest.mark.parametrize("folder", ["my run!", "a--b"])
+def test_folder_whose_name_is_no_repository_name(worker, tmp_path, folder):
+    """Refused at start, with the flag that helps, and before anything is sent."""
+    done = worker(create, token="", output_dir=str(tmp_path / folder))
+    assert done.error in ("ValueError", "HFValidationError") and not done.requests
+    assert "--hub_model_id" in done.message
+
+
+def test_create_accepts_the_users_own_repository(hub, worker):
+    hub.add("tester/there", {"README.md": b"old"})
+    assert worker(create, token=hub.token, name="tester/there").result == ["tester/there", []]
+    assert hub.files("tester/there")["README.md"] == b"old"
+
+
+@pytest.mark.parametrize("case", ["no token", "wrong token", "read token", "read token, existing", "stranger's"])
+def test_create_refuses_at_once_who_may_not_write(hub, worker, case):
+    hub.add("tester/mine", {})
+    token = {"no token": "", "wrong token": "hf_wrong", "stranger's": hub.token}.get(case, hub.read_token)
+    name = {"stranger's": "stranger/lora", "read token, existing": "tester/mine"}.get(case, "tester/refused")
+    done = worker(create, token=token, name=name)
+    assert done.error == "ValueError"
+    status = "401" if case in ("no token", "wrong token") else "403"
+    for words in ("--push_to_hub", name, "hf auth login", "HF_TOKEN", status):
+        assert words in done.message
+    assert len(done.requests) <= 3 and ("model", "tester/refused") not in hub.repos
+    assert hub.token not in done.message and hub.read_token not in done.message
+
+
+@pytest.mark.parametrize("stage", ["POST /api/repos/create", "/auth-check/write"])
+@pytest.mark.parametrize("fault", [429, 500, 503, "cut", "lost"])
+def test_create_waits_out_passing_faults(hub, worker, stage, fault):
+    import train_ltd
+
+    hub.fail(stage, fault, times=2)
+    done = worker(create, token=hub.token, name=f"tester/new-{fault}")
+    assert done.result == [f"tester/new-{fault}", list(train_ltd.RETRY_DELAYS[:2])], done.message
+
+
+@pytest.mark.parametrize("down", ["answers 503", "is not there"])
+def test_create_gives_up_on_a_hub_that_is_down(hub, worker, down):
+    import train_ltd
+
+    tries = len(train_ltd.RETRY_DELAYS) + 1
+    endpoint = "http://127.0.0.1:9" if down == "is not there" else None
+    if not endpoint:
+        hub.fail("POST /api/repos/create", 503, times=tries)
+    done = worker(create, token=hub.token, name="tester/down", endpoint=endpoint)
+    assert done.error == "ValueError" and "tester/down" in done.message
+    assert counts(done.requests, "POST", "/api/repos/create") == (0 if endpoint else tries)
+
+
+WEIGHTS, CARD, VIDEO = "pytorch_lora_weights.safetensors", "README.md", "samples/step-000002-0.mp4"
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    """An output folder, its name in need of quotes, with three files to publish and others never to."""
+    folder = tmp_path / "it's $mine"
+    for name in (WEIGHTS, CARD, VIDEO, "run.txt", "cache/latents/a.safetensors", "checkpoint-2/optimizer.bin"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((str(path).encode() + b"\n") * 5_000)
+    (folder / CARD).write_text("---\nlicense: mit\n---\n\n# A card\n")
+    return folder
+
+
+def wanted(folder):
+    return {name: (folder / name).read_bytes() for name in (WEIGHTS, CARD, VIDEO)}
+
+
+def push(hub, worker, folder, repo):
+    return worker(publish, token=hub.token, repo_id=repo, output_dir=str(folder), files=[WEIGHTS, CARD, VIDEO])
+
+
+STAGES = {
+    "yaml": "POST /api/validate-yaml",
+    "preupload": "/preupload/main",
+    "batch": "/info/lfs/objects/batch",
+    "put": "PUT /lfs/",
+    "verify": "/info/lfs/verify",
+    "commit": "/commit/main",
+}
+
+
+# The client itself tries a commit once, most else six times: there, seven faults are for `publish` to wait out.
+PASSING = [(stage, fault, 1) for stage in STAGES for fault in (429, 500, "cut")]
+PASSING += [("commit", "lost", 1), ("commit", "cut", 3), ("put", 503, 7), ("put", "cut", 7), ("preupload", 429, 7)]
+
+
+@pytest.mark.parametrize("stage, fault, times", PASSING)
+def test_publish_waits_out_passing_faults(hub, worker, outputs, stage, fault, times):
+    repo = f"tester/upload-{stage}-{fault}-{times}"
+    hub.add(repo, {})
+    hub.fail(STAGES[stage], fault, times=times)
+    done = push(hub, worker, outputs, repo)
+    try:
+        assert done.error is None, done.message
+        assert {k: v for k, v in hub.files(repo).items() if k != ".gitattributes"} == wanted(outputs)
+    finally:
+        hub._faults.clear()
+
+
+FATAL = [("commit", 403), ("commit", 503), ("put", 503), ("put", "cut"), ("preupload", 401)]
+
+
+@pytest.mark.parametrize("stage, fault", FATAL)
+def test_publish_that_fails_for_good_keeps_the_folder(hub, worker, outputs, stage, fault):
+    repo = f"tester/fails-{stage}-{fault}"
+    hub.add(repo, {})
+    hub.fail(STAGES[stage], fault, times=10_000)
+    done = push(hub, worker, outputs, repo)
+    hub._faults.clear()
+    assert done.error == "RuntimeError"
+    command = shlex.split(done.message[done.message.index("hf upload") :].splitlines()[0])
+    assert command == ["hf", "upload", repo, str(outputs / "hub"), "."]
+    assert all_bytes(outputs / "hub") == wanted(outputs)
+    assert wanted(outputs).items() <= all_bytes(outputs).items()
+    if fault in (401, 403):  # no use in trying again
+        assert counts(done.requests, "POST", STAGES[stage]) == 1
+
+
+def test_publish_again_sends_only_what_changed(hub, worker, outputs):
+    hub.add("tester/again", {})
+    first = push(hub, worker, outputs, "tester/again")
+    assert counts(first.requests, "PUT", "/lfs/") == 2
+    second = push(hub, worker, outputs, "tester/again")
+    assert second.error is None and not counts(second.requests, "PUT", "/lfs/")
+    assert len(hub.repos["model", "tester/again"].commits) == 3
+    (outputs / CARD).write_text("# Another\n")
+    third = push(hub, worker, outputs, "tester/again")
+    assert third.error is None and not counts(third.requests, "PUT", "/lfs/")
+    assert hub.files("tester/again")[CARD] == b"# Another\n"
+
+
+def test_publish_leaves_nothing_of_an_earlier_staging(hub, worker, outputs):
+    hub.add("tester/clean", {})
+    (outputs / "hub").mkdir()
+    (outputs / "hub" / "stale.safetensors").write_bytes(b"of an earlier run")
+    assert push(hub, worker, outputs, "tester/clean").error is None
+    assert set(hub.files("tester/clean")) == {".gitattributes", WEIGHTS, CARD, VIDEO}
+
+
+# --- From the Hub into stock diffusers -------------------------------------------------------------------------------
+
+
+def load_lora(repo_id):
+    """What the stock pipeline has after `load_lora_weights`: names, and how far they are from the published file."""
+    from diffusers import WanPipeline
+    from huggingface_hub import hf_hub_download
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    pipeline = WanPipeline.from_pretrained("team/tiny-wan")
+    results = {}
+    for name in (WEIGHTS, "lora_comfyui.safetensors"):
+        pipeline.load_lora_weights(repo_id, **({} if name == WEIGHTS else {"weight_name": name}))
+        loaded = get_peft_model_state_dict(pipeline.transformer, adapter_name=pipeline.get_active_adapters()[0])
+        loaded = {f"transformer.{k}": v for k, v in loaded.items()}
+        saved = load_file(hf_hub_download(repo_id, WEIGHTS))
+        distance = max(float((loaded[k] - v).abs().max()) for k, v in saved.items())
+        size = max(float(v.abs().max()) for k, v in saved.items() if "lora_B" in k)
+        results[name] = [set(saved) == set(loaded), distance, size]
+        pipeline.unload_lora_weights()
+    return results
+
+
+def load_full(repo_id, folder):
+    """How far the published weights are from those in the output folder, and those from the base's."""
+    from diffusers import WanTransformer3DModel
+
+    names, kwargs = (repo_id, folder, "team/tiny-wan"), {"subfolder": "transformer"}
+    models = [WanTransformer3DModel.from_pretrained(name, **kwargs) for name in names]
+    published, written, base = [dict(model.named_parameters()) for model in models]
+    return [max(float((a[k] - b[k]).abs().max()) for k in b) for a, b in ((published, written), (written, base))]
+
+
+def run_card(repo_id, folder):
+    """Do as a user does: copy the code from the card on the Hub, run it."""
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(repo_id)
+    os.chdir(folder)
+    exec(compile(code_block(card.content), "README.md", "exec"), {})
+    return card.data.to_dict()
+
+
+def test_lora_loads_from_the_hub(worker, second_run):
+    done = worker(load_lora, repo_id="tester/my-lora")
+    assert done.error is None, done.message
+    for same_keys, distance, size in done.result.values():
+        assert same_keys and distance < 1e-6 and size > 1e-3
+
+
+def test_full_weights_load_from_the_hub(worker, full_run):
+    done = worker(load_full, repo_id="tester/my-wan", folder=str(full_run.folder))
+    assert done.error is None, done.message
+    assert done.result[0] == 0 and done.result[1] > 1e-3
+
+
+@pytest.mark.parametrize("repo", ["tester/my-lora", "tester/my-wan"])
+def test_code_of_the_card_runs(worker, second_run, full_run, tmp_path, repo):
+    import av
+
+    done = worker(run_card, repo_id=repo, folder=str(tmp_path))
+    assert done.error is None, f"{done.error}: {done.message}"
+    assert done.result["pipeline_tag"] == "text-to-video"
+    with av.open(str(tmp_path / "output.mp4")) as video:
+        frames = list(video.decode(video=0))
+        assert (len(frames), frames[0].width, frames[0].height) == (9, 48, 32)
+        assert video.streams.video[0].average_rate == 16 and video.streams.video[0].codec_context.name == "h264"
+
+
+def check_other_transformer(repo_id):
+    import train_ltd
+
+    flags = ["--pretrained_model_name_or_path=team/tiny-wan", f"--transformer_path={repo_id}", "--rank=4"]
+    args = train_ltd.parse_args([*flags, "--dataset_name=team/clips", "--report_to=none"])
+    train_ltd.check_model(args)
+    train_ltd.load_transformer(args)
+
+
+def test_published_transformer_can_be_trained_further(worker, full_run):
+    """`--transformer_path` takes a repository that this very script has published."""
+    done = worker(check_other_transformer, repo_id="tester/my-wan")
+    assert done.error is None, done.message
+
+
+def test_published_lora_can_be_trained_further(worker, second_run):
+    done = worker(read_published_lora, repo_id="tester/my-lora")
+    assert done.error is None, done.message
+    assert done.result == [4, 4]
+
+
+def read_published_lora(repo_id):
+    import train_ltd
+
+    settings = train_ltd.read_lora(repo_id)[1]
+    return [settings["rank"], settings["lora_alpha"]]
+
+
+# --- The card, without a Hub -----------------------------------------------------------------------------------------
+
+FACTS = {"clips": 7, "steps": 2, "seed": 3, "clips an update": 1, "hardware": "1 x CPU, 0.01 h"}
+HUB_SOURCES = {"pretrained_model_name_or_path": "team/tiny-wan", "train_data_dir": None, "dataset_name": "team/clips"}
+
+
+@pytest.fixture
+def card(flags, tmp_path):
+    """Function that returns the card of a run with these flags, as read back from its file by the Hub's own class."""
+    from huggingface_hub import ModelCard
+
+    import train_ltd
+
+    def build(samples=(), repo_id="tester/my-lora", **kwargs):
+        args = train_ltd.parse_args(flags(**{"lora_alpha": 4} | kwargs))
+        train_ltd.model_card(args, repo_id, list(samples), FACTS).save(tmp_path / "README.md")
+        card = ModelCard.load(tmp_path / "README.md")
+        assert matter(card.content) == card.data.to_dict()
+        return card.data.to_dict(), card.content
+
+    return build
+
+
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+def test_front_matter(card, train_type):
+    front, text = card(train_type=train_type, trigger_word="ohwx", license="mit", **HUB_SOURCES)
+    lora = train_type == "lora"
+    tags = {"text-to-video", "diffusers-training", "diffusers", "wan", "wan-diffusers", "ltd"}
+    assert set(front.pop("tags")) == tags | ({"lora", "template:sd-lora"} if lora else set())
+    assert front == {
+        "base_model": "team/tiny-wan",
+        "base_model_relation": "adapter" if lora else "finetune",
+        "datasets": ["team/clips"],
+        "library_name": "diffusers",
+        "license": "mit",
+        "pipeline_tag": "text-to-video",
+    } | ({"instance_prompt": "ohwx"} if lora else {})
+    assert "<Gallery />" not in text  # there are no samples
+    assert "TODO" not in text and "None" not in text
+    code = code_block(text)
+    assert ('load_lora_weights("tester/my-lora")' in code) == lora
+    assert ('from_pretrained("tester/my-lora", subfolder="transformer"' in code) == (not lora)
+
+
+def test_local_sources_are_not_in_the_front_matter(card, tiny_wan, clips, tmp_path):
+    front, text = card(dataset_name=clips, train_data_dir=None)
+    assert not {"base_model", "base_model_relation", "datasets", "instance_prompt", "widget"} & set(front)
+    for path in (tiny_wan, clips, tmp_path):
+        assert str(path) not in text and str(path.parent) not in text
+
+
+def test_relative_folder_that_looks_like_a_hub_id(card, tmp_path, monkeypatch):
+    (tmp_path / "team" / "tiny-wan").mkdir(parents=True)
+    (tmp_path / "team" / "clips").mkdir()
+    monkeypatch.chdir(tmp_path)
+    front, text = card(**HUB_SOURCES)
+    assert not {"base_model", "base_model_relation", "datasets"} & set(front)
+    assert "team/tiny-wan" not in text and "team/clips" not in text
+
+
+def test_card_names_what_was_built_on(card, tiny_wan, tmp_path):
+    other = tmp_path / "private" / "other.safetensors"
+    other.parent.mkdir()
+    other.write_bytes(b"")
+    front, text = card(**HUB_SOURCES, init_lora="someone/style-lora", transformer_path="someone/other-wan")
+    table = text.split("## Training")[1]
+    assert all(name in table for name in ("team/tiny-wan", "someone/other-wan", "someone/style-lora"))
+    assert {"someone/other-wan", "someone/style-lora"} <= set(front["base_model"])
+    assert front["base_model_relation"] == "adapter" and '"someone/other-wan"' in code_block(text)
+    _, text = card(init_lora=other, transformer_path=other)
+    assert text.count("other.safetensors") >= 2 and str(tmp_path) not in text
+    ast.parse(code_block(text))
+
+
+def test_card_of_plain_mse_does_not_claim_ltd(card):
+    front, text = card(loss="mse")
+    (row,) = re.findall(r"\| loss.*? \| (.*) \|", text)
+    assert "mse" in row
+    assert "ltd" not in front["tags"]
+    assert "Latent Temporal Discrepancy" not in text.split("## Citation")[0]
+
+
+def test_card_of_ltd_says_its_settings(card):
+    _, text = card(ltd_window=4, ltd_scale=0.5, ltd_normalize=True)
+    (row,) = re.findall(r"\| loss.*? \| (.*) \|", text)
+    assert "0.5" in row and "4" in row and "normalised" in row
+    assert "https://huggingface.co/papers/2601.20504" in text
+
+
+ODD = [
+    *PROMPTS,
+    "---",
+    "- item: 'x'",
+    "null",
+    "1e3",
+    "{{ jinja }} {% if %} {0} %s \\n \\u0041",
+    "ends with a backslash \\ and quotes \"\"\" '''",
+    "| a | table | <Gallery /> <script>alert(1)</script>",
+    "```\nimport os\n```\n# heading",
+    "line\u2028separator, \x85 next line,\u00a0no-break, \u200bzero width, \ufeffbom",
+    "\U0001f3ac\U0001f1e9\U0001f1ea 👩‍👩‍👧 日本語 العربية é \u0301",
+    "&lt;b&gt; &amp;amp; @user #tag !tag *bold* ~ ? % `",
+    "long " * 400,
+]
+
+
+@pytest.mark.parametrize("prompt", ODD, ids=range(len(ODD)))
+def test_odd_prompts_do_not_break_the_card(card, prompt):
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    samples = ["samples/step-000002-0.mp4", "samples/step-000002-1.mp4"]
+    front, text = card(samples, validation_prompt=[prompt, "plain"], trigger_word=TRIGGER, **HUB_SOURCES)
+    expected = prompt_clean(f"{TRIGGER} {prompt}")
+    assert front["widget"] == [
+        {"text": expected, "output": {"url": samples[0]}},
+        {"text": prompt_clean(f"{TRIGGER} plain"), "output": {"url": samples[1]}},
+    ]
+    assert front["instance_prompt"] == TRIGGER and front["base_model"] == "team/tiny-wan"
+    assert text.count("<Gallery />") >= 1
+    calls = [node for node in ast.walk(ast.parse(code_block(text))) if isinstance(node, ast.Call)]
+    (call,) = [node for node in calls if ast.unparse(node.func) == "pipe"]
+    assert ast.literal_eval(call.args[0]) == expected
+    check_table(text)
+
+
+def check_table(text):
+    """Two cells in every row, no row broken."""
+    rows = text.split("| setting | value |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
+    assert len(rows) > 10
+    for row in rows:
+        assert row.startswith("| ") and row.endswith(" |") and len(re.findall(r"(?<!\\)\|", row)) == 3, row
+
+
+ODD_TRIGGERS = ["`tick`", "---", "yes", "a | b", "two\nlines", "  spaced  out "]
+
+
+@pytest.mark.parametrize("trigger", ODD_TRIGGERS)
+def test_odd_trigger_words(card, trigger):
+    """The front matter and the text name the very words that the captions began with."""
+    front, text = card(trigger_word=trigger, validation_prompt="plain", samples=["samples/0.mp4"])
+    assert front["instance_prompt"] == " ".join(trigger.split())
+    assert front["widget"][0]["text"] == f"{front['instance_prompt']} plain"
+    ast.parse(code_block(text))
+
+
+def test_odd_name_of_the_base_folder(card, tmp_path):
+    folder = tmp_path / 'odd "name" | of\\a base'
+    folder.mkdir()
+    _, text = card(pretrained_model_name_or_path=folder, train_type="full")
+    ast.parse(code_block(text))
+    check_table(text)
+
+
+@pytest.mark.parametrize("path", ["{tmp}/secret/thing", "../secret/thing", "secret/thing", "./secret/thing/"])
+def test_published_settings_hold_no_path(flags, tmp_path, monkeypatch, path):
+    """For every flag that can hold one, absolute or relative."""
+    import train_ltd
+
+    (tmp_path / "here" / "secret" / "thing").mkdir(parents=True)
+    (tmp_path / "secret" / "thing").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    args, path = train_ltd.parse_args(flags(validation_split="test")), path.format(tmp=tmp_path)
+    holders = """pretrained_model_name_or_path transformer_path init_lora dataset_name train_data_dir cache_dir
+        output_dir resume_from_checkpoint config""".split()
+    assert set(holders) <= set(vars(args))
+    for flag in holders:
+        setattr(args, flag, path)
+    text = json.dumps(train_ltd.published_settings(args))
+    assert "secret" not in text and str(tmp_path) not in text
+    assert json.loads(text)["pretrained_model_name_or_path"] == "thing"
+
+
+def test_odd_name_of_the_transformer_folder(card, tmp_path):
+    folder = tmp_path / 'odd "name" of\\a transformer'
+    folder.mkdir()
+    _, text = card(transformer_path=folder)
+    ast.parse(code_block(text))
+
+
+@pytest.mark.parametrize("flag, value", [("revision", "v1.0"), ("variant", "fp16")])
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+def test_code_loads_the_very_base_of_the_training(card, flag, value, train_type):
+    _, text = card(train_type=train_type, **HUB_SOURCES | {flag: value})
+    assert f'{flag}="{value}"' in code_block(text)
+
+
+# --- The output folder of more than one run --------------------------------------------------------------------------
+
+SAMPLED = {"validation_num_inference_steps": 1, "max_train_steps": 1}
+
+
+@pytest.fixture
+def published(run, monkeypatch):
+    """Function that runs with `--push_to_hub` and returns the card, its widget, and the files that are uploaded."""
+    import train_ltd
+
+    def train_and_publish(**kwargs):
+        uploaded = []
+        monkeypatch.setattr(train_ltd, "create_hub_repo", lambda args: "tester/run")
+        monkeypatch.setattr(train_ltd, "publish", lambda args, repo_id, files: uploaded.extend(files))
+        folder = run(push_to_hub=True, **SAMPLED, **kwargs)
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        return text, matter(text).get("widget", []), {path.relative_to(folder).as_posix(): path for path in uploaded}
+
+    return train_and_publish
+
+
+@pytest.mark.parametrize("prompts", [["a"], None])
+def test_samples_of_an_earlier_run_are_not_this_ones(published, tmp_path, prompts):
+    (tmp_path / "run" / "samples").mkdir(parents=True)
+    for number in range(3):
+        (tmp_path / "run" / "samples" / f"step-000001-{number}.mp4").write_bytes(b"stale")
+    text, widget, files = published(validation_prompt=prompts)
+    assert [entry["text"] for entry in widget] == (prompts or [])
+    assert ("<Gallery />" in text) == bool(prompts)
+    samples = {name: path for name, path in files.items() if name.endswith(".mp4")}
+    assert set(samples) == {entry["output"]["url"] for entry in widget}
+    assert all(path.read_bytes() != b"stale" for path in samples.values())
+
+
+@pytest.mark.parametrize("prompts", [None, ["b"]])
+def test_finished_run_is_resumed_with_other_prompts(published, prompts):
+    """As one does to publish what was not published: no sample goes with a prompt that it was not made from."""
+    _, widget, files = published(validation_prompt=["a"])
+    old = files[widget[0]["output"]["url"]].stat().st_mtime_ns
+    text, widget, files = published(validation_prompt=prompts, resume_from_checkpoint="latest")
+    assert {entry["text"] for entry in widget} <= set(prompts or [])
+    assert ("<Gallery />" in text) == bool(widget)
+    samples = {name: path for name, path in files.items() if name.endswith(".mp4")}
+    assert set(samples) == {entry["output"]["url"] for entry in widget}
+    assert all(path.stat().st_mtime_ns > old for path in samples.values())
