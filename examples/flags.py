@@ -1,7 +1,7 @@
 """Write the table of all flags of train_ltd.py into README.md, between its two markers.
 
-    python examples/flags.py           # rewrites README.md
-    python examples/flags.py --check   # exit code 1 when README.md is out of date
+python examples/flags.py           # rewrites README.md
+python examples/flags.py --check   # exit code 1 when README.md is out of date
 """
 
 import argparse

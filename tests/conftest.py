@@ -19,8 +19,9 @@ from diffusers.utils import export_to_video
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-import train_ltd
 from small_wan import PRESETS, build_small_wan
+
+import train_ltd
 
 gc.freeze()  # main() collects garbage often: what the imports made need not be walked each time
 
@@ -35,7 +36,9 @@ def tiny_wan(tmp_path_factory) -> Path:
     return path
 
 
-def write_clip(path: Path, number: int = 0, frames: int = 24, height: int = 48, width: int = 64, fps: int = 16) -> None:
+def write_clip(
+    path: Path, number: int = 0, frames: int = 24, height: int = 48, width: int = 64, fps: int = 16
+) -> None:
     """A bright square that moves over a coloured ground, at a speed and colour by `number`."""
     video = np.zeros((frames, height, width, 3), np.float32)
     video[..., number % 3] = 0.4

@@ -3,6 +3,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source examples/setup.sh
-install -r requirements.txt pytest ruff
+install -r requirements.txt -e ".[test]"
 "$PYTHON" -m ruff check .
 OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q "$@"

@@ -1,0 +1,87 @@
+"""The recipes, the README's generated parts and the small examples."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import train_ltd
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
+ACTIONS = {a.dest: a for a in train_ltd.build_parser()._actions}
+
+
+def test_all_recipes_are_there():
+    assert {"paper_full.yaml", "lora_1.3b.yaml", "lora_14b.yaml", "nano.yaml"} <= {p.name for p in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_key_of_a_recipe_is_a_flag_and_takes_effect(path, clips):
+    recipe = yaml.safe_load(path.read_text())
+    args = train_ltd.parse_args(["--config", str(path), "--train_data_dir", str(clips)])
+    assert recipe
+    for key, value in recipe.items():
+        assert key in ACTIONS
+        got = getattr(args, key)
+        assert type(got)(value) == got, key
+
+
+def test_paper_recipe_is_the_papers_section_3_1(clips):
+    path = ROOT / "examples/recipes/paper_full.yaml"
+    args = train_ltd.parse_args(["--config", str(path), "--train_data_dir", str(clips)])
+    assert (args.train_type, args.width, args.height, args.num_frames, args.num_train_epochs) == (
+        "full",
+        832,
+        480,
+        81,
+        2,
+    )
+    assert (args.learning_rate, args.ltd_window, args.loss, args.ltd_scale, args.ltd_normalize) == (
+        2e-5,
+        3,
+        "ltd",
+        1,
+        False,
+    )
+    assert args.train_batch_size * args.gradient_accumulation_steps * 8 == 16
+    assert (args.weighting_scheme, args.flow_shift, args.lr_scheduler) == ("none", 1, "constant")
+
+
+def test_every_flag_says_what_it_does():
+    assert [name for name, action in ACTIONS.items() if not action.help] == []
+
+
+def test_readme_lists_the_flags_as_they_are():
+    result = subprocess.run([sys.executable, ROOT / "examples/flags.py", "--check"], cwd=ROOT)
+    assert result.returncode == 0, "README.md is out of date: python examples/flags.py"
+
+
+def test_readme_has_both_commands_and_only_files_that_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "bash examples/quickstart.sh" in text and "bash tests/run.sh" in text
+    named = set(re.findall(r"\b(?:examples|tests)/[\w./-]+\.(?:py|sh|yaml|png)\b", text))
+    assert named and [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+    flags = {
+        f.removeprefix("no-")
+        for f in re.findall(r"train_ltd\.py[^\n]*(?:\n[^\n]*)?", text)
+        for f in re.findall(r"--(\w+)", f)
+    }
+    launcher = {"multi_gpu", "num_processes"}
+    assert sorted(flags - launcher - set(ACTIONS)) == []
+
+
+def test_clips_example(tmp_path):
+    """Real captioned clips where scikit-video is installed, and the remedy where it is not."""
+    command = [sys.executable, ROOT / "examples/make_clips.py", "--output_dir", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if importlib.util.find_spec("skvideo") is None:
+        assert result.returncode != 0 and "pip install" in result.stderr
+    else:
+        rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+        assert len(rows) >= 10 and all((tmp_path / row["file_name"]).is_file() and row["text"] for row in rows)
