@@ -214,7 +214,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if args.config:
         args = parser.parse_args(recipe_flags(args.config, parser, input_args) + input_args)
     full = args.train_type == "full"
-    args.learning_rate = args.learning_rate or (2e-5 if full else 1e-4)
+    args.learning_rate = args.learning_rate if args.learning_rate is not None else 2e-5 if full else 1e-4
     if args.max_train_steps is None and args.num_train_epochs is None:
         args.num_train_epochs, args.max_train_steps = (2, None) if full else (None, 1000)
     args.cache_dir = args.cache_dir or os.path.join(args.output_dir, "cache")
@@ -768,7 +768,7 @@ class LatentDataset(torch.utils.data.Dataset):
         clip, sigma = self.clips[index], sigmas_in_range(self.args, generator)[0]
         caption = clip["captions"][torch.randint(len(clip["captions"]), (), generator=generator)]
         caption = "" if torch.rand((), generator=generator) < self.args.caption_dropout else caption
-        return self.load(clip, caption, generator) | {"sigmas": sigma, "seed": seed, "name": clip["name"]}
+        return self.load(clip, caption, generator) | {"sigmas": sigma, "seed": str(seed), "name": clip["name"]}
 
     def load(self, clip: dict, caption: str, generator: torch.Generator) -> dict:
         """Latents `(C, F, H, W)`, as much noise, and prompt_embeds `(512, D)`."""
@@ -1550,6 +1550,8 @@ def look(run: Run, args: argparse.Namespace) -> None:
     step, last = run.state["step"], run.state["step"] >= run.max_steps
     evaluates = len(run.held_out) > 0 and (step % args.eval_steps == 0 or last)
     samples = len(args.validation_prompt) > 0 and (step % args.validation_steps == 0 or last)
+    if not evaluates and not samples:
+        return
     if run.ema:
         run.ema.store(trainable(run.transformer))
         run.ema.copy_to(trainable(run.transformer))
