@@ -32,6 +32,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -320,16 +321,21 @@ class ClipError(ValueError):
 
 def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset | datasets.IterableDataset, Path]:
     """The rows of a split with undecoded `video` and `text`, and the folder that relative paths start from."""
-    local = Path(args.train_data_dir or args.dataset_name)
-    if (local / split).is_dir() and not any((local / name).is_file() for name in METADATA_FILES):
-        local = local / split
+    root = Path(args.train_data_dir or args.dataset_name)
+    tables = [root / name for name in METADATA_FILES if (root / name).is_file()]
+    local = root / split if not tables and (root / split).is_dir() else root
     table = next((local / name for name in METADATA_FILES if (local / name).is_file()), local)
+    pairs = local.is_dir() and any(local.rglob("*.txt"))
+    if local == root and split != args.dataset_split and (table.is_file() or pairs):
+        raise ValueError(
+            f"--validation_split {split}: {root} has no folder of that name; a fraction such as 0.1 works"
+        )
     if table.is_file():
         if table.suffix not in TABLE_BUILDERS:
             raise ValueError(f"--train_data_dir {table} is no folder and none of {', '.join(TABLE_BUILDERS)}")
         dataset = datasets.load_dataset(TABLE_BUILDERS[table.suffix], data_files=str(table), split="train")
         return select_columns(dataset, args), table.parent
-    if local.is_dir() and any(local.rglob("*.txt")):
+    if pairs:
         return pair_clips_with_captions(local), local
     name = str(local) if local.is_dir() else args.dataset_name
     kwargs = {"split": split, "revision": args.dataset_revision, "streaming": args.streaming}
@@ -353,6 +359,8 @@ def pair_clips_with_captions(folder: Path) -> datasets.Dataset:
 
 def select_columns(dataset: datasets.Dataset | datasets.IterableDataset, args: argparse.Namespace):
     """Name the two columns `video` and `text`, and keep `datasets` from decoding."""
+    if args.streaming:
+        dataset = dataset.decode(False)  # before select_columns: after it, it has no effect on a Hub's files
     columns = dataset.column_names or list(next(iter(dataset)))
     video, text = args.video_column, args.caption_column
     video = "file_name" if video == "video" and video not in columns and "file_name" in columns else video
@@ -360,9 +368,7 @@ def select_columns(dataset: datasets.Dataset | datasets.IterableDataset, args: a
         if column not in columns:
             raise ValueError(f"{flag} {column}: there is no such column; the dataset has {', '.join(columns)}")
     dataset = dataset.select_columns([video, text])
-    if isinstance(dataset, datasets.IterableDataset):
-        dataset = dataset.decode(False)
-    elif isinstance(dataset.features[video], datasets.Video | datasets.Image):
+    if not args.streaming and isinstance(dataset.features[video], datasets.Video | datasets.Image):
         dataset = dataset.cast_column(video, type(dataset.features[video])(decode=False))
     return dataset.rename_columns({old: new for old, new in ((video, "video"), (text, "text")) if old != new})
 
@@ -403,55 +409,65 @@ def read_clips(source: str | bytes, args: argparse.Namespace) -> tuple[torch.Ten
         portrait video meets a landscape crop, or the other way round.
 
     Raises:
-        ClipError: no video stream, fewer frames than needed, or a window that cannot be reached.
+        ClipError: no video stream, or fewer frames than needed.
         av.FFmpegError: the file cannot be decoded.
     """
-    with av.open(io.BytesIO(source) if isinstance(source, bytes) else source) as container:
-        streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-        if not streams:
-            raise ClipError("no video stream")
-        stream = streams[0]
-        stream.thread_type = "AUTO"
-        duration = float((stream.duration or 0) * (stream.time_base or 0)) or (container.duration or 0) / av.time_base
-        span = args.num_frames / args.fps
-        count = min(args.clips_per_video, max(1, int(duration / span + TIME_TOLERANCE)))
-        clips, origin = [], None
-        for start in np.linspace(0, max(0, duration - span), count):
-            if start > 0:
-                container.seek(int((origin + start) / stream.time_base), stream=stream)
-            frames, origin = pick_frames(container, stream, start, origin, args)
-            clips.append(torch.stack([resize_and_crop(f, args.height, args.width) for f in frames]))
-        height, width = upright(frames[0]).shape[:2]
-    scale = max(args.height / height, args.width / width)
-    cropped = max(0.0, 1 - args.height * args.width / (height * scale * width * scale))
-    return torch.stack(clips), cropped, (height - width) * (args.height - args.width) < 0
-
-
-def pick_frames(container, stream, start: float, origin: float | None, args) -> tuple[list[av.VideoFrame], float]:
-    """The frames on display at `start`, `start + 1/fps`, ...: seconds after the video's first frame, the origin."""
-    wanted = start + np.arange(args.num_frames) / args.fps
-    picked, shown, shown_at, interval = [], None, 0.0, 0.0
-    for index, frame in enumerate(container.decode(stream)):
-        at = float(frame.time if frame.time is not None else index / (stream.average_rate or 25))
-        origin = at if origin is None else origin
-        at -= origin
-        if shown is None and at > wanted[0] + TIME_TOLERANCE:
-            raise ClipError(f"cannot seek to {start:.2f} s")
-        while shown is not None and len(picked) < len(wanted) and wanted[len(picked)] < at - TIME_TOLERANCE:
-            picked.append(shown)
-        if len(picked) == len(wanted):
-            return picked, origin
-        interval = float(frame.duration * frame.time_base) if frame.duration else at - shown_at
-        shown, shown_at = frame, at
-    # The last frame stays for its own duration; a still has none.
-    end = shown_at + max(interval, 2 * TIME_TOLERANCE)
-    while shown is not None and len(picked) < len(wanted) and wanted[len(picked)] < end - TIME_TOLERANCE:
-        picked.append(shown)
-    if len(picked) < len(wanted):
-        error = ClipError(f"too short: {len(picked)} frames at {args.fps:g} fps, {args.num_frames} needed")
-        error.num_frames = len(picked)
+    wanted, span, starts = np.arange(args.num_frames) / args.fps, args.num_frames / args.fps, np.zeros(1)
+    if args.clips_per_video > 1:
+        seconds = video_seconds(source)
+        count = min(args.clips_per_video, max(1, int(seconds / span + TIME_TOLERANCE)))
+        starts = np.linspace(0, max(0, seconds - span), count)
+    frames = []
+    for picture in pictures_at(source, (starts[:, None] + wanted).ravel()):
+        frames.append(resize_and_crop(picture, args.height, args.width))
+    if len(frames) < args.num_frames:
+        error = ClipError(f"too short: {len(frames)} frames at {args.fps:g} fps, {args.num_frames} needed")
+        error.num_frames = len(frames)
         raise error
-    return picked, origin
+    clips = torch.stack(frames[: len(frames) // args.num_frames * args.num_frames])
+    height, width = picture.shape[:2]
+    cropped = 1 - args.height * args.width / max(args.height / height, args.width / width) ** 2 / (height * width)
+    turned = (height - width) * (args.height - args.width) < 0
+    return clips.unflatten(0, (-1, args.num_frames)), max(0.0, cropped), turned
+
+
+def video_stream(container) -> av.VideoStream:
+    """The first one that is not the cover of a sound file."""
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            stream.thread_type = "AUTO"
+            return stream
+    raise ClipError("no video stream")
+
+
+def video_seconds(source: str | bytes) -> float:
+    """By its packets: the container's own duration may be that of the sound, or of a part that was cut off."""
+    with av.open(io.BytesIO(source) if isinstance(source, bytes) else source) as container:
+        stream = video_stream(container)
+        times = [(p.pts, p.pts + (p.duration or 0)) for p in container.demux(stream) if p.pts is not None]
+        return float((max(end for _, end in times) - min(times)[0]) * stream.time_base) if times else 0.0
+
+
+def pictures_at(source: str | bytes, times: np.ndarray) -> Iterator[np.ndarray]:
+    """The pictures `(H, W, 3)` on display at ascending times, in seconds after the first; ends with the video."""
+    shown, shown_at, origin, interval, number = None, 0.0, None, 0.0, 0
+    with av.open(io.BytesIO(source) if isinstance(source, bytes) else source) as container:
+        stream = video_stream(container)
+        for index, frame in enumerate(container.decode(stream)):
+            at = float(frame.time if frame.time is not None else index / (stream.average_rate or 25))
+            origin = at if origin is None else origin
+            while shown is not None and number < len(times) and times[number] < at - origin - TIME_TOLERANCE:
+                yield upright(shown)
+                number += 1
+            if number == len(times):
+                return
+            interval = float(frame.duration * frame.time_base) if frame.duration else at - origin - shown_at
+            shown, shown_at = frame, at - origin
+        # The last frame stays for its own duration; a still has none.
+        end = shown_at + max(interval, 2 * TIME_TOLERANCE) - TIME_TOLERANCE
+        while shown is not None and number < len(times) and times[number] < end:
+            yield upright(shown)
+            number += 1
 
 
 def upright(frame: av.VideoFrame) -> np.ndarray:
@@ -459,9 +475,9 @@ def upright(frame: av.VideoFrame) -> np.ndarray:
     return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
 
 
-def resize_and_crop(frame: av.VideoFrame, height: int, width: int) -> torch.Tensor:
+def resize_and_crop(picture: np.ndarray, height: int, width: int) -> torch.Tensor:
     """Resize with antialiasing to cover `height` x `width`, keep the centre: `(3, H, W)`, uint8."""
-    picture = torch.from_numpy(upright(frame).copy()).permute(2, 0, 1)
+    picture = torch.from_numpy(picture.copy()).permute(2, 0, 1)
     scale = max(height / picture.shape[1], width / picture.shape[2])
     size = [max(height, round(picture.shape[1] * scale)), max(width, round(picture.shape[2] * scale))]
     picture = F.interpolate(picture[None], size, mode="bicubic", antialias=True)[0]
@@ -495,10 +511,10 @@ def save_entry(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def read_statistics(path: Path) -> dict[str, list] | None:
-    """All of a cached video but its latents; `None` when it is absent or damaged, so that it is made again."""
+    """All of a cache entry but the big tensors; `None` when it is absent or damaged, so that it is made again."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k).tolist() for k in file.keys() if k != "latents"}
+            return {k: file.get_tensor(k).tolist() for k in file.keys() if k not in ("latents", "prompt_embeds")}
     except (FileNotFoundError, SafetensorError):
         return None
 
@@ -574,6 +590,8 @@ def cache_videos(args: argparse.Namespace, accelerator: Accelerator, split: str,
     for number, row in rows:
         video, vae = cache_video(row, f"row {number}", folder, key, vae, args, accelerator.device)
         videos.append(video | {"number": number})
+        if "reason" in video:
+            logger.warning(f"skipped {video['file']}: {video['reason']}", main_process_only=False)
         bar.update(min(world, total - bar.n) if total else world)
     bar.close()
     del vae
@@ -595,7 +613,6 @@ def cache_video(row: dict, name: str, folder: Path, key: str, vae: AutoencoderKL
         decoded = None if video["statistics"] else read_clips(source, args)
     except (ClipError, OSError, av.FFmpegError) as error:
         reason = str(error) if isinstance(error, ClipError) else f"cannot be read: {error}"
-        logger.warning(f"skipped {video['file']}: {reason}", main_process_only=False)
         return video | {"reason": reason, "num_frames": getattr(error, "num_frames", None)}, vae
     if decoded is None:
         return video, vae
@@ -618,7 +635,7 @@ def cache_captions(args: argparse.Namespace, accelerator: Accelerator, captions:
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     key = digest(model_identity(args, "text_encoder", "tokenizer"), str(dtype), args.cache_dtype)
     files = {c: f"text/{digest(key, c)}.safetensors" for c in sorted(captions)}
-    missing = [c for c in files if not Path(args.cache_dir, files[c]).is_file()]
+    missing = [c for c in files if read_statistics(Path(args.cache_dir, files[c])) is None]
     accelerator.wait_for_everyone()  # every rank has looked before any writes
     if missing:
         base, kwargs = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
