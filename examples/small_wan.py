@@ -3,25 +3,46 @@
 The classes are the real ones (`WanPipeline` and everything in it), so whatever runs on this folder runs on
 `Wan-AI/Wan2.1-T2V-1.3B-Diffusers` too. Only the sizes differ, and the weights are random.
 
-    python examples/small_wan.py --output_dir small-wan --preset tiny
+    python examples/small_wan.py --output_dir small-wan --preset small --train_vae_data clips
+
+`--train_vae_data` fits the VAE to a folder of clips for two minutes, on small crops, so that latents mean something and
+samples can be looked at. The clips it is fitted to are the demo's own and only ones: how well it reconstructs them says
+nothing about other videos. The transformer and the text encoder stay random.
+
+`--preset 1.3b` has the true shape of Wan2.1-T2V-1.3B with random weights (about 6 GB), to try memory, speed, saving
+and resuming on a GPU without a download.
 """
 
 import argparse
+import json
+import math
 import string
 from pathlib import Path
 
+import av
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResidualBlock, patchify, unpatchify
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 PRESETS = {
     # For tests: the whole folder is below 0.5 MB and a forward pass takes milliseconds.
     "tiny": {"base_dim": 3, "dim_mult": (1, 1, 1, 1), "text_dim": 32, "num_layers": 2, "num_attention_heads": 2,
              "attention_head_dim": 12, "ffn_dim": 32, "freq_dim": 32, "rope_max_seq_len": 32},
-    "small": {"base_dim": 16, "dim_mult": (1, 2, 4, 4), "text_dim": 64, "num_layers": 6, "num_attention_heads": 4,
-              "attention_head_dim": 36, "ffn_dim": 512, "freq_dim": 256, "rope_max_seq_len": 128},
+    # The VAE works on patches of 2x2 pixels, as that of Wan2.2, which makes it four times as fast.
+    "small": {"base_dim": 16, "dim_mult": (1, 2, 2), "patch_size": 2, "text_dim": 64, "num_layers": 6,
+              "num_attention_heads": 4, "attention_head_dim": 36, "ffn_dim": 512, "freq_dim": 256,
+              "rope_max_seq_len": 128},
+    "1.3b": {"base_dim": 96, "dim_mult": (1, 2, 4, 4), "num_res_blocks": 2, "text_dim": 4096, "num_layers": 30,
+             "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "freq_dim": 256,
+             "rope_max_seq_len": 1024},
 }  # fmt: skip
+HEIGHT, WIDTH = 96, 160  # of the quickstart
 
 WORDS = """a an and are at away back behind beside big black blue bright brown by camera car city close closer colour
 dark day down face fast field for forest from front grass gray green hand hands he head her his in into is it large
@@ -35,6 +56,8 @@ def parse_args(input_args=None):
     parser.add_argument("--output_dir", required=True, help="Folder of the new pipeline.")
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train_vae_data", help="Folder of clips with a metadata.jsonl to fit the VAE to.")
+    parser.add_argument("--vae_steps", type=int, default=800, help="Steps of that fit.")
     return parser.parse_args(input_args)
 
 
@@ -69,25 +92,39 @@ def measure_latents(vae, videos):
     vae.register_to_config(latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).tolist())
 
 
-def build_small_wan(path, *, base_dim=16, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=1, text_dim=64, num_layers=6,
-                    num_attention_heads=4, attention_head_dim=36, ffn_dim=512, freq_dim=256, rope_max_seq_len=128,
-                    seed=0):  # fmt: skip
+def build_small_wan(path, *, base_dim=16, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=1, patch_size=None,
+                    text_dim=64, num_layers=6, num_attention_heads=4, attention_head_dim=36, ffn_dim=512, freq_dim=256,
+                    rope_max_seq_len=128, seed=0, vae_videos=None, vae_steps=800):  # fmt: skip
     """Save a `WanPipeline` with random weights to the folder `path`.
 
     Args:
         path (`str` or `Path`): The folder; `WanPipeline.from_pretrained(path)` loads it.
-        base_dim, z_dim, dim_mult, num_res_blocks: The VAE, always 8x in space and 4x in time.
+        base_dim, z_dim, dim_mult, num_res_blocks, patch_size: The VAE, always 8x in space and 4x in time.
         text_dim (`int`): Width of the text encoder, hence of the prompt embeddings.
         num_layers, num_attention_heads, attention_head_dim, ffn_dim, freq_dim, rope_max_seq_len: The transformer.
         seed (`int`): Same seed, same weights. The caller's random state is left alone.
+        vae_videos (`list[torch.Tensor]`, *optional*): Videos `(3, F, H, W)` in [-1, 1] to fit the VAE to.
+        vae_steps (`int`): Steps of that fit.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = build_tokenizer()
         text_encoder = build_text_encoder(len(tokenizer), text_dim)
-        vae = AutoencoderKLWan(base_dim=base_dim, z_dim=z_dim, dim_mult=list(dim_mult), num_res_blocks=num_res_blocks,
-                               temperal_downsample=[False, True, True]).eval()  # fmt: skip
-        measure_latents(vae, [smooth_videos()])
+        channels = 3 * (patch_size or 1) ** 2
+        vae = AutoencoderKLWan(
+            base_dim=base_dim,
+            z_dim=z_dim,
+            dim_mult=list(dim_mult),
+            num_res_blocks=num_res_blocks,
+            temperal_downsample=[False, True, True][1 - len(dim_mult) :],
+            is_residual=patch_size is not None,
+            patch_size=patch_size,
+            in_channels=channels,
+            out_channels=channels,
+        ).eval()
+        if vae_videos:
+            fit_vae(vae, vae_videos, vae_steps)
+        measure_latents(vae, [video[None] for video in vae_videos] if vae_videos else [smooth_videos()])
         transformer = WanTransformer3DModel(
             in_channels=z_dim, out_channels=z_dim, text_dim=text_dim, num_layers=num_layers,
             num_attention_heads=num_attention_heads, attention_head_dim=attention_head_dim, ffn_dim=ffn_dim,
@@ -96,9 +133,119 @@ def build_small_wan(path, *, base_dim=16, z_dim=16, dim_mult=(1, 2, 4, 4), num_r
     WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer).save_pretrained(path)
 
 
+def read_videos(folder):
+    """The clips that a `metadata.jsonl` names: each `(3, F, HEIGHT, WIDTH)` in [-1, 1], with F = 4k+1."""
+    videos = []
+    for line in Path(folder, "metadata.jsonl").read_text(encoding="utf-8").splitlines():
+        with av.open(str(Path(folder, json.loads(line)["file_name"]))) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        frames = torch.from_numpy(np.stack(frames[: (len(frames) - 1) // 4 * 4 + 1])).permute(0, 3, 1, 2)
+        scale = max(HEIGHT / frames.shape[2], WIDTH / frames.shape[3])
+        size = [round(side * scale) for side in frames.shape[2:]]
+        frames = F.interpolate(frames, size, mode="bicubic", antialias=True)
+        top, left = (size[0] - HEIGHT) // 2, (size[1] - WIDTH) // 2
+        videos.append(frames[:, :, top : top + HEIGHT, left : left + WIDTH].transpose(0, 1) / 127.5 - 1)
+    return videos
+
+
+@torch.no_grad()
+def start_linear(vae, gain=3.0, noise=0.1):
+    """Initialise a VAE of equal widths' ends as a linear map with small residual branches: it learns in minutes."""
+    for module in vae.modules():
+        last = {WanResidualBlock: "conv2", WanAttentionBlock: "proj"}.get(type(module))
+        if last:
+            torch.nn.init.zeros_(getattr(module, last).weight)
+            torch.nn.init.zeros_(getattr(module, last).bias)
+    # A large constant before the last norm makes that norm nearly linear in all else.
+    for block in (vae.encoder.mid_block.resnets[-1], vae.decoder.up_blocks[-1].resnets[-1]):
+        block.conv2.bias.fill_(gain)
+    for conv in (vae.quant_conv, vae.post_quant_conv):
+        torch.nn.init.zeros_(conv.bias)
+        conv.weight.copy_(torch.eye(len(conv.weight))[:, :, None, None, None])
+    z_dim, width = vae.config.z_dim, vae.encoder.conv_out.weight.shape[1]
+    basis = torch.linalg.qr(torch.randn(width, z_dim))[0].T  # (z_dim, width), orthonormal rows
+    mean_only = torch.cat([basis * gain, torch.zeros_like(basis)])
+    for conv, matrix in (
+        (vae.encoder.conv_in, torch.eye(*vae.encoder.conv_in.weight.shape[:2])),
+        (vae.encoder.conv_out, mean_only),
+        (vae.decoder.conv_in, basis.T),
+        (vae.decoder.conv_out, torch.eye(*vae.decoder.conv_out.weight.shape[:2]) * gain),
+    ):
+        conv.weight.mul_(noise)
+        conv.weight[:, :, -1, 1, 1] += matrix
+        torch.nn.init.zeros_(conv.bias)
+
+
+def reconstruct(vae, videos, noise):
+    """Encode, add a little noise, decode `(B, 3, F, H, W)`. Not by `vae.decode`, whose clamp has no gradient."""
+    patch_size = vae.config.patch_size
+    vae.clear_cache()
+    latents = []
+    for part in patchify(videos, patch_size).split([1, videos.shape[2] - 1], dim=2):
+        vae._enc_conv_idx = [0]
+        latents.append(vae.encoder(part, feat_cache=vae._enc_feat_map, feat_idx=vae._enc_conv_idx))
+    latents = vae.quant_conv(torch.cat(latents, dim=2))[:, : vae.config.z_dim]
+    hidden = vae.post_quant_conv(latents + noise * torch.randn_like(latents))
+    vae.clear_cache()
+    frames = []
+    for part in hidden.split([1, hidden.shape[2] - 1], dim=2):
+        vae._conv_idx = [0]
+        kwargs = {"feat_cache": vae._feat_map, "feat_idx": vae._conv_idx, "first_chunk": not frames}
+        frames.append(vae.decoder(part, **kwargs))
+    vae.clear_cache()
+    return unpatchify(torch.cat(frames, dim=2), patch_size), latents
+
+
+def fit_vae(vae, videos, steps, batch_size=2, num_frames=9, crop=64, learning_rate=3e-3, warmup=30):
+    """Fit the VAE to random crops of `videos`, each `(3, F, H, W)`, in place; ends with averaged weights."""
+    start_linear(vae)
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)  # twice as fast on a CPU
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+    ema = EMAModel(vae.parameters(), decay=0.99)
+    bar = tqdm(range(steps), desc="fitting the VAE")
+    for _ in bar:
+        batch = []
+        for index in torch.randint(len(videos), (batch_size,)).tolist():
+            room = [a - b for a, b in zip(videos[index].shape[1:], (num_frames, crop, crop), strict=True)]
+            t, y, x = (int(torch.randint(r + 1, ())) for r in room)
+            batch.append(videos[index][:, t : t + num_frames, y : y + crop, x : x + crop])
+        batch = torch.stack(batch)
+        frames, latents = reconstruct(vae, batch, noise=0.05)
+        error = frames - batch
+        loss = error.square().mean() + 0.2 * error.abs().mean() + 1e-4 * latents.square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        ema.step(vae.parameters())
+        bar.set_postfix(psnr=f"{-10 * math.log10(error.square().mean().item() / 4):.1f} dB")
+    ema.copy_to(vae.parameters())
+
+
+@torch.no_grad()
+def psnr(vae, videos):
+    """Mean over the clips of the PSNR in dB of the whole reconstructed picture."""
+    values = []
+    for video in videos:
+        latents = vae.encode(video[None]).latent_dist.mode()
+        error = vae.decode(latents).sample[0] - video
+        values.append(-10 * math.log10(error.square().mean().item() / 4))
+    return sum(values) / len(values)
+
+
 def main(args):
-    build_small_wan(args.output_dir, **PRESETS[args.preset], seed=args.seed)
+    videos = read_videos(args.train_vae_data) if args.train_vae_data else None
+    build_small_wan(
+        args.output_dir, **PRESETS[args.preset], seed=args.seed, vae_videos=videos, vae_steps=args.vae_steps
+    )
     print(f"Saved {Path(args.output_dir)}")
+    if videos:
+        vae = AutoencoderKLWan.from_pretrained(args.output_dir, subfolder="vae")
+        print(f"The VAE brings the clips it was fitted to back with {psnr(vae, videos):.1f} dB")
 
 
 if __name__ == "__main__":
