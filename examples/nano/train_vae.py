@@ -4,7 +4,8 @@
 
 Two CPU cores reach a useful model in an hour or two. Stopping at any time (also kill -9) is safe: the same command
 goes on from the last checkpoint with the clips that would have come. `--output_dir` always holds the best weights so
-far.
+far. When no checkpoint was kept, `--pretrained_vae examples/nano/wan-nano/vae --short_steps 0` trains the shipped
+weights further.
 
 What makes it quick:
 - Wan2.2's layout: pixels folded 2 x 2 into channels before the first convolution, and averaging shortcuts around every
@@ -32,6 +33,8 @@ logger = logging.getLogger("train_vae")
 EVALUATION_CLIPS = 8  # of each mix while training
 FINAL_CLIPS = 64  # of each mix at the end
 STATISTICS_CLIPS = 256  # training clips behind latents_mean and latents_std
+QUICK_STATISTICS_CLIPS = 32  # the same, for the models saved on the way
+SHORT_FRAMES = 9  # three latent frames
 # Seeds of the `train` split below this one are left to the diffusion model's data sets.
 VAE_DATA_SEED = 1000
 
@@ -40,27 +43,25 @@ def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", default="examples/nano/wan-nano/vae", help="the best model so far, float16")
     parser.add_argument("--checkpoint_dir", default="outputs/nano-vae", help="optimizer state and the log")
+    parser.add_argument("--pretrained_vae", help="start from these weights instead of from scratch")
     parser.add_argument("--base_dim", type=int, default=16, help="channels at half resolution")
     parser.add_argument("--decoder_base_dim", type=int, default=None)
     parser.add_argument("--dim_mult", type=int, nargs="+", default=[1, 4, 4], help="channels of each level / base_dim")
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--train_batch_size", type=int, default=4)
-    parser.add_argument("--num_frames", type=int, default=9, help="length of the training windows, 4k + 1")
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--lr_warmup_steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--short_steps", type=int, default=500, help="steps on short windows before whole clips")
+    parser.add_argument("--train_batch_size", type=int, default=1, help="whole clips a step; four times as many short")
+    parser.add_argument("--learning_rate", type=float, default=1.2e-3)
+    parser.add_argument("--lr_warmup_steps", type=int, default=200)
     parser.add_argument("--l1_weight", type=float, default=0.2, help="of the absolute error, beside the squared one")
     parser.add_argument("--kl_weight", type=float, default=3e-5)
     parser.add_argument("--ema_decay", type=float, default=0.998)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
-    parser.add_argument("--max_grad_norm", type=float, default=1.0)
+    parser.add_argument("--max_grad_norm", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluation_steps", type=int, default=250)
     parser.add_argument("--checkpointing_steps", type=int, default=250)
     parser.add_argument("--max_minutes", type=float, default=math.inf, help="stop (resumably) after so long")
-    args = parser.parse_args(input_args)
-    if args.num_frames % 4 != 1:
-        raise ValueError(f"--num_frames must be 4k + 1, not {args.num_frames}")
-    return args
+    return parser.parse_args(input_args)
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -79,6 +80,18 @@ def render_batch(seed, split, start, count, num_frames=None):
             frames = frames[first : first + num_frames]
         clips.append(torch.from_numpy(frames).permute(3, 0, 1, 2))
     return torch.stack(clips).float() / 127.5 - 1
+
+
+def training_batch(step, args):
+    """The clips of one step: many short windows while the network learns to draw, then whole clips.
+
+    Four windows cost as much as one clip and are a better sample. But the causal convolutions look further back than
+    a window is long: trained on windows only, a model of 30 dB on 9 frames had 15 dB on the 20th.
+    """
+    short = step < args.short_steps
+    count = args.train_batch_size * (4 if short else 1)
+    start = step * 4 * args.train_batch_size
+    return render_batch(VAE_DATA_SEED + args.seed, "train", start, count, SHORT_FRAMES if short else None)
 
 
 # ------------------------------------------------------------------------------------------------ model
@@ -227,13 +240,17 @@ def main(args):
     # 1. Model, its running average, optimizer
     torch.manual_seed(args.seed)
     vae = build_vae(args)
+    if args.pretrained_vae:
+        vae.load_state_dict(AutoencoderKLWan.from_pretrained(args.pretrained_vae).state_dict())
     average = AutoencoderKLWan.from_config(vae.config).requires_grad_(False)
     average.load_state_dict(vae.state_dict())
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     logger.info("%.2f M parameters", sum(p.numel() for p in vae.parameters()) / 1e6)
 
     # 2. Go on where the last run stopped
-    step, seconds, best = 0, 0.0, 0.0
+    step, seconds = 0, 0.0
+    # A model that is already there is replaced by a better one only.
+    best = min(held_out_psnr(vae, EVALUATION_CLIPS).values()) if args.pretrained_vae else 0.0
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -248,8 +265,7 @@ def main(args):
     while step < args.steps:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        batch = args.train_batch_size
-        video = render_batch(VAE_DATA_SEED + args.seed, "train", step * batch, batch, args.num_frames)
+        video = training_batch(step, args)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         loss, parts = training_loss(vae, video, args, generator)
         optimizer.zero_grad(set_to_none=True)
@@ -269,7 +285,7 @@ def main(args):
             logger.info("step %d, %.0f s, held-out PSNR %.2f dB calm, %.2f dB dynamic", step, seconds, *psnr.values())
             if min(psnr.values()) > best + 0.5:
                 best = min(psnr.values())
-                save_model(average, args.output_dir, 32)
+                save_model(average, args.output_dir, QUICK_STATISTICS_CLIPS)
             last = time.monotonic()
         stopping = time.monotonic() - began > 60 * args.max_minutes
         if step % args.checkpointing_steps == 0 or step == args.steps or stopping:
