@@ -61,7 +61,6 @@ from diffusers.video_processor import VideoProcessor
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, httpx, validate_repo_id
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -412,13 +411,13 @@ def read_clips(source: str | bytes, args: argparse.Namespace) -> tuple[torch.Ten
         starts = np.linspace(0, max(0, seconds - span), count)
     frames = []
     for picture in pictures_at(source, np.add.outer(starts, np.arange(args.num_frames) / args.fps).ravel()):
-        width, height = picture.size
-        frames.append(np.asarray(ImageOps.fit(picture, (args.width, args.height), Image.Resampling.BICUBIC)))
+        frames.append(resize_and_crop(picture, args.height, args.width))
     if len(frames) < args.num_frames:
         error = ClipError(f"too short: {len(frames)} frames at {args.fps:g} fps, {args.num_frames} needed")
         error.num_frames = len(frames)
         raise error
-    clips = torch.from_numpy(np.stack(frames[: len(frames) // args.num_frames * args.num_frames])).movedim(-1, 1)
+    clips = torch.stack(frames[: len(frames) // args.num_frames * args.num_frames])
+    height, width = picture.shape[:2]
     cropped = 1 - args.height * args.width / max(args.height / height, args.width / width) ** 2 / (height * width)
     turned = (height - width) * (args.height - args.width) < 0
     return clips.unflatten(0, (-1, args.num_frames)), max(0.0, cropped), turned
@@ -441,8 +440,8 @@ def video_seconds(source: str | bytes) -> float:
         return float((max(end for _, end in times) - min(times)[0]) * stream.time_base) if times else 0.0
 
 
-def pictures_at(source: str | bytes, times: np.ndarray) -> Iterator[Image.Image]:
-    """The pictures on display, upright, at ascending times in seconds after the first; ends with the video."""
+def pictures_at(source: str | bytes, times: np.ndarray) -> Iterator[np.ndarray]:
+    """Pictures `(H, W, 3)` on display, upright, at ascending times in seconds after the first; ends with the video."""
     shown, start, origin, interval, number = None, 0.0, None, 0.0, 0
     with av.open(io.BytesIO(source) if isinstance(source, bytes) else source) as container:
         stream = video_stream(container)
@@ -454,12 +453,22 @@ def pictures_at(source: str | bytes, times: np.ndarray) -> Iterator[Image.Image]
                 origin = at if origin is None else origin
                 end = at - origin
             while shown is not None and number < len(times) and times[number] < end - TIME_TOLERANCE:
-                yield Image.fromarray(np.rot90(shown.to_ndarray(format="rgb24"), k=round(shown.rotation / 90)))
+                yield np.rot90(shown.to_ndarray(format="rgb24"), k=round(shown.rotation / 90))
                 number += 1
             if frame is None or number == len(times):
                 return
             interval = float(frame.duration * frame.time_base) if frame.duration else end - start
             shown, start = frame, end
+
+
+def resize_and_crop(picture: np.ndarray, height: int, width: int) -> torch.Tensor:
+    """Resize with antialiasing to cover `height` x `width`, keep the centre: `(3, H, W)`, uint8."""
+    picture = torch.from_numpy(picture.copy()).permute(2, 0, 1)
+    scale = max(height / picture.shape[1], width / picture.shape[2])
+    size = [max(height, round(picture.shape[1] * scale)), max(width, round(picture.shape[2] * scale))]
+    picture = F.interpolate(picture[None], size, mode="bicubic", antialias=True)[0]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return picture[:, top : top + height, left : left + width].contiguous()
 
 
 # --- Cache: frames -> latents, captions -> prompt_embeds -------------------------------------------------------------
@@ -691,8 +700,8 @@ def prepare_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[li
     files, new_captions = cache_captions(args, accelerator, captions)
     new_videos = sum(v["encoded"] for v in videos + held_out)
     size = sum(Path(args.cache_dir, v["path"]).stat().st_size for v in videos + held_out)
-    what, now = f"{len(videos)} training and {len(held_out)} held-out videos", f"{new_videos} videos, {new_captions}"
-    logger.info(f"cache: {what}, {size / 2**20:.1f} MiB in {args.cache_dir}; encoded now: {now} captions")
+    there = f"{len(videos)} training and {len(held_out)} held-out videos, {size / 2**20:.1f} MiB in {args.cache_dir}"
+    logger.info(f"cache: {there}; encoded now: {new_videos} videos, {new_captions} captions")
     if not new_videos and not new_captions:
         logger.info("warm start: neither the VAE nor the text encoder was loaded")
     summarise(args, videos)
@@ -1410,11 +1419,13 @@ def train(run: SimpleNamespace, args: argparse.Namespace) -> None:
             state["step"] += 1
             bar.update()
             if finite:
-                rows, state["bad_steps"] = rows + update, 0
+                rows += update
+                state["bad_steps"] = 0
                 if run.ema:
                     run.ema.step(trainable(transformer))
             else:
-                state["skipped_steps"], state["bad_steps"] = state["skipped_steps"] + 1, state["bad_steps"] + 1
+                state["skipped_steps"] += 1
+                state["bad_steps"] += 1
                 bad = ", ".join(gather_object(names))
                 logger.warning(f"step {state['step']} skipped: its loss or gradient is not finite; its clips: {bad}")
                 if state["bad_steps"] == MAX_BAD_STEPS:
