@@ -33,9 +33,9 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import datasets
@@ -78,11 +78,9 @@ COMFYUI_NAMES = {
     "attn1.to_out.0": "self_attn.o", "attn1.to_": "self_attn.",
     "attn2.to_out.0": "cross_attn.o", "attn2.to_": "cross_attn.",
     "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2", "proj_out": "head.head",
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.": "", "time_proj": "time_projection.1",
+    "time_embedder.linear_1": "time_embedding.0", "time_embedder.linear_2": "time_embedding.2",
+    "text_embedder.linear_1": "text_embedding.0", "text_embedder.linear_2": "text_embedding.2",
 }
 # fmt: on
 MAX_SEQUENCE_LENGTH = 512  # what WanPipeline.__call__ pads to; encode_prompt's own default is 226
@@ -99,7 +97,11 @@ SIGMA_DRAWS = 1024
 EVAL_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 MAX_BAD_STEPS = 10
 RETRY_DELAYS = (1, 2, 4, 8, 16)  # seconds between tries at the Hub
+CITATION = """@article{wu2026ltd, title={Latent Temporal Discrepancy as Motion Prior}, year={2026},
+  author={Wu, Meiqi and Song, Bingze and Lin, Ruimin and Zhu, Chen and Feng, Xiaokun and Wu, Jiahong and others},
+  journal={arXiv preprint arXiv:2601.20504}}"""
 HUB_ERRORS = (HfHubHTTPError, httpx.HTTPError, ConnectionError, RuntimeError)  # the client wraps some in the last
+PASSING = (429, *range(500, 600))  # HTTP states worth another try
 
 
 # --- Arguments -------------------------------------------------------------------------------------------------------
@@ -209,11 +211,11 @@ def build_parser() -> argparse.ArgumentParser:
 # fmt: on
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Command line over `--config` over defaults. Raises `ValueError` with everything that is wrong at once."""
-    input_args = sys.argv[1:] if input_args is None else [str(a) for a in input_args]
+    command_line = sys.argv[1:] if input_args is None else [str(a) for a in input_args]
     parser = build_parser()
-    args = parser.parse_args(input_args)
+    args = parser.parse_args(command_line)
     if args.config:
-        args = parser.parse_args(recipe_flags(args.config, parser, input_args) + input_args)
+        args = parser.parse_args(recipe_flags(args.config, parser, command_line) + command_line)
     full = args.train_type == "full"
     args.learning_rate = args.learning_rate if args.learning_rate is not None else 2e-5 if full else 1e-4
     if args.max_train_steps is None and args.num_train_epochs is None:
@@ -249,51 +251,49 @@ def recipe_flags(path: str, parser: argparse.ArgumentParser, command_line: list[
             raise ValueError(f"--config {path}: there is no flag `{key}`; the nearest is `{nearest}`")
         if isinstance(actions[key], argparse.BooleanOptionalAction) and not isinstance(value, bool):
             raise ValueError(f"--config {path}: `{key}` must be true or false, got {value!r}")
+        values = value if isinstance(value, list) else [value]
         if key in given or value is None:
             continue
         if isinstance(value, bool):
             flags.append(f"--{key}" if value else f"--no-{key}")
-        elif isinstance(value, list) and actions[key].nargs == "+":
-            flags += [f"--{key}", *map(str, value)]
+        elif actions[key].nargs == "+":
+            flags += [f"--{key}", *map(str, values)]
         else:
-            flags += [f"--{key}={v}" for v in (value if isinstance(value, list) else [value])]
+            flags += [f"--{key}={v}" for v in values]
     return flags
 
 
 def find_problems(args: argparse.Namespace) -> list[str]:
     """Everything wrong with the flags, each with its remedy; looks at files, packages and the GPU, loads nothing."""
-    values, path, folder = vars(args), args.transformer_path, args.resume_from_checkpoint
+    values, path, resume, split = vars(args), args.transformer_path, args.resume_from_checkpoint, args.validation_split
     positive = """rank lora_alpha fps clips_per_video logit_std flow_shift train_batch_size gradient_accumulation_steps
         num_train_epochs max_train_steps learning_rate checkpointing_steps checkpoints_total_limit eval_steps
         max_eval_clips validation_steps validation_num_inference_steps logging_steps""".split()
     not_negative = "ltd_scale max_grad_norm lr_warmup_steps dataloader_num_workers adam_weight_decay".split()
     shares = "lora_dropout max_skipped caption_dropout ema_decay".split()
     near = {k: max(16, round(values[k] / 16) * 16) for k in ("height", "width")}
-    frames = max(1, round((args.num_frames - 1) / 4) * 4 + 1)
-    window, split = args.ltd_window, args.validation_split
-    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "adamw8bit": "bitsandbytes"}
-    needed = {values[flag]: packages.get(values[flag]) for flag in ("report_to", "optimizer")}
+    count, window, low, high = args.num_frames, args.ltd_window, args.min_sigma, args.max_sigma
+    frames = max(1, round((count - 1) / 4) * 4 + 1)
+    packages = [args.report_to] * (args.report_to != "none") + ["bitsandbytes"] * (args.optimizer == "adamw8bit")
+    complete = resume in (None, "latest") or Path(resume, "settings.json").is_file()
     no_bf16 = args.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False)
     checks = [
         *((values[k] is not None and not values[k] > 0, f"--{k} must be positive, got {values[k]}") for k in positive),
         *((not (values[k] or 0) >= 0, f"--{k} must not be negative, got {values[k]}") for k in not_negative),
         *((not 0 <= values[k] <= 1, f"--{k} must lie in [0, 1], got {values[k]}") for k in shares),
         *((values[k] != near[k], f"--{k} must be a multiple of 16, got {values[k]}; try {near[k]}") for k in near),
-        (args.num_frames != frames, f"--num_frames must be 4k+1, got {args.num_frames}; try {frames}"),
+        (count != frames, f"--num_frames must be 4k+1 (the VAE would drop the rest), got {count}; try {frames}"),
         (window < 2, f"--ltd_window must be at least 2 (a smaller one holds no frame pair), got {window}"),
         (bool(args.dataset_name) == bool(args.train_data_dir), "give one of --dataset_name and --train_data_dir"),
         (not os.path.exists(args.train_data_dir or "."), f"--train_data_dir {args.train_data_dir} does not exist"),
         (args.streaming and not args.dataset_name, "--streaming goes with --dataset_name; a local folder needs none"),
         (isinstance(split, float) and not 0 < split < 1, f"--validation_split must be in (0, 1), got {split}"),
         ((args.min_ltd or 0) > (args.max_ltd or math.inf), "--min_ltd must not be above --max_ltd"),
-        (not 0 <= args.min_sigma < args.max_sigma <= 1, "--min_sigma and --max_sigma must be 0 <= min < max <= 1"),
+        (not 0 <= low < high <= 1, f"--min_sigma {low} and --max_sigma {high}: 0 <= min < max <= 1 is needed"),
         (args.train_type == "full" and args.init_lora, "--init_lora goes with --train_type lora"),
         ((path or "").endswith("tensors") and not os.path.isfile(path), f"--transformer_path {path} does not exist"),
-        (
-            folder not in (None, "latest") and not Path(folder, "settings.json").is_file(),
-            f"--resume_from_checkpoint {folder} is not a complete checkpoint (it has no settings.json)",
-        ),
-        *((k and not importlib.util.find_spec(k), f"{v} needs a package: pip install {k}") for v, k in needed.items()),
+        (not complete, f"--resume_from_checkpoint {resume} is not a complete checkpoint (it has no settings.json)"),
+        *((not importlib.util.find_spec(p), f"a package is missing: pip install {p}") for p in packages),
         (no_bf16, "--mixed_precision bf16: this GPU has no bf16; use no"),
     ]
     problems = [message for wrong, message in checks if wrong]
@@ -322,14 +322,12 @@ class ClipError(ValueError):
 def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset | datasets.IterableDataset, Path]:
     """The rows of a split with undecoded `video` and `text`, and the folder that relative paths start from."""
     root = Path(args.train_data_dir or args.dataset_name)
-    tables = [root / name for name in METADATA_FILES if (root / name).is_file()]
-    local = root / split if not tables and (root / split).is_dir() else root
+    one_table = any((root / name).is_file() for name in METADATA_FILES)
+    local = root / split if (root / split).is_dir() and not one_table else root
     table = next((local / name for name in METADATA_FILES if (local / name).is_file()), local)
     pairs = local.is_dir() and any(local.rglob("*.txt"))
     if local == root and split != args.dataset_split and (table.is_file() or pairs):
-        raise ValueError(
-            f"--validation_split {split}: {root} has no folder of that name; a fraction such as 0.1 works"
-        )
+        raise ValueError(f"--validation_split {split}: {root} has no such folder; a fraction such as 0.1 works")
     if table.is_file():
         if table.suffix not in TABLE_BUILDERS:
             raise ValueError(f"--train_data_dir {table} is no folder and none of {', '.join(TABLE_BUILDERS)}")
@@ -339,22 +337,22 @@ def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset
         return pair_clips_with_captions(local), local
     name = str(local) if local.is_dir() else args.dataset_name
     kwargs = {"split": split, "revision": args.dataset_revision, "streaming": args.streaming}
-    dataset = datasets.load_dataset(name, args.dataset_config_name, **kwargs)
-    return select_columns(dataset, args), local
+    return select_columns(datasets.load_dataset(name, args.dataset_config_name, **kwargs), args), local
 
 
 def pair_clips_with_captions(folder: Path) -> datasets.Dataset:
     """The community's layout: each clip beside a text file of the same name."""
-    clips = sorted(p for p in folder.rglob("*") if p.suffix.lower() in MEDIA_SUFFIXES)
-    rows = {"video": [str(p.relative_to(folder)) for p in clips], "text": []}
-    for path in (clip.with_suffix(".txt") for clip in clips):
-        if not path.is_file():
-            logger.warning(f"{path.name} is missing: the caption of its clip is empty")
+    rows = []
+    for clip in sorted(p for p in folder.rglob("*") if p.suffix.lower() in MEDIA_SUFFIXES):
+        caption = clip.with_suffix(".txt")
+        if not caption.is_file():
+            logger.warning(f"{caption.name} is missing: the caption of its clip is empty")
         try:
-            rows["text"].append(path.read_text(encoding="utf-8-sig") if path.is_file() else "")
+            text = caption.read_text(encoding="utf-8-sig") if caption.is_file() else ""
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
-    return datasets.Dataset.from_dict(rows)
+            raise ValueError(f"{caption} is not UTF-8 ({error}); save it as UTF-8") from error
+        rows.append({"video": str(clip.relative_to(folder)), "text": text})
+    return datasets.Dataset.from_list(rows)
 
 
 def select_columns(dataset: datasets.Dataset | datasets.IterableDataset, args: argparse.Namespace):
@@ -402,23 +400,17 @@ def content_hash(source: str | bytes, sample: int = 2**16) -> str:
 
 def read_clips(source: str | bytes, args: argparse.Namespace) -> tuple[torch.Tensor, float, bool]:
     """
-    Decode the windows of one video, or an image.
-
-    Returns:
-        Frames of shape `(clips, F, 3, H, W)`, uint8; the share of the picture that the crop throws away; whether a
-        portrait video meets a landscape crop, or the other way round.
-
-    Raises:
-        ClipError: no video stream, or fewer frames than needed.
-        av.FFmpegError: the file cannot be decoded.
+    Decode the windows of one video, or an image: frames `(clips, F, 3, H, W)` uint8, the share of the picture that
+    the crop throws away, and whether a portrait video meets a landscape crop or the other way round. Raises
+    `ClipError` without a video stream or with too few frames, `av.FFmpegError` for what cannot be decoded.
     """
-    wanted, span, starts = np.arange(args.num_frames) / args.fps, args.num_frames / args.fps, np.zeros(1)
+    span, starts = args.num_frames / args.fps, np.zeros(1)
     if args.clips_per_video > 1:
         seconds = video_seconds(source)
         count = min(args.clips_per_video, max(1, int(seconds / span + TIME_TOLERANCE)))
         starts = np.linspace(0, max(0, seconds - span), count)
     frames = []
-    for picture in pictures_at(source, (starts[:, None] + wanted).ravel()):
+    for picture in pictures_at(source, np.add.outer(starts, np.arange(args.num_frames) / args.fps).ravel()):
         frames.append(resize_and_crop(picture, args.height, args.width))
     if len(frames) < args.num_frames:
         error = ClipError(f"too short: {len(frames)} frames at {args.fps:g} fps, {args.num_frames} needed")
@@ -449,30 +441,24 @@ def video_seconds(source: str | bytes) -> float:
 
 
 def pictures_at(source: str | bytes, times: np.ndarray) -> Iterator[np.ndarray]:
-    """The pictures `(H, W, 3)` on display at ascending times, in seconds after the first; ends with the video."""
-    shown, shown_at, origin, interval, number = None, 0.0, None, 0.0, 0
+    """Pictures `(H, W, 3)` on display, upright, at ascending times in seconds after the first; ends with the video."""
+    shown, start, origin, interval, number = None, 0.0, None, 0.0, 0
     with av.open(io.BytesIO(source) if isinstance(source, bytes) else source) as container:
         stream = video_stream(container)
-        for index, frame in enumerate(container.decode(stream)):
-            at = float(frame.time if frame.time is not None else index / (stream.average_rate or 25))
-            origin = at if origin is None else origin
-            while shown is not None and number < len(times) and times[number] < at - origin - TIME_TOLERANCE:
-                yield upright(shown)
+        for index, frame in enumerate(itertools.chain(container.decode(stream), [None])):
+            if frame is None:  # the last picture stays for its own duration; a still has none
+                end = start + max(interval, 2 * TIME_TOLERANCE)
+            else:
+                at = float(frame.time if frame.time is not None else index / (stream.average_rate or 25))
+                origin = at if origin is None else origin
+                end = at - origin
+            while shown is not None and number < len(times) and times[number] < end - TIME_TOLERANCE:
+                yield np.rot90(shown.to_ndarray(format="rgb24"), k=round(shown.rotation / 90))
                 number += 1
-            if number == len(times):
+            if frame is None or number == len(times):
                 return
-            interval = float(frame.duration * frame.time_base) if frame.duration else at - origin - shown_at
-            shown, shown_at = frame, at - origin
-        # The last frame stays for its own duration; a still has none.
-        end = shown_at + max(interval, 2 * TIME_TOLERANCE) - TIME_TOLERANCE
-        while shown is not None and number < len(times) and times[number] < end:
-            yield upright(shown)
-            number += 1
-
-
-def upright(frame: av.VideoFrame) -> np.ndarray:
-    """RGB of shape `(H, W, 3)`, uint8, turned as the container says."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
+            interval = float(frame.duration * frame.time_base) if frame.duration else end - start
+            shown, start = frame, end
 
 
 def resize_and_crop(picture: np.ndarray, height: int, width: int) -> torch.Tensor:
@@ -521,15 +507,15 @@ def read_statistics(path: Path) -> dict[str, list] | None:
 
 def load_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKLWan:
     """In float32: the latents are made once and used in every step."""
-    base, kwargs = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
-    vae = AutoencoderKLWan.from_pretrained(base, subfolder="vae", dtype=torch.float32, **kwargs)
+    kwargs = {"subfolder": "vae", "revision": args.revision, "variant": args.variant, "dtype": torch.float32}
+    vae = AutoencoderKLWan.from_pretrained(args.pretrained_model_name_or_path, **kwargs)
     return vae.requires_grad_(False).to(device)
 
 
-def latent_constants(vae: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor]:
+def latent_constants(vae: AutoencoderKLWan) -> torch.Tensor:
     """Mean and standard deviation of the latents, each `(1, C, 1, 1, 1)`."""
     constants = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device)
-    return constants[0].view(1, -1, 1, 1, 1), constants[1].view(1, -1, 1, 1, 1)
+    return constants[:, None, :, None, None, None]
 
 
 @torch.no_grad()
@@ -549,20 +535,17 @@ def check_vae(vae: AutoencoderKLWan, frames: torch.Tensor, latents: torch.Tensor
     psnr = -10 * math.log10(F.mse_loss(video.cpu(), frames.float() / 255).item() + 1e-10)
     logger.info(f"VAE check: the first clip comes back with {psnr:.1f} dB")
     if psnr < MIN_VAE_PSNR and not args.skip_vae_check:
-        raise ValueError(
-            f"the VAE of {args.pretrained_model_name_or_path} brings the first clip back with {psnr:.1f} dB, below "
-            f"{MIN_VAE_PSNR:g}: it is broken, untrained or another model's. --skip_vae_check goes on all the same."
-        )
+        problem = f"the VAE of {args.pretrained_model_name_or_path} is broken, untrained or another model's"
+        raise ValueError(f"{problem}: {psnr:.1f} dB, below {MIN_VAE_PSNR:g}; --skip_vae_check goes on all the same")
 
 
 def latent_statistics(latents: torch.Tensor) -> dict[str, torch.Tensor]:
     """What a run needs to know of `(clips, C, F, H, W)` latents without reading them again; each `(clips, ...)`."""
     ltd, latents = latent_temporal_discrepancy(latents, STATS_WINDOW), latents.float()
-    steps = torch.linspace(0, 1, 21)
     return {
         "ltd": ltd.mean(dim=(1, 2, 3)),
         "ltd_per_frame": ltd.mean(dim=(2, 3)),
-        "ltd_quantiles": torch.stack([torch.from_numpy(np.quantile(d.cpu().numpy(), steps)) for d in ltd]),
+        "ltd_quantiles": torch.from_numpy(np.quantile(ltd.flatten(1).cpu().numpy(), np.linspace(0, 1, 21), axis=1).T),
         "gaps": torch.linalg.vector_norm(latents.diff(dim=2), dim=1).mean(dim=(2, 3)),
         "mean": latents.mean(dim=(1, 2, 3, 4)),
         "std": latents.std(dim=(1, 2, 3, 4)),
@@ -571,11 +554,9 @@ def latent_statistics(latents: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def cache_videos(args: argparse.Namespace, accelerator: Accelerator, split: str, limit: int | None) -> list[dict]:
     """
-    Encode each video of a split that is not in the cache yet; the ranks share the work.
-
-    Returns:
-        On every rank, one dictionary a video in the dataset's order: `file`, `captions`, and either `reason` and
-        `num_frames` (skipped), or `identity`, `path`, `statistics` (lists over its clips) and `encoded` (now).
+    Encode each video of a split that is not in the cache yet; the ranks share the work. Returns on every rank a
+    dictionary a video, in the dataset's order: `number`, `file`, `captions`, and either `reason` and `num_frames`
+    (skipped), or `identity`, `path`, `statistics` (lists over its clips) and `encoded` (now).
     """
     dataset, folder = open_dataset(args, split)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -588,10 +569,24 @@ def cache_videos(args: argparse.Namespace, accelerator: Accelerator, split: str,
     vae, key, videos = None, digest(model_identity(args, "vae"), *settings), []
     bar = tqdm(desc=f"caching {split}", total=total, unit="video", disable=not accelerator.is_main_process)
     for number, row in rows:
-        video, vae = cache_video(row, f"row {number}", folder, key, vae, args, accelerator.device)
-        videos.append(video | {"number": number})
+        video, decoded = read_row(row, number, folder, key, args)
+        if decoded:
+            frames, cropped, turned = decoded
+            vae = vae or load_vae(args, accelerator.device)
+            latents = torch.stack([encode_clip(vae, clip) for clip in frames])
+            if not torch.isfinite(latents).all():
+                video |= {"reason": "the VAE returned values that are not finite", "num_frames": None}
+            else:
+                if not any(v["encoded"] for v in videos):
+                    check_vae(vae, frames[0], latents[0], args)
+                path, size = Path(args.cache_dir, video["path"]), (len(frames),)
+                tensors = {"cropped": torch.full(size, cropped), "turned": torch.full(size, turned)}
+                tensors |= latent_statistics(latents) | {"latents": latents.to(getattr(torch, args.cache_dtype))}
+                save_entry(tensors, path)
+                video |= {"statistics": read_statistics(path), "encoded": True}
         if "reason" in video:
             logger.warning(f"skipped {video['file']}: {video['reason']}", main_process_only=False)
+        videos.append(video)
         bar.update(min(world, total - bar.n) if total else world)
     bar.close()
     del vae
@@ -599,34 +594,22 @@ def cache_videos(args: argparse.Namespace, accelerator: Accelerator, split: str,
     return sorted(gather_object(videos), key=lambda video: video["number"])
 
 
-def cache_video(row: dict, name: str, folder: Path, key: str, vae: AutoencoderKLWan | None, args, device) -> tuple:
-    """One row: found in the cache, encoded, or skipped. Returns it, and the VAE once the first has needed it."""
+def read_row(row: dict, number: int, folder: Path, key: str, args: argparse.Namespace) -> tuple[dict, tuple | None]:
+    """One video as `cache_videos` describes it, and its decoded clips unless they are cached or cannot be used."""
     value, captions = row["video"], row["text"] if isinstance(row["text"], list) else [row["text"]]
     path = value.get("path") if isinstance(value, dict) else value
     captions = [with_trigger(args, "" if c is None else str(c)) for c in captions or [""]]
-    video = {"file": path if isinstance(path, str) else name, "captions": captions, "encoded": False}
+    video = {"number": number, "file": path if isinstance(path, str) else f"row {number}", "captions": captions}
+    video["encoded"] = False
     try:
         source = clip_source(value, folder)
         video["identity"] = content_hash(source)
         video["path"] = f"latents/{digest(key, video['identity'])}.safetensors"
         video["statistics"] = read_statistics(Path(args.cache_dir, video["path"]))
-        decoded = None if video["statistics"] else read_clips(source, args)
+        return video, None if video["statistics"] else read_clips(source, args)
     except (ClipError, OSError, av.FFmpegError) as error:
         reason = str(error) if isinstance(error, ClipError) else f"cannot be read: {error}"
-        return video | {"reason": reason, "num_frames": getattr(error, "num_frames", None)}, vae
-    if decoded is None:
-        return video, vae
-    frames, cropped, turned = decoded
-    check, vae = vae is None, vae or load_vae(args, device)
-    latents = torch.stack([encode_clip(vae, clip) for clip in frames])
-    if not torch.isfinite(latents).all():
-        return video | {"reason": "the VAE returned values that are not finite", "num_frames": None}, vae
-    if check:
-        check_vae(vae, frames[0], latents[0], args)
-    tensors = latent_statistics(latents) | {"latents": latents.to(getattr(torch, args.cache_dtype))}
-    tensors |= {"cropped": torch.full((len(frames),), cropped), "turned": torch.full((len(frames),), turned)}
-    save_entry(tensors, Path(args.cache_dir, video["path"]))
-    return video | {"statistics": read_statistics(Path(args.cache_dir, video["path"])), "encoded": True}, vae
+        return video | {"reason": reason, "num_frames": getattr(error, "num_frames", None)}, None
 
 
 @torch.no_grad()
@@ -638,9 +621,8 @@ def cache_captions(args: argparse.Namespace, accelerator: Accelerator, captions:
     missing = [c for c in files if read_statistics(Path(args.cache_dir, files[c])) is None]
     accelerator.wait_for_everyone()  # every rank has looked before any writes
     if missing:
-        base, kwargs = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
-        kwargs |= {"dtype": dtype}
-        pipeline = WanPipeline.from_pretrained(base, transformer=None, vae=None, **kwargs).to(accelerator.device)
+        kwargs = {"revision": args.revision, "variant": args.variant, "dtype": dtype, "transformer": None, "vae": None}
+        pipeline = WanPipeline.from_pretrained(args.pretrained_model_name_or_path, **kwargs).to(accelerator.device)
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         for caption in tqdm(mine, desc="caching captions", disable=not accelerator.is_main_process):
             embeds, _ = pipeline.encode_prompt(caption, None, False, max_sequence_length=MAX_SEQUENCE_LENGTH)
@@ -655,15 +637,16 @@ def cache_captions(args: argparse.Namespace, accelerator: Accelerator, captions:
     return files, len(missing)
 
 
-def usable_videos(args: argparse.Namespace, accelerator: Accelerator, videos: list[dict]) -> list[dict]:
-    """Those that were not skipped; the others go to `skipped.jsonl`. Refuses to go on with too few."""
+def usable_videos(args: argparse.Namespace, accelerator: Accelerator, split: str, limit: int | None) -> list[dict]:
+    """The cached videos of a split; those skipped go to `skipped.jsonl`. Refuses to go on with too few."""
+    videos = cache_videos(args, accelerator, split, limit)
     skipped = [v for v in videos if "reason" in v]
-    if accelerator.is_main_process and skipped:
-        rows = [json.dumps({"file": v["file"], "reason": v["reason"]}, ensure_ascii=False) for v in skipped]
-        with open(Path(args.output_dir, "skipped.jsonl"), "a", encoding="utf-8") as file:
-            file.write("\n".join(rows) + "\n")
     if skipped:
         logger.warning(f"{len(skipped)} of {len(videos)} videos were skipped; see skipped.jsonl")
+        if accelerator.is_main_process:
+            with open(Path(args.output_dir, "skipped.jsonl"), "a", encoding="utf-8") as file:
+                for v in skipped:
+                    file.write(json.dumps({"file": v["file"], "reason": v["reason"]}, ensure_ascii=False) + "\n")
     if len(skipped) == len(videos) or len(skipped) > args.max_skipped * len(videos):
         message = "; ".join(f"{v['file']}: {v['reason']}" for v in skipped[:3])
         message = f"{len(skipped)} of {len(videos)} videos cannot be used ({message}; all in skipped.jsonl). "
@@ -677,23 +660,23 @@ def usable_videos(args: argparse.Namespace, accelerator: Accelerator, videos: li
 
 def select_clips(args: argparse.Namespace, videos: list[dict]) -> list[dict]:
     """One dictionary a clip, that is a window of a video, without those that the LTD flags drop."""
-    clips = []
+    kept, count = [], 0
+    low = -math.inf if args.min_ltd is None else args.min_ltd
+    high = math.inf if args.max_ltd is None else args.max_ltd
     for video in videos:
-        windows = range(len(video["statistics"]["ltd"]))
-        for window in windows:
-            clip = {"name": video["file"] + (f"#{window}" if len(windows) > 1 else ""), "window": window}
-            clip |= {k: v[window] for k, v in video["statistics"].items()}
-            clip |= {"path": video["path"], "captions": video["captions"]}
+        windows = len(video["statistics"]["ltd"])
+        for window in range(windows):
+            clip = {k: v[window] for k, v in video["statistics"].items()} | {"window": window, "path": video["path"]}
+            clip |= {"name": video["file"] + f"#{window}" * (windows > 1), "captions": video["captions"]}
             gaps = sorted(clip["gaps"][1:])  # a causal VAE inflates the first: latent frame 0 is one picture, not four
             cut = len(gaps) > 2 and gaps[-1] > CUT_RATIO * gaps[len(gaps) // 2]
             if cut:
                 logger.warning(f"{clip['name']}: a hard cut is suspected; cut it into shots, or use --drop_cuts")
-            too_still = args.min_ltd is not None and clip["ltd"] < args.min_ltd
-            too_wild = args.max_ltd is not None and clip["ltd"] > args.max_ltd
-            clips.append(clip | {"dropped": too_still or too_wild or (cut and args.drop_cuts)})
-    kept = [clip for clip in clips if not clip["dropped"]]
-    if len(kept) < len(clips):
-        logger.info(f"--min_ltd, --max_ltd and --drop_cuts dropped {len(clips) - len(kept)} of {len(clips)} clips")
+            if low <= clip["ltd"] <= high and not (cut and args.drop_cuts):
+                kept.append(clip)
+            count += 1
+    if len(kept) < count:
+        logger.info(f"--min_ltd, --max_ltd and --drop_cuts dropped {count - len(kept)} of {count} clips")
     return kept
 
 
@@ -701,7 +684,7 @@ def prepare_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[li
     """Training clips, held-out clips and the file of every caption's embedding, all of them cached."""
     Path(args.output_dir, "skipped.jsonl").unlink(missing_ok=True)
     limit = 2 * samples_per_update(args, accelerator) + 2 if args.dry_run else None
-    held_out, videos = [], usable_videos(args, accelerator, cache_videos(args, accelerator, args.dataset_split, limit))
+    videos, held_out = usable_videos(args, accelerator, args.dataset_split, limit), []
     if isinstance(args.validation_split, float):
         # By content, so that copies and windows of one video stay on one side.
         identities = sorted({v["identity"] for v in videos}, key=lambda identity: digest(args.seed, identity))
@@ -711,17 +694,14 @@ def prepare_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[li
         held_out = [v for v in videos if v["identity"] in chosen]
         videos = [v for v in videos if v["identity"] not in chosen]
     elif args.validation_split:
-        held_out = cache_videos(args, accelerator, args.validation_split, limit)
-        held_out = usable_videos(args, accelerator, held_out)
+        held_out = usable_videos(args, accelerator, args.validation_split, limit)
     captions = {c for v in videos + held_out for c in v["captions"]}
     captions |= {"", args.validation_negative_prompt, *args.validation_prompt}
     files, new_captions = cache_captions(args, accelerator, captions)
     new_videos = sum(v["encoded"] for v in videos + held_out)
     size = sum(Path(args.cache_dir, v["path"]).stat().st_size for v in videos + held_out)
-    logger.info(
-        f"cache: {len(videos)} training and {len(held_out)} held-out videos, {size / 2**20:.1f} MiB in "
-        f"{args.cache_dir}; encoded now: {new_videos} videos, {new_captions} captions"
-    )
+    there = f"{len(videos)} training and {len(held_out)} held-out videos, {size / 2**20:.1f} MiB in {args.cache_dir}"
+    logger.info(f"cache: {there}; encoded now: {new_videos} videos, {new_captions} captions")
     if not new_videos and not new_captions:
         logger.info("warm start: neither the VAE nor the text encoder was loaded")
     summarise(args, videos)
@@ -761,8 +741,7 @@ def sample_seed(*parts: int | str) -> int:
 
 def sigmas_in_range(args: argparse.Namespace, generator: torch.Generator) -> torch.Tensor:
     """Draws from the shifted density of timesteps, truncated to `--min_sigma` .. `--max_sigma`."""
-    density = (args.weighting_scheme, SIGMA_DRAWS, args.logit_mean, args.logit_std)
-    u = sample_density(*density, generator=generator)
+    u = sample_density(args.weighting_scheme, SIGMA_DRAWS, args.logit_mean, args.logit_std, generator=generator)
     sigmas = args.flow_shift * u / (1 + (args.flow_shift - 1) * u)
     return sigmas[(sigmas >= args.min_sigma) & (sigmas <= args.max_sigma)]
 
@@ -805,24 +784,12 @@ def samples_per_update(args: argparse.Namespace, accelerator: Accelerator) -> in
     return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
 
-def build_dataloader(dataset: LatentDataset, args: argparse.Namespace, update: int) -> torch.utils.data.DataLoader:
-    """Shuffled by seed and epoch. An epoch is cut to whole updates, so that no sample counts twice."""
-    if len(dataset) < update:
-        raise ValueError(
-            f"{len(dataset)} clips are fewer than the {update} of one update; lower --train_batch_size "
-            f"{args.train_batch_size}, --gradient_accumulation_steps or the number of processes"
-        )
-    sampler = torch.utils.data.RandomSampler(dataset, num_samples=len(dataset) // update * update)
-    kwargs = {"num_workers": args.dataloader_num_workers, "pin_memory": torch.cuda.is_available()}
-    return torch.utils.data.DataLoader(dataset, args.train_batch_size, sampler=sampler, drop_last=True, **kwargs)
-
-
 # --- Model -----------------------------------------------------------------------------------------------------------
 
 
 def check_model(args: argparse.Namespace) -> dict:
     """The pipeline's index. Refuses what is no Wan2.1 text-to-video model, before anything big is downloaded."""
-    base, path = args.pretrained_model_name_or_path, args.transformer_path
+    base, path, odd = args.pretrained_model_name_or_path, args.transformer_path, []
     try:
         index = WanPipeline.load_config(base, revision=args.revision)
         configs = {base: WanTransformer3DModel.load_config(base, subfolder="transformer", revision=args.revision)}
@@ -830,7 +797,7 @@ def check_model(args: argparse.Namespace) -> dict:
             with safe_open(path, framework="pt") as file:
                 odd = [k for k in file.keys() if re.search("img_emb|k_img|vace_|control_adapter", k)]
         elif path:
-            configs[path], odd = WanTransformer3DModel.load_config(path, subfolder=transformer_subfolder(path)), []
+            configs[path] = WanTransformer3DModel.load_config(path, subfolder=transformer_subfolder(path))
     except (OSError, SafetensorError, *HUB_ERRORS) as error:
         raise ValueError(f"--pretrained_model_name_or_path {base} or --transformer_path {path}: {error}") from error
     only = "this script trains Wan2.1 text-to-video only"
@@ -843,7 +810,7 @@ def check_model(args: argparse.Namespace) -> dict:
             raise ValueError(f"{name} has a {config['_class_name']}; {only}")
         if config.get("image_dim") or config["in_channels"] != config["out_channels"]:
             raise ValueError(f"{name} is an image-to-video model; {only}")
-    if path and odd:
+    if odd:
         raise ValueError(f"--transformer_path {path} is an I2V, VACE or control model, by its {odd[0]}; {only}")
     return index
 
@@ -859,16 +826,15 @@ def transformer_subfolder(path: str) -> str | None:
 
 def load_transformer(args: argparse.Namespace) -> WanTransformer3DModel:
     """Float32 weights to train in full; under a LoRA the frozen base in bfloat16, where autocast works in it."""
-    dtype = torch.bfloat16 if args.train_type == "lora" and args.mixed_precision == "bf16" else torch.float32
-    base, path = args.pretrained_model_name_or_path, args.transformer_path
-    kwargs = {"subfolder": "transformer", "revision": args.revision, "dtype": dtype}
+    base, path, kwargs = args.pretrained_model_name_or_path, args.transformer_path, {"subfolder": "transformer"}
+    kwargs["dtype"] = torch.bfloat16 if args.train_type == "lora" and args.mixed_precision == "bf16" else torch.float32
     if path and path.endswith(".safetensors"):
         # Without the base's config it would guess one by the width, and go to the Hub for it.
-        transformer = WanTransformer3DModel.from_single_file(path, config=base, **kwargs)
-    elif path:
-        transformer = WanTransformer3DModel.from_pretrained(path, subfolder=transformer_subfolder(path), dtype=dtype)
+        transformer = WanTransformer3DModel.from_single_file(path, config=base, revision=args.revision, **kwargs)
     else:
-        transformer = WanTransformer3DModel.from_pretrained(base, variant=args.variant, **kwargs)
+        base_only = {"revision": args.revision, "variant": args.variant}
+        kwargs |= {"subfolder": transformer_subfolder(path)} if path else base_only
+        transformer = WanTransformer3DModel.from_pretrained(path or base, **kwargs)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     return transformer.train().requires_grad_(args.train_type == "full")
@@ -876,14 +842,13 @@ def load_transformer(args: argparse.Namespace) -> WanTransformer3DModel:
 
 def add_lora(transformer: WanTransformer3DModel, args: argparse.Namespace) -> None:
     """An adapter in float32, fresh or that of `--init_lora`; settles rank, alpha and targets in `args`."""
-    state_dict = {}
+    state_dict, asked = {}, args.lora_target_modules or []
     if args.init_lora:
         state_dict, found = read_lora(args.init_lora)
-        asked = args.lora_target_modules or []
-        stray = [t for t in found["lora_target_modules"] if not any(f".{t}".endswith(f".{a}") for a in asked)]
         for key in ("rank", "lora_alpha"):
             if getattr(args, key) not in (None, found[key]):
                 raise ValueError(f"--{key} {getattr(args, key)} clashes with --init_lora, which has {found[key]}")
+        stray = [t for t in found["lora_target_modules"] if not any(f".{t}".endswith(f".{a}") for a in asked)]
         if asked and stray:
             raise ValueError(f"--lora_target_modules clashes with --init_lora, which adapts {stray[0]} too")
         vars(args).update(found)
@@ -921,24 +886,13 @@ def trainable(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [p for p in transformer.parameters() if p.requires_grad]
 
 
-def build_optimizer(transformer: WanTransformer3DModel, args: argparse.Namespace) -> torch.optim.Optimizer:
-    kwargs = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
-    if args.optimizer == "adamw8bit":
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(trainable(transformer), **kwargs)
-    return torch.optim.AdamW(trainable(transformer), fused=torch.cuda.is_available(), **kwargs)
-
-
 # --- Objective -------------------------------------------------------------------------------------------------------
 
 
 # --loss -> weight of each voxel's squared error, (B, F, H, W): the paper's 1 + ln(e + D), and its "w/o LTD" of Table 2
 LOSS_WEIGHTS = {
-    "ltd": lambda batch, args: ltd_weights(
-        batch["latents"], args.ltd_window, scale=args.ltd_scale, normalize=args.ltd_normalize
-    ),
-    "mse": lambda batch, args: torch.ones_like(batch["latents"][:, 0]),
+    "ltd": lambda z, args: ltd_weights(z, args.ltd_window, scale=args.ltd_scale, normalize=args.ltd_normalize),
+    "mse": lambda z, args: torch.ones_like(z[:, 0]),
 }
 
 
@@ -946,20 +900,14 @@ def flow_matching_error(transformer: torch.nn.Module, batch: dict) -> torch.Tens
     """Squared error of the predicted flow `noise - latents` at `batch["sigmas"]` `(B,)`: `(B, C, F, H, W)` float32."""
     sigmas = batch["sigmas"].view(-1, 1, 1, 1, 1)
     noisy_latents = (1 - sigmas) * batch["latents"] + sigmas * batch["noise"]
-    target = batch["noise"] - batch["latents"]
-    prediction = transformer(
-        hidden_states=noisy_latents,
-        timestep=1000 * batch["sigmas"],
-        encoder_hidden_states=batch["prompt_embeds"],
-        return_dict=False,
-    )[0]
-    return (prediction.float() - target).square()
+    inputs = {"timestep": 1000 * batch["sigmas"], "encoder_hidden_states": batch["prompt_embeds"]}
+    prediction = transformer(hidden_states=noisy_latents, **inputs, return_dict=False)[0]
+    return (prediction.float() - (batch["noise"] - batch["latents"])).square()
 
 
 def training_loss(transformer, batch: dict, thresholds: torch.Tensor, args) -> tuple[torch.Tensor, torch.Tensor]:
     """Eq. 3 of the LTD paper on the flow-matching error. Returns the loss, and a row for `average_metrics`."""
-    squared_error = flow_matching_error(transformer, batch)
-    weights = LOSS_WEIGHTS[args.loss](batch, args)  # (B, F, H, W)
+    squared_error, weights = flow_matching_error(transformer, batch), LOSS_WEIGHTS[args.loss](batch["latents"], args)
     loss = (weights.unsqueeze(1) * squared_error).mean()
     sums = motion_sums(squared_error.detach(), batch["latents"], thresholds)
     return loss, torch.stack([loss.detach(), weights.mean(), weights.max(), *sums])
@@ -1011,33 +959,24 @@ def evaluate(accelerator, transformer, dataset: LatentDataset, thresholds, args)
 @torch.no_grad()
 def sample_videos(accelerator, transformer, captions: dict[str, str], index: dict, step: int, args) -> list[Path]:
     """One mp4 a prompt, by the stock pipeline and its own scheduler around the live transformer; ranks share them."""
-    texts = {t: load_prompt(args, captions[t])[None].to(accelerator.device) for t in args.validation_prompt}
-    negative = load_prompt(args, captions[args.validation_negative_prompt])[None].to(accelerator.device)
     base, scheduler = args.pretrained_model_name_or_path, getattr(diffusers, index["scheduler"][1])
-    pipeline = WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        transformer=accelerator.unwrap_model(transformer).eval(),
-        vae=load_vae(args, accelerator.device),
-        scheduler=scheduler.from_pretrained(base, subfolder="scheduler", revision=args.revision),
-    )
+    model, vae = accelerator.unwrap_model(transformer).eval(), load_vae(args, accelerator.device)
+    scheduler = scheduler.from_pretrained(base, subfolder="scheduler", revision=args.revision)
+    pipeline = WanPipeline(tokenizer=None, text_encoder=None, transformer=model, vae=vae, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
+    settings = {"height": args.height, "width": args.width, "num_frames": args.num_frames}
+    settings |= {"guidance_scale": args.validation_guidance_scale}
+    settings |= {"num_inference_steps": args.validation_num_inference_steps}
     paths = [Path(args.output_dir, "samples", f"step-{step:06d}-{i}.mp4") for i in range(len(args.validation_prompt))]
     paths[0].parent.mkdir(exist_ok=True)
     for i in range(accelerator.process_index, len(paths), accelerator.num_processes):
-        video = pipeline(
-            prompt_embeds=texts[args.validation_prompt[i]],
-            negative_prompt_embeds=negative,
-            height=args.height,
-            width=args.width,
-            num_frames=args.num_frames,
-            num_inference_steps=args.validation_num_inference_steps,
-            guidance_scale=args.validation_guidance_scale,
-            generator=torch.Generator().manual_seed(args.seed),
-        ).frames[0]
-        export_to_video(video, str(paths[i]), fps=args.fps)
-    pipeline.transformer.train()
-    del pipeline
+        texts = (captions[text] for text in (args.validation_prompt[i], args.validation_negative_prompt))
+        prompt, negative = (load_prompt(args, file)[None].to(accelerator.device) for file in texts)
+        generator = torch.Generator().manual_seed(args.seed)
+        video = pipeline(prompt_embeds=prompt, negative_prompt_embeds=negative, generator=generator, **settings)
+        export_to_video(video.frames[0], str(paths[i]), fps=args.fps)
+    model.train()
+    del pipeline, vae
     free_memory()
     accelerator.wait_for_everyone()
     return paths
@@ -1105,21 +1044,13 @@ def load_weights(accelerator: Accelerator, transformer: torch.nn.Module, folder:
         model.load_state_dict(WanTransformer3DModel.from_pretrained(folder / "transformer").state_dict())
 
 
-def resume_settings(run: "Run", args: argparse.Namespace) -> dict:
-    """What a checkpoint and the run that resumes it must agree on."""
-    settings = {"clips": len(run.dataset), "samples_per_update": samples_per_update(args, run.accelerator)}
-    names = ["train_type", "seed", "use_ema"]
-    names += ["rank", "lora_alpha", "lora_target_modules"] if args.train_type == "lora" else []
-    return settings | {name: getattr(args, name) for name in names}
-
-
 def list_checkpoints(output_dir: str) -> list[Path]:
     """The complete ones, oldest first."""
     found = [path.parent for path in Path(output_dir).glob("checkpoint-*/settings.json")]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def save_checkpoint(run: "Run", args: argparse.Namespace) -> None:
+def save_checkpoint(run: SimpleNamespace, args: argparse.Namespace) -> None:
     """`checkpoint-STEP`, complete or absent: written beside and renamed. Holds the ready-to-load weights too."""
     accelerator, state, parameters = run.accelerator, dict(run.state), trainable(run.transformer)
     folder = Path(args.output_dir, f"checkpoint-{state['step']}")
@@ -1137,7 +1068,7 @@ def save_checkpoint(run: "Run", args: argparse.Namespace) -> None:
     if run.ema:
         run.ema.restore(parameters)
     if accelerator.is_main_process:
-        text = json.dumps({"settings": resume_settings(run, args), "state": state}, indent=2)
+        text = json.dumps({"settings": run.settings, "state": state}, indent=2)
         (partial / "settings.json").write_text(text)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -1146,17 +1077,17 @@ def save_checkpoint(run: "Run", args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
 
 
-def resume(run: "Run", args: argparse.Namespace) -> None:
+def resume(run: SimpleNamespace, args: argparse.Namespace) -> None:
     """Restore weights, optimizer, schedule, EMA, random states and the position in the data."""
     folder = args.resume_from_checkpoint
     if folder == "latest":
         folder = next(reversed(list_checkpoints(args.output_dir)), None)
-    if not folder:
-        if args.resume_from_checkpoint:
+        if not folder:
             logger.warning(f"no checkpoint in {args.output_dir} to resume from: starting afresh")
+    if not folder:
         return
     saved = json.loads(Path(folder, "settings.json").read_text())
-    there, here = saved["settings"], resume_settings(run, args)
+    there, here = saved["settings"], run.settings
     odd = [k for k in sorted(there | here) if there.get(k) != here.get(k)]
     if odd := [f"{k} {there.get(k)} there, {here.get(k)} here" for k in odd]:
         raise ValueError(f"--resume_from_checkpoint {folder} was made with other settings: {'; '.join(odd)}")
@@ -1173,17 +1104,13 @@ def resume(run: "Run", args: argparse.Namespace) -> None:
 # --- Logs, card, Hub -------------------------------------------------------------------------------------------------
 
 
-def start_trackers(run: "Run", args: argparse.Namespace) -> None:
+def start_trackers(run: SimpleNamespace, args: argparse.Namespace) -> None:
     """A resumed run continues its tracker's run. `metrics.jsonl` holds the same numbers, for the card's picture."""
-    step, folder = run.state["step"], Path(args.output_dir)
-    metrics, name_file = folder / "metrics.jsonl", folder / "run.txt"
+    step, metrics = run.state["step"], Path(args.output_dir, "metrics.jsonl")
     if run.accelerator.is_main_process:
-        lines = metrics.read_text().splitlines() if step and metrics.is_file() else []
-        metrics.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
-        if not step or not name_file.is_file():
-            name_file.write_text(f"{folder.resolve().name}-{int(time.time())}")
-    run.accelerator.wait_for_everyone()
-    name = {"name": name_file.read_text(), "resume": "allow"}
+        lines = metrics.read_text().splitlines(keepends=True) if step and metrics.is_file() else []
+        metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    name = {"name": run.state["name"], "resume": "allow"}
     kwargs = {"wandb": name | {"id": name["name"]}, "trackio": name, "tensorboard": {"purge_step": step + 1}}
     config = {k: v for k, v in published_settings(args).items() if isinstance(v, (bool, int, float, str))}
     run.accelerator.init_trackers(args.tracker_project_name, config, init_kwargs=kwargs)
@@ -1255,23 +1182,19 @@ pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 {f'pipe.load_lora_weights("{repo_id}")' if lora else ""}
 video = pipe(
     {json.dumps(prompt, ensure_ascii=False)},
-    height={args.height},
-    width={args.width},
-    num_frames={args.num_frames},
-    num_inference_steps={args.validation_num_inference_steps},
-    guidance_scale={args.validation_guidance_scale},
+    height={args.height}, width={args.width}, num_frames={args.num_frames},
+    num_inference_steps={args.validation_num_inference_steps}, guidance_scale={args.validation_guidance_scale},
 ).frames[0]
 export_to_video(video, "output.mp4", fps={args.fps:g})"""
 
 
 def model_card(args: argparse.Namespace, repo_id: str, samples: list[str], facts: dict) -> ModelCard:
     """Front matter by `ModelCardData`; a body with working code, the settings and the held-out curves."""
-    lora, settings, dataset = args.train_type == "lora", published_settings(args), hub_id(args.dataset_name)
-    names = ("pretrained_model_name_or_path", "transformer_path", "init_lora")
-    bases = [hub_id(name) for name in (args.transformer_path or args.pretrained_model_name_or_path, args.init_lora)]
-    bases = [name for name in bases if name]
+    lora, ltd, settings = args.train_type == "lora", args.loss == "ltd", published_settings(args)
+    dataset, prompts = hub_id(args.dataset_name), zip(args.validation_prompt, samples, strict=True)
+    bases = (args.transformer_path or args.pretrained_model_name_or_path, args.init_lora)
+    bases = [name for name in bases if hub_id(name)]
     tags = ["text-to-video", "diffusers-training", "diffusers", "wan", "wan-diffusers"]
-    widget = [{"text": p, "output": {"url": s}} for p, s in zip(args.validation_prompt, samples, strict=True)]
     front = ModelCardData(
         base_model=bases if len(bases) > 1 else next(iter(bases), None),
         base_model_relation=("adapter" if lora else "finetune") if bases else None,
@@ -1280,66 +1203,42 @@ def model_card(args: argparse.Namespace, repo_id: str, samples: list[str], facts
         license=args.license,
         datasets=[dataset] if dataset else None,
         instance_prompt=args.trigger_word if lora else None,
-        tags=tags + ["ltd"] * (args.loss == "ltd") + ["lora", "template:sd-lora"] * lora,
-        widget=widget or None,
+        tags=tags + ["ltd"] * ltd + ["lora", "template:sd-lora"] * lora,
+        widget=[{"text": prompt, "output": {"url": sample}} for prompt, sample in prompts] or None,
     )
+    built_on = (settings[k] for k in ("pretrained_model_name_or_path", "transformer_path", "init_lora"))
     weight = f"1 + ln(e + {args.ltd_scale:g} D), window {args.ltd_window}{', normalised' * args.ltd_normalize}"
     sigma = f"sigma {args.min_sigma:g} to {args.max_sigma:g}"
     table = {
-        "base": " + ".join(settings[name] for name in names if settings[name]),
+        "base": " + ".join(name for name in built_on if name),
         "trained": f"LoRA, rank {args.rank}, alpha {args.lora_alpha:g}" if lora else "all weights of the DiT",
         "dataset": dataset or "local clips",
         "clip": f"{args.width} x {args.height}, {args.num_frames} frames at {args.fps:g} fps",
-        "loss weight": weight if args.loss == "ltd" else args.loss,
+        "loss weight": weight if ltd else args.loss,
         "timesteps": f"{args.weighting_scheme}, shift {args.flow_shift:g}, {sigma}",
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}, {args.optimizer}, {args.mixed_precision}",
         **facts,
         "libraries": ", ".join(f"{m.__name__} {m.__version__}" for m in (diffusers, transformers, torch)),
     }
-    rows = "\n".join("| {} | {} |".format(k, str(v).replace("|", "\\|")) for k, v in table.items())
-    how = f"For ComfyUI, put `{COMFYUI_FILE}` into `models/loras`." if lora else "This is the transformer alone."
-    ltd = "[Latent Temporal Discrepancy](https://huggingface.co/papers/2601.20504)"
-    loss = f"The squared error of each voxel was weighted by its motion, the {ltd} of the clip." * (args.loss == "ltd")
-    trigger = f"\n\nPut `{args.trigger_word}` before the prompt." if args.trigger_word else ""
-    return ModelCard(f"""---
-{front.to_yaml()}
----
-
-# {repo_id.split("/")[-1]}
-
-{"A LoRA for" if lora else "A fine-tune of"} Wan text-to-video, trained with `train_ltd.py`. {loss}
-
-{"<Gallery />" * bool(samples)}
-
-## How to use
-
-```python
-{usage_code(args, repo_id)}
-```
-
-{how}{trigger}
-
-## Training
-
-| setting | value |
-|---|---|
-{rows}
-
-Every flag is in `training_settings.json`. The base model's licence and the rights in the clips apply as well.
-
-![training and held-out error over the steps](curves.png)
-
-## Citation
-
-```bibtex
-@article{{wu2026ltd,
-  title={{Latent Temporal Discrepancy as Motion Prior}},
-  author={{Wu, Meiqi and Song, Bingze and Lin, Ruimin and Zhu, Chen and Feng, Xiaokun and Wu, Jiahong and others}},
-  journal={{arXiv preprint arXiv:2601.20504}},
-  year={{2026}}
-}}
-```
-""")
+    rows = ["| {} | {} |".format(k, str(v).replace("|", "\\|")) for k, v in table.items()]
+    paper = "[Latent Temporal Discrepancy](https://huggingface.co/papers/2601.20504)"
+    loss = f" The squared error of each voxel was weighted by its motion, the {paper} of the clip." * ltd
+    body = [
+        f"---\n{front.to_yaml()}\n---",
+        f"# {repo_id.split('/')[-1]}",
+        f"{'A LoRA for' if lora else 'A fine-tune of'} Wan text-to-video, trained with `train_ltd.py`.{loss}",
+        "<Gallery />" * bool(samples),
+        "## How to use",
+        f"```python\n{usage_code(args, repo_id)}\n```",
+        f"For ComfyUI, put `{COMFYUI_FILE}` into `models/loras`." if lora else "This is the transformer alone.",
+        f"Put `{args.trigger_word}` before the prompt." if args.trigger_word else "",
+        "## Training",
+        "\n".join(["| setting | value |", "|---|---|", *rows]),
+        "Every flag is in `training_settings.json`. The base model's licence and the rights in the clips apply too.",
+        "![training and held-out error over the steps](curves.png)",
+        f"## Citation\n\n```bibtex\n{CITATION}\n```\n",
+    ]
+    return ModelCard("\n\n".join(paragraph for paragraph in body if paragraph))
 
 
 def with_retries(call, *args, **kwargs):
@@ -1350,9 +1249,7 @@ def with_retries(call, *args, **kwargs):
         except HUB_ERRORS as error:
             fault = error.__cause__ if isinstance(error, RuntimeError) else error  # the client wraps some faults
             answer = fault.response if isinstance(fault, HfHubHTTPError) else None
-            passing = isinstance(fault, HUB_ERRORS) and (
-                answer is None or answer.status_code in (429, *range(500, 600))
-            )
+            passing = isinstance(fault, HUB_ERRORS) and (answer is None or answer.status_code in PASSING)
             if delay is None or not passing:
                 raise
             after = answer.headers.get("retry-after", "") if answer is not None else ""
@@ -1368,10 +1265,8 @@ def create_hub_repo(args: argparse.Namespace) -> str:
         url = with_retries(huggingface_hub.create_repo, name, private=args.hub_private_repo or None, exist_ok=True)
         with_retries(huggingface_hub.auth_check, url.repo_id, write=True)
     except (*HUB_ERRORS, huggingface_hub.errors.LocalTokenNotFoundError) as error:
-        raise ValueError(
-            f"--push_to_hub: cannot write to {name} ({error}). Log in with `hf auth login`, or set HF_TOKEN to a "
-            "token with write access, and check --hub_model_id."
-        ) from error
+        remedy = "Log in with `hf auth login`, or set HF_TOKEN to a token with write access, and check --hub_model_id"
+        raise ValueError(f"--push_to_hub: cannot write to {name} ({error}). {remedy}.") from error
     return url.repo_id
 
 
@@ -1386,9 +1281,9 @@ def publish(args: argparse.Namespace, repo_id: str, files: list[Path]) -> None:
             os.link(file, target)  # a copy of the 14B model would double what is on disk
         except OSError:
             shutil.copyfile(file, target)
-    upload = {"repo_id": repo_id, "folder_path": staging, "delete_patterns": ["samples/*"]}
+    upload = {"commit_message": "Upload weights, card and samples", "delete_patterns": ["samples/*"]}
     try:
-        url = with_retries(huggingface_hub.upload_folder, commit_message="Upload weights, card and samples", **upload)
+        url = with_retries(huggingface_hub.upload_folder, repo_id=repo_id, folder_path=staging, **upload)
     except HUB_ERRORS as error:
         command = f"hf upload {repo_id} {shlex.quote(str(staging))} ."
         raise RuntimeError(f"the upload failed ({error}). Nothing is lost; type: {command}") from error
@@ -1396,48 +1291,27 @@ def publish(args: argparse.Namespace, repo_id: str, files: list[Path]) -> None:
     logger.info(f"published: {url}")
 
 
-def finish(run: "Run", repo_id: str | None, facts: dict, args: argparse.Namespace) -> None:
+def finish(run: SimpleNamespace, repo_id: str | None, facts: dict, args: argparse.Namespace) -> None:
     """Final weights, card, settings and pictures in the output folder, and on the Hub if asked for."""
     folder, step = Path(args.output_dir), run.state["step"]
     if run.ema:
         run.ema.copy_to(trainable(run.transformer))
     save_weights(run.accelerator, run.transformer, folder, args)
     if run.accelerator.is_main_process:
-        samples = [folder / f"samples/step-{step:06d}-{i}.mp4" for i in range(len(args.validation_prompt))]
         plot_curves(folder)
         settings = json.dumps(published_settings(args), indent=2, ensure_ascii=False)
         (folder / "training_settings.json").write_text(settings + "\n", encoding="utf-8")
-        urls = [path.relative_to(folder).as_posix() for path in samples]
-        model_card(args, repo_id or folder.resolve().name, urls, facts).save(folder / "README.md")
-        lora = args.train_type == "lora"
-        weights = [folder / LORA_FILE, folder / COMFYUI_FILE] if lora else sorted(folder.glob("transformer/*"))
+        samples = [f"samples/step-{step:06d}-{i}.mp4" for i in range(len(args.validation_prompt))]
+        model_card(args, repo_id or folder.resolve().name, samples, facts).save(folder / "README.md")
         if repo_id:
-            others = [folder / name for name in ("README.md", "training_settings.json", "curves.png")]
-            publish(args, repo_id, [*weights, *others, *samples])
+            lora = args.train_type == "lora"
+            weights = [folder / LORA_FILE, folder / COMFYUI_FILE] if lora else sorted(folder.glob("transformer/*"))
+            names = ["README.md", "training_settings.json", "curves.png", *samples]
+            publish(args, repo_id, weights + [folder / name for name in names])
     run.accelerator.wait_for_everyone()
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Run:
-    """What a run has once everything is loaded."""
-
-    accelerator: Accelerator
-    index: dict  # of the pipeline
-    captions: dict[str, str]  # caption -> file in the cache
-    dataset: LatentDataset
-    held_out: LatentDataset
-    thresholds: torch.Tensor
-    transformer: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    dataloader: torch.utils.data.DataLoader
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    ema: EMAModel | None
-    updates_per_epoch: int
-    max_steps: int
-    state: dict  # "step", "skipped_steps", "bad_steps" (skipped in a row): goes into checkpoints
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -1463,12 +1337,27 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> Run:
-    """Data, model, optimizer and schedule, prepared by accelerate."""
+def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> SimpleNamespace:
+    """What a run works with: data, model, optimizer and schedule, prepared by accelerate, and its `state`."""
     clips, held_out, captions = prepare_data(args, accelerator)
-    dataset, update = LatentDataset(clips, captions, args), samples_per_update(args, accelerator)
-    dataloader, updates_per_epoch = build_dataloader(dataset, args, update), len(dataset) // update
-    max_steps = args.max_train_steps or args.num_train_epochs * updates_per_epoch
+    run = SimpleNamespace(accelerator=accelerator, index=index, captions=captions, ema=None)
+    # Goes into checkpoints; `bad_steps` are those skipped in a row, `name` is the tracker's for this run.
+    run.state = {"step": 0, "skipped_steps": 0, "bad_steps": 0}
+    run.state["name"] = f"{Path(args.output_dir).resolve().name}-{int(time.time())}"
+    run.dataset, run.held_out = LatentDataset(clips, captions, args), LatentDataset(held_out, captions, args)
+    run.update = samples_per_update(args, accelerator)  # how many clips make one
+    run.updates_per_epoch = len(run.dataset) // run.update
+    if not run.updates_per_epoch:
+        remedy = f"lower --train_batch_size {args.train_batch_size}, --gradient_accumulation_steps or the processes"
+        raise ValueError(f"{len(run.dataset)} clips are fewer than the {run.update} of one update; {remedy}")
+    # An epoch is cut to whole updates, so that no sample counts twice.
+    sampler = torch.utils.data.RandomSampler(run.dataset, num_samples=run.updates_per_epoch * run.update)
+    kwargs = {"num_workers": args.dataloader_num_workers, "pin_memory": torch.cuda.is_available()}
+    dataloader = torch.utils.data.DataLoader(run.dataset, args.train_batch_size, sampler=sampler, **kwargs)
+    run.max_steps = args.max_train_steps or args.num_train_epochs * run.updates_per_epoch
+    # Clips have equally many voxels, so their quantiles pool into the dataset's.
+    thresholds = np.quantile([clip["ltd_quantiles"] for clip in clips], MOTION_QUANTILES)
+    run.thresholds = torch.tensor(thresholds, dtype=torch.float32, device=accelerator.device)
 
     set_seed(args.seed)
     transformer = load_transformer(args)
@@ -1480,24 +1369,29 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> R
         # A copy also on a CPU: memory-mapped weights are unaligned, and then round otherwise than what DDP aligns.
         parameter.data = parameter.data.to(accelerator.device, copy=True)
     transformer.to(accelerator.device)
-    optimizer = build_optimizer(transformer, args)
-    warmup = min(100, max_steps // 20) if args.lr_warmup_steps is None else args.lr_warmup_steps
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=max_steps)
-    prepared = accelerator.prepare(transformer, optimizer, dataloader, lr_scheduler)
-    ema = EMAModel(trainable(prepared[0]), decay=args.ema_decay) if args.use_ema else None
-    # Clips have equally many voxels, so their quantiles pool into the dataset's.
-    thresholds = np.quantile([clip["ltd_quantiles"] for clip in clips], MOTION_QUANTILES)
-    thresholds = torch.tensor(thresholds, dtype=torch.float32, device=accelerator.device)
+    kwargs = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
+    if args.optimizer == "adamw8bit":
+        optimizer = importlib.import_module("bitsandbytes").optim.AdamW8bit(trainable(transformer), **kwargs)
+    else:
+        optimizer = torch.optim.AdamW(trainable(transformer), fused=torch.cuda.is_available(), **kwargs)
+    warmup = min(100, run.max_steps // 20) if args.lr_warmup_steps is None else args.lr_warmup_steps
+    schedule = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=run.max_steps)
+    prepared = accelerator.prepare(transformer, optimizer, dataloader, schedule)
+    run.transformer, run.optimizer, run.dataloader, run.lr_scheduler = prepared
+    if args.use_ema:
+        run.ema = EMAModel(trainable(run.transformer), decay=args.ema_decay)
+    # What a checkpoint and the run that resumes it must agree on
+    names = ["train_type", "seed", "use_ema"]
+    names += ["rank", "lora_alpha", "lora_target_modules"] if args.train_type == "lora" else []
+    run.settings = {"clips": len(run.dataset), "samples_per_update": run.update} | {k: getattr(args, k) for k in names}
     logger.info(
-        f"{len(dataset)} clips, {max_steps} updates of {update} clips, {updates_per_epoch} an epoch; "
+        f"{len(run.dataset)} clips, {run.max_steps} updates of {run.update} clips, {run.updates_per_epoch} an epoch; "
         f"{sum(p.numel() for p in trainable(transformer)):,} trainable parameters"
     )
-    state = {"step": 0, "skipped_steps": 0, "bad_steps": 0}
-    loaded = (index, captions, dataset, LatentDataset(held_out, captions, args), thresholds)
-    return Run(accelerator, *loaded, *prepared, ema, updates_per_epoch, max_steps, state)
+    return run
 
 
-def train(run: Run, args: argparse.Namespace) -> None:
+def train(run: SimpleNamespace, args: argparse.Namespace) -> None:
     """The loop over micro-batches, and once in a while a log line, a checkpoint, a look at held-out clips."""
     accelerator, transformer, state = run.accelerator, run.transformer, run.state
     bar = tqdm(total=run.max_steps, initial=state["step"], desc="training", disable=not accelerator.is_main_process)
@@ -1524,18 +1418,24 @@ def train(run: Run, args: argparse.Namespace) -> None:
             # once an update
             state["step"] += 1
             bar.update()
-            count_bad_step(state, finite, names)
             if finite:
                 rows += update
+                state["bad_steps"] = 0
                 if run.ema:
                     run.ema.step(trainable(transformer))
+            else:
+                state["skipped_steps"] += 1
+                state["bad_steps"] += 1
+                bad = ", ".join(gather_object(names))
+                logger.warning(f"step {state['step']} skipped: its loss or gradient is not finite; its clips: {bad}")
+                if state["bad_steps"] == MAX_BAD_STEPS:
+                    raise RuntimeError(f"{MAX_BAD_STEPS} steps in a row were not finite; clips of the last one: {bad}")
             update, names, last = [], [], state["step"] == run.max_steps
             if rows and (state["step"] % args.logging_steps == 0 or last):
-                values = average_metrics(accelerator, rows) | {"grad_norm": float(grad_norm), "epoch": epoch}
                 seconds = (time.perf_counter() - started) / len(rows) * args.gradient_accumulation_steps
-                clips = samples_per_update(args, accelerator)
-                values |= {"seconds_per_step": seconds, "clips_per_second": clips / seconds}
+                values = average_metrics(accelerator, rows) | {"grad_norm": float(grad_norm), "epoch": epoch}
                 values |= {"lr": run.lr_scheduler.get_last_lr()[0], "skipped_steps": state["skipped_steps"]}
+                values |= {"seconds_per_step": seconds, "clips_per_second": run.update / seconds}
                 values["peak_memory_gib"] = peak_memory(accelerator.device)
                 log_metrics(accelerator, values, state["step"], args)
                 bar.set_postfix(loss=f"{values['loss']:.4f}", mse=f"{values['mse']:.4f}")
@@ -1550,26 +1450,12 @@ def train(run: Run, args: argparse.Namespace) -> None:
         skip = 0
 
 
-def count_bad_step(state: dict, finite: bool, names: list[str]) -> None:
-    """A step whose loss or gradient is not finite has been skipped on all ranks; too many in a row end the run."""
-    state["bad_steps"] = 0 if finite else state["bad_steps"] + 1
-    if finite:
-        return
-    state["skipped_steps"] += 1
-    names = ", ".join(gather_object(names))
-    logger.warning(f"step {state['step']} skipped: its loss or gradient is not finite; its clips: {names}")
-    if state["bad_steps"] == MAX_BAD_STEPS:
-        raise RuntimeError(f"{MAX_BAD_STEPS} steps in a row were not finite; clips of the last one: {names}")
-
-
-def look(run: Run, args: argparse.Namespace) -> None:
+def look(run: SimpleNamespace, args: argparse.Namespace) -> None:
     """Before the first step, every so many, after the last: held-out errors and sample videos, by the EMA if any."""
     step, last = run.state["step"], run.state["step"] >= run.max_steps
     evaluates = len(run.held_out) > 0 and (step % args.eval_steps == 0 or last)
     samples = len(args.validation_prompt) > 0 and (step % args.validation_steps == 0 or last)
-    if not evaluates and not samples:
-        return
-    if run.ema:
+    if run.ema and (evaluates or samples):
         run.ema.store(trainable(run.transformer))
         run.ema.copy_to(trainable(run.transformer))
     if evaluates:
@@ -1579,24 +1465,24 @@ def look(run: Run, args: argparse.Namespace) -> None:
     if samples:
         paths = sample_videos(run.accelerator, run.transformer, run.captions, run.index, step, args)
         log_videos(run.accelerator, paths, step, args)
-    if run.ema:
+    if run.ema and (evaluates or samples):
         run.ema.restore(trainable(run.transformer))
 
 
-def dry_run(run: Run, args: argparse.Namespace) -> None:
+def dry_run(run: SimpleNamespace, args: argparse.Namespace) -> None:
     """One update, a LoRA round trip in memory, and a table of what the whole run would need."""
     batch, model = next(iter(run.dataloader)), run.accelerator.unwrap_model(run.transformer, keep_torch_compile=False)
     loss, row = training_loss(run.transformer, batch, run.thresholds, args)
     run.accelerator.backward(loss)
     run.optimizer.step()
     if args.train_type == "lora":
-        lora = {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(model).items()}
-        copy = {k: v.clone() for k, v in comfyui_state_dict(lora, args.rank, args.lora_alpha).items()}
-        loaded, scale = WanPipeline.lora_state_dict(copy), args.lora_alpha / args.rank
+        lora = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(model).items()}
+        comfyui = comfyui_state_dict(lora, args.rank, args.lora_alpha)
+        loaded = WanPipeline.lora_state_dict({k: v.clone() for k, v in comfyui.items()})  # it scales in place
         for down in (k for k in lora if k.endswith("lora_A.weight")):
             up = down.replace("lora_A", "lora_B")
             product = loaded[f"transformer.{up}"] @ loaded[f"transformer.{down}"]
-            torch.testing.assert_close(product, scale * lora[up] @ lora[down])
+            torch.testing.assert_close(product, args.lora_alpha / args.rank * lora[up] @ lora[down])
     rows, seen = open_dataset(args, args.dataset_split)[0], {c["path"] for c in run.dataset.clips + run.held_out.clips}
     count = len(rows) if isinstance(rows, datasets.Dataset) else len(seen)
     size = sum(Path(args.cache_dir, path).stat().st_size for path in seen) / len(seen) * count / 2**20
@@ -1644,8 +1530,7 @@ def main(args: argparse.Namespace) -> None:
     # 5. Weights, card, Hub
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"{platform.machine()} CPU"
     hours = (time.perf_counter() - started) / 3600
-    facts = {"clips": len(run.dataset), "steps": run.state["step"], "seed": args.seed}
-    facts["clips an update"] = samples_per_update(args, accelerator)
+    facts = {"clips": len(run.dataset), "steps": run.state["step"], "clips an update": run.update, "seed": args.seed}
     facts["hardware"] = f"{accelerator.num_processes} x {device}, {hours:.2f} h"
     finish(run, repo_id, facts, args)
     accelerator.end_training()
