@@ -619,14 +619,14 @@ def test_all_problems_are_named_at_once(flags):
         )
     message = str(error.value)
     for part in (
-        "--num_frames must be 4k+1, got 80; try 81",
+        "--num_frames must be 4k+1 (the VAE would drop the rest), got 80; try 81",
         "--height must be a multiple of 16, got 33; try 32",
         "--ltd_window must be at least 2 (a smaller one holds no frame pair), got 1",
         "--ltd_scale must not be negative, got -1.0",
         "--resume_from_checkpoint nowhere is not a complete checkpoint",
         "--hub_model_id",
         "pip install bitsandbytes",
-        "--min_sigma and --max_sigma must be 0 <= min < max <= 1",
+        "--min_sigma 0.9 and --max_sigma 0.1",
         "--rank must be positive, got 0",
         "--caption_dropout must lie in [0, 1], got 2.0",
         "--train_data_dir missing does not exist",
