@@ -20,11 +20,12 @@ echo "[4/4] training an LTD LoRA"
   train_ltd.py --config examples/recipes/nano.yaml --pretrained_model_name_or_path $out/small-wan \
   --train_data_dir $out/clips --output_dir $out/lora --validation_prompt "people ride bicycles down a street" \
   --validation_prompt "a man in a car talks to the camera" "$@"
+"$PYTHON" examples/contact_sheet.py --output $out/lora/samples.png $out/lora/samples/*.mp4
 cat <<MSG
 
 Done. Open
   $out/lora/curves.png            training and held-out error
-  $out/lora/samples/              sample videos before, during and after training
+  $out/lora/samples/              sample videos before, during and after training; samples.png shows them all
   $out/lora/README.md             the model card that --push_to_hub would publish
   $out/lora/pytorch_lora_weights.safetensors and lora_comfyui.safetensors
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 import train_ltd
 
@@ -85,3 +86,13 @@ def test_clips_example(tmp_path):
     else:
         rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
         assert len(rows) >= 10 and all((tmp_path / row["file_name"]).is_file() and row["text"] for row in rows)
+
+
+def test_contact_sheet_shows_every_video(clips, tmp_path):
+    videos = sorted(clips.glob("*.mp4"))[:3]
+    script = ROOT / "examples/contact_sheet.py"
+    command = [sys.executable, script, "--output", tmp_path / "sheet.png", "--columns", "4", *videos]
+    assert subprocess.run(command).returncode == 0
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (4 * (64 + 2), 3 * (48 + 12 + 2))
+        assert sheet.getpixel((30, 12 + 40))[0] > 60 > sheet.getpixel((30, 12 + 40))[1]  # the red ground of clip 0
