@@ -196,7 +196,7 @@ def reconstruct(vae, videos, noise):
     return unpatchify(torch.cat(frames, dim=2), patch_size), latents
 
 
-def fit_vae(vae, videos, steps, batch_size=1, num_frames=NUM_FRAMES, crop=64, learning_rate=3e-3, warmup=30):
+def fit_vae(vae, videos, steps, batch_size=2, num_frames=9, crop=64, learning_rate=3e-3, warmup=30):
     """Fit the VAE to random crops of `videos`, each `(3, F, H, W)`, in place; ends with averaged weights."""
     start_linear(vae)
     for module in vae.modules():
