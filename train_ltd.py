@@ -1111,7 +1111,8 @@ def start_trackers(run: SimpleNamespace, args: argparse.Namespace) -> None:
         lines = metrics.read_text().splitlines(keepends=True) if step and metrics.is_file() else []
         metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
     name = {"name": run.state["name"], "resume": "allow"}
-    kwargs = {"wandb": name | {"id": name["name"]}, "trackio": name, "tensorboard": {"purge_step": step + 1}}
+    wandb = name | {"id": name["name"], "dir": args.output_dir}
+    kwargs = {"wandb": wandb, "trackio": name, "tensorboard": {"purge_step": step + 1}}
     config = {k: v for k, v in published_settings(args).items() if isinstance(v, (bool, int, float, str))}
     run.accelerator.init_trackers(args.tracker_project_name, config, init_kwargs=kwargs)
 
