@@ -4,5 +4,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source examples/setup.sh
 install -r requirements.txt -e ".[test]"
+if ! command -v chromium chromium-browser google-chrome > /dev/null; then
+  if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+    echo "installing Chromium for the tests of web pages"
+    (apt-get update && apt-get install -y --no-install-recommends chromium) > /dev/null ||
+      echo "apt-get install chromium failed: the tests of web pages are skipped"
+  else
+    echo "no Chromium: the tests of web pages are skipped (on Debian or Ubuntu: sudo apt-get install chromium)"
+  fi
+fi
 "$PYTHON" -m ruff check .
-OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q "$@"
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -rs "$@"
