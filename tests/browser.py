@@ -1,7 +1,7 @@
 """The fixture `chromium`: a real headless browser, or a skip that says what to install.
 
-A test module asks for it with `pytest_plugins = ["browser"]`, and opens pages by `chromium.new_page()`. Debian's Chromium
-plays H.264, which the builds that playwright would download do not.
+A test module asks for it with `pytest_plugins = ["browser"]`, and opens pages by `chromium.new_page()`. Debian's
+Chromium plays H.264, which the builds that playwright would download do not.
 """
 
 import shutil

@@ -10,7 +10,7 @@ if ! command -v chromium chromium-browser google-chrome > /dev/null; then
     (apt-get update && apt-get install -y --no-install-recommends chromium) > /dev/null ||
       echo "apt-get install chromium failed: the tests of web pages are skipped"
   else
-    echo "no Chromium: the tests of web pages are skipped (on Debian or Ubuntu: sudo apt-get install chromium)"
+    echo "no Chromium: the tests of web pages are skipped (on Debian: sudo apt-get install chromium)"
   fi
 fi
 "$PYTHON" -m ruff check .
