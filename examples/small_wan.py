@@ -61,11 +61,11 @@ def parse_args(input_args=None):
     return parser.parse_args(input_args)
 
 
-def build_tokenizer():
-    """A `T5Tokenizer` from a list: common words, then single characters, so that no English caption is unknown."""
+def build_tokenizer(words=WORDS):
+    """A `T5Tokenizer` from a list: common `words`, then single characters, so that no English caption is unknown."""
     letters = [chr(code) for code in (0xB0, *range(0xC0, 0x180), *range(0x2010, 0x2027))]  # accents, dashes, quotes
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -4.0)]
-    vocab += [(f"▁{word}", -5.0) for word in WORDS if len(word) > 1]
+    vocab += [(f"▁{word}", -5.0) for word in dict.fromkeys(words) if len(word) > 1]
     vocab += [(ending, -6.0) for ending in ("ing", "ed", "er", "es", "ly", "th", "an", "on", "re", "in")]
     vocab += [(character, -8.0) for character in (*string.printable[:94], *letters)]
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)

@@ -28,7 +28,7 @@ COLORS = {
     "red": (230, 40, 40), "orange": (250, 140, 30), "yellow": (250, 225, 60), "green": (50, 200, 70),
     "cyan": (60, 220, 230), "blue": (50, 90, 250), "purple": (165, 60, 220), "white": (245, 245, 245),
 }  # fmt: skip
-SIZES = {"small": 8.0, "medium": 12.0, "large": 17.0}  # radius of the circle of equal area, px
+SIZES = {"small": 10.0, "medium": 13.5, "large": 17.5}  # radius of the circle of equal area, px
 SPEEDS = {"slowly": 0.5, "steadily": 1.0, "quickly": 2.0}  # mean speed, px per frame
 DIRECTIONS = {
     "right": (1, 0), "bottom right": (1, 1), "bottom": (0, 1), "bottom left": (-1, 1),
@@ -36,7 +36,7 @@ DIRECTIONS = {
 }  # fmt: skip
 PATHS = ("bouncing", "speeding up", "slowing down")  # or "", a straight path at constant speed
 DYNAMICS = ("flickering", "pulsing", "fading in", "fading out", "turning")  # or ""
-PERIODS = {"flickering": 5.5, "pulsing": 11.0}  # frames
+PERIODS = {"flickering": 8.0, "pulsing": 14.0}  # frames
 # Dark and muted, so that a sprite of any colour stands out; the two ends of the gradient.
 BACKGROUNDS = {
     "gray": ((35, 35, 38), (110, 110, 115)), "blue": ((18, 28, 62), (60, 84, 140)),
@@ -50,7 +50,7 @@ SPLITS = {"train": 0, "heldout": 1}
 # Probabilities: speed (still, slowly, steadily, quickly), path (straight, bouncing, speeding up, slowing down),
 # spin, dynamics, pan. Every word occurs in both mixes; the base model learns the words where little moves.
 MIXES = {
-    "calm": {"speed": (0.30, 0.45, 0.18, 0.07), "path": (0.79, 0.07, 0.07, 0.07), "spin": 0.08, "dynamics": 0.20,
+    "calm": {"speed": (0.20, 0.50, 0.22, 0.08), "path": (0.79, 0.07, 0.07, 0.07), "spin": 0.08, "dynamics": 0.20,
              "pan": 0.05},
     "dynamic": {"speed": (0.08, 0.12, 0.30, 0.50), "path": (0.49, 0.21, 0.15, 0.15), "spin": 0.30, "dynamics": 0.40,
                 "pan": 0.20},
@@ -154,7 +154,7 @@ def sample_spec(rng, mix):
     background, pattern = choose(rng, tuple(BACKGROUNDS)), choose(rng, PATTERNS)
     # Distinct colours, none the background's: "the red one" then has one meaning in a caption.
     colors = rng.permutation([color for color in COLORS if color != background])
-    count = choose(rng, (1, 2, 3), (0.7, 0.2, 0.1))
+    count = choose(rng, (1, 2, 3), (0.8, 0.14, 0.06))
     sprites = tuple(sample_sprite(rng, mix, str(color), background) for color in colors[:count])
     pan = choose(rng, tuple(DIRECTIONS)) if rng.random() < MIXES[mix]["pan"] else ""
     return Clip(sprites, background, pattern, pan, sample_waves(rng, pattern))

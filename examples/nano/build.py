@@ -1,0 +1,171 @@
+"""Put the nano Wan together around its VAE: text encoder, tokenizer, scheduler, and a fresh or trained transformer.
+
+    python examples/nano/build.py base --output_dir outputs/nano/base
+    python examples/nano/build.py export --trained outputs/nano/dit --output_dir examples/nano/wan-nano
+
+`base` makes a `WanPipeline` whose transformer is random, for `train_ltd.py --train_type full` to train; `export` writes
+the trained pipeline in float16. `examples/nano/build.sh` runs these and everything between.
+
+The text encoder is a two-layer `UMT5EncoderModel` of its own, with a tokenizer of the captions' words. It is trained
+alone, for about a minute, on captions without videos: each token has to know all the words of the phrase that it stands in ("circle" that
+it is red and moves left), which is what attention in the transformer then reads. After that it is frozen, as in Wan.
+"""
+
+import argparse
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from tqdm.auto import tqdm
+from transformers import UMT5Config, UMT5EncoderModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from small_wan import build_tokenizer
+
+from sprites import BACKGROUNDS, COLORS, DIRECTIONS, DYNAMICS, PATHS, PATTERNS, SHAPES, SIZES, SPEEDS
+from sprites import caption, caption_words, sample_spec
+
+logger = logging.getLogger("build")
+
+TEXT_DIM = 64
+TRANSFORMER = {
+    "num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 32, "ffn_dim": 512, "freq_dim": 256,
+    "rope_max_seq_len": 64, "text_dim": TEXT_DIM, "in_channels": 16, "out_channels": 16,
+}  # fmt: skip
+WORDS = " ".join(
+    ["a", "and", "over", "the", "to", "moves", "stays", "camera", "pans", "spinning", "still", "turning", *SHAPES,
+     *COLORS, *SIZES, *SPEEDS, *DIRECTIONS, *PATHS, *DYNAMICS, *BACKGROUNDS, *PATTERNS]
+).split()  # fmt: skip
+# What every token of a sprite's phrase, and of the scene's, has to know, and the possible answers
+SPRITE_QUESTIONS = {
+    "size": tuple(SIZES), "color": tuple(COLORS), "shape": SHAPES, "speed": ("still", *SPEEDS),
+    "direction": ("", *DIRECTIONS), "path": ("", *PATHS), "spin": (False, True), "dynamics": ("", *DYNAMICS),
+    "to_color": ("", *COLORS),
+}  # fmt: skip
+SCENE_QUESTIONS = {"background": tuple(BACKGROUNDS), "pattern": PATTERNS, "pan": ("", *DIRECTIONS)}
+
+
+# ---------------------------------------------------------------------------------------------- text encoder
+
+
+def caption_answers(words, tokens):
+    """For each of `tokens`, of one caption, the index of every right answer, `(T, Q)`; -100 where not asked."""
+    answers, phrase = [], 0
+    for token in tokens:
+        phrase += token == "▁and"
+        scene = "▁over" in tokens[: len(answers) + 1]
+        sprite = [-100 if scene else q.index(words["sprites"][phrase][key]) for key, q in SPRITE_QUESTIONS.items()]
+        answers.append(sprite + [q.index(words[key]) if scene else -100 for key, q in SCENE_QUESTIONS.items()])
+    return answers
+
+
+def caption_batch(rng, tokenizer, batch_size):
+    """Token ids, attention mask `(B, T)` and answers `(B, T, Q)` of random captions of both mixes."""
+    specs = [sample_spec(rng, ("calm", "dynamic")[i % 2]) for i in range(batch_size)]
+    inputs = tokenizer([caption(spec) for spec in specs], padding=True, return_tensors="pt")
+    rows = [
+        caption_answers(caption_words(spec), tokenizer.convert_ids_to_tokens(ids[: int(mask.sum())]))
+        for spec, ids, mask in zip(specs, inputs.input_ids, inputs.attention_mask, strict=True)
+    ]
+    length = inputs.input_ids.shape[1]
+    padding = [-100] * (len(SPRITE_QUESTIONS) + len(SCENE_QUESTIONS))
+    answers = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
+    return inputs.input_ids, inputs.attention_mask, answers
+
+
+def train_text_encoder(tokenizer, steps, batch_size=32, seed=0):
+    """A small `UMT5EncoderModel` trained to answer questions on captions; returns it and its held-out accuracy."""
+    torch.manual_seed(seed)
+    config = UMT5Config(vocab_size=len(tokenizer), d_model=TEXT_DIM, d_kv=16, d_ff=128, num_heads=4, num_layers=2,
+                        dropout_rate=0.0)  # fmt: skip
+    encoder = UMT5EncoderModel(config)
+    questions = [len(options) for options in (*SPRITE_QUESTIONS.values(), *SCENE_QUESTIONS.values())]
+    heads = torch.nn.Linear(TEXT_DIM, sum(questions))
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=3e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    rng, accuracy = np.random.default_rng([seed, 1]), 0.0
+    for step in tqdm(range(steps + 1), desc="text encoder"):
+        if step == steps:  # captions of another stream: most were never seen
+            rng, batch_size = np.random.default_rng([seed, 2]), 256
+        ids, mask, answers = caption_batch(rng, tokenizer, batch_size)
+        logits = heads(encoder(ids, mask).last_hidden_state).split(questions, dim=-1)
+        if step == steps:
+            right = [(guess.argmax(-1) == answers[..., i])[answers[..., i] >= 0] for i, guess in enumerate(logits)]
+            accuracy = torch.cat(right).float().mean().item()
+            break
+        loss = sum(F.cross_entropy(guess.flatten(0, 1), answers[..., i].flatten()) for i, guess in enumerate(logits))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return encoder.eval(), accuracy
+
+
+# ---------------------------------------------------------------------------------------------- transformer
+
+
+def build_transformer(seed=0):
+    """A fresh `WanTransformer3DModel` whose blocks start as the identity and whose prediction starts at zero."""
+    torch.manual_seed(seed)
+    transformer = WanTransformer3DModel(**TRANSFORMER)
+    for block in transformer.blocks:
+        with torch.no_grad():
+            block.scale_shift_table[:, [2, 5]] = 0  # the gates of self-attention and feed-forward
+        torch.nn.init.zeros_(block.attn2.to_out[0].weight)
+    torch.nn.init.zeros_(transformer.proj_out.weight)
+    torch.nn.init.zeros_(transformer.proj_out.bias)
+    return transformer
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+def build_base(args):
+    tokenizer = build_tokenizer(WORDS)
+    text_encoder, accuracy = train_text_encoder(tokenizer, args.text_steps, seed=args.seed)
+    logger.info("text encoder: %.2f %% of the held-out questions right", 100 * accuracy)
+    vae = AutoencoderKLWan.from_pretrained(args.vae)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipeline = WanPipeline(tokenizer, text_encoder, vae, scheduler, build_transformer(args.seed))
+    pipeline.save_pretrained(args.output_dir)
+
+
+def export(args):
+    """The trained pipeline in float16, but for the text encoder: it is tiny, and would otherwise run in float16."""
+    pipeline = WanPipeline.from_pretrained(args.base)
+    pipeline.register_modules(transformer=WanTransformer3DModel.from_pretrained(args.trained, subfolder="transformer"))
+    pipeline.transformer.half()
+    pipeline.vae.half()
+    pipeline.save_pretrained(args.output_dir)
+
+
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    base = commands.add_parser("base", help="a pipeline with a random transformer")
+    base.add_argument("--output_dir", required=True)
+    base.add_argument("--vae", default="examples/nano/wan-nano/vae", help="the trained VAE")
+    base.add_argument("--text_steps", type=int, default=1000, help="steps of the text encoder's training")
+    base.add_argument("--seed", type=int, default=0)
+    trained = commands.add_parser("export", help="the trained pipeline in float16")
+    trained.add_argument("--base", required=True, help="what `base` wrote")
+    trained.add_argument("--trained", required=True, help="the output folder of train_ltd.py")
+    trained.add_argument("--output_dir", required=True)
+    return parser.parse_args(input_args)
+
+
+def main(args):
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    {"base": build_base, "export": export}[args.command](args)
+
+
+if __name__ == "__main__":
+    main(parse_args())
