@@ -17,8 +17,11 @@ prediction -> weighted loss -> optimizer -> checkpoint -> Hub.
 
 import argparse
 import contextlib
+import ctypes
 import difflib
+import fcntl
 import hashlib
+import html
 import importlib.util
 import io
 import itertools
@@ -31,8 +34,10 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -92,6 +97,10 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MEDIA_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".gif", ".png", ".jpg", ".jpeg", ".webp"}
 TIME_TOLERANCE = 1e-3  # seconds; Matroska rounds presentation times to milliseconds
+MAX_PIXELS = 2**26  # of a picture, twice those of 8K: decoding more is refused
+MAX_SECONDS = 6 * 3600  # of a video of which more than its start is asked for
+MAX_CHARACTERS = 10_000  # of a caption; the text encoder reads 512 tokens
+HUB_CACHES = (huggingface_hub.constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
 CACHE_FORMAT = 1  # part of every cache key: raise it when what is cached changes
 STATS_WINDOW = 3  # the window of the LTD statistics, whatever --ltd_window, so that runs stay comparable
 MOTION_QUANTILES = (0.5, 0.9)  # of the dataset's LTD: voxels below the first are "static", above the second "motion"
@@ -100,6 +109,11 @@ MIN_VAE_PSNR = 20.0  # dB; Wan's VAE gives 30 and more, frames in [0, 1] instead
 SIGMA_DRAWS = 1024
 EVAL_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 MAX_BAD_STEPS = 10
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # spot notice, Slurm, Ctrl-C
+SAME_NOTICE = 3.0  # seconds in which a launcher and a process group may both deliver one notice
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped early with a checkpoint, start again
+SUMS_FILE = "SHA256SUMS"  # in a checkpoint, as `sha256sum -c` reads it
+DAMAGE = (SafetensorError, ValueError, KeyError, TypeError)  # what reading a damaged cache entry raises
 RETRY_DELAYS = (1, 2, 4, 8, 16)  # seconds between tries at the Hub
 CARD_SETTINGS = """pretrained_model_name_or_path transformer_path init_lora train_type rank lora_alpha dataset_name
     width height num_frames fps loss ltd_window ltd_scale ltd_normalize weighting_scheme flow_shift min_sigma max_sigma
@@ -175,6 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches an update")
     add("--num_train_epochs", type=int, help="passes over the data (default for full: 2, as in the paper)")
     add("--max_train_steps", type=int, help="updates, instead of epochs (default for lora: 1000)")
+    add("--max_train_hours", type=float, help="stop by the clock: a checkpoint, exit code 75; counts from the start")
     add("--learning_rate", type=float, help="default: 1e-4 for lora, whose fresh weights need it; full: 2e-5 (paper)")
     add("--lr_scheduler", choices=[s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT],
         default="constant_with_warmup", help="diffusers' schedules; the paper keeps the rate fixed")
@@ -204,7 +219,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--validation_negative_prompt", default="", help="negative prompt of a sample")
     add("--logging_steps", type=int, default=10, help="log every so many updates")
     add("--report_to", choices=["tensorboard", "wandb", "trackio", "none"], default="tensorboard", help="tracker")
-    add("--tracker_project_name", default="ltd-wan", help="project in the tracker")
     add("--dry_run", action=switch, default=False, help="a few clips, one update, a LoRA round trip, a table")
 
     add = parser.add_argument_group("Hub (log in with `hf auth login` or HF_TOKEN)").add_argument
@@ -268,8 +282,8 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     """Everything wrong with the flags, each with its remedy; looks at files, packages and the GPU, loads nothing."""
     values, path, resume, split = vars(args), args.transformer_path, args.resume_from_checkpoint, args.validation_split
     positive = """rank lora_alpha fps clips_per_video logit_std flow_shift train_batch_size gradient_accumulation_steps
-        num_train_epochs max_train_steps learning_rate checkpointing_steps checkpoints_total_limit eval_steps
-        max_eval_clips validation_steps validation_num_inference_steps logging_steps""".split()
+        num_train_epochs max_train_steps max_train_hours learning_rate checkpointing_steps checkpoints_total_limit
+        eval_steps max_eval_clips validation_steps validation_num_inference_steps logging_steps""".split()
     not_negative = "ltd_scale max_grad_norm lr_warmup_steps dataloader_num_workers adam_weight_decay".split()
     shares = "lora_dropout max_skipped caption_dropout ema_decay".split()
     near = {k: max(16, round(values[k] / 16) * 16) for k in ("height", "width")}
@@ -368,16 +382,24 @@ def pair_clips_with_captions(folder: Path) -> datasets.Dataset:
 
 
 def clip_source(value: str | dict | bytes | None, folder: Path) -> str | bytes:
-    """Path or bytes of a clip from whatever the video column holds."""
+    """
+    Path or bytes of a clip from whatever the video column holds. Rows may be hostile: those of a folder's metadata
+    must stay in that folder, those of a Hub's dataset on the Hub or in its caches. A table of one's own is trusted.
+    """
     value = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
     if not value:
         raise ClipError("no video in this row")
     if isinstance(value, bytes):
         return value
-    if "://" in value:
+    path, remote, roots = folder / value, "://" in value, () if folder.is_dir() else HUB_CACHES
+    if any((folder / name).is_file() for name in METADATA_FILES):
+        roots = (folder,)
+    inside = not remote and any(path.resolve().is_relative_to(Path(root).resolve()) for root in roots)
+    if roots and not inside and not value.split("::")[-1].startswith("hf://"):
+        raise ClipError("leads out of the dataset's folder")
+    if remote:
         with fsspec.open(value, "rb") as file:
             return file.read()
-    path = folder / value
     if not path.is_file() or not path.stat().st_size:
         raise ClipError("file is empty" if path.is_file() else "file not found")
     return str(path)
@@ -423,6 +445,8 @@ def video_stream(container) -> av.VideoStream:
     """The first one that is not the cover of a sound file."""
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:
+            if stream.width * stream.height > MAX_PIXELS:
+                raise ClipError(f"too large: {stream.width} x {stream.height} pixels")
             stream.thread_type = "AUTO"
             return stream
     raise ClipError("no video stream")
@@ -432,6 +456,8 @@ def video_seconds(source: str | bytes) -> float:
     """By its packets: the container's own duration may be that of the sound, or of a part that was cut off."""
     with av.open(io.BytesIO(source) if isinstance(source, bytes) else source) as container:
         stream = video_stream(container)
+        if (container.duration or 0) / av.time_base > MAX_SECONDS:
+            raise ClipError(f"too long: more than {MAX_SECONDS // 3600} hours")
         times = [(p.pts, p.pts + (p.duration or 0)) for p in container.demux(stream) if p.pts is not None]
         return float((max(end for _, end in times) - min(times)[0]) * stream.time_base) if times else 0.0
 
@@ -482,21 +508,61 @@ def model_identity(args: argparse.Namespace, *subfolders: str) -> str:
     return digest([(f.name, content_hash(str(f))) for f in files])
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says what could not be written: on a full disk safetensors and torch.save raise what is no `OSError`."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        left = "The cache and older checkpoints are intact: make room, then use --resume_from_checkpoint latest"
+        raise RuntimeError(f"cannot write {path}: {error}. {left}.") from error
+
+
+def checksums(tensor: torch.Tensor) -> list[int]:
+    """CRC-32 of each row, so that one window of a video can be checked alone."""
+    return [zlib.crc32(row.numpy().tobytes()) for row in tensor]
+
+
 def save_entry(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write beside and rename, so that a killed run leaves no half entry."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial)
-    os.replace(partial, path)
+    tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, {"crc32": json.dumps({k: checksums(v) for k, v in tensors.items()})})
+        os.replace(partial, path)
+
+
+def read_checked(file: safe_open, name: str, rows: slice = slice(None)) -> torch.Tensor:
+    """Rows of a tensor of an open cache entry; `ValueError` when they are not those that were written."""
+    tensor, sums = file.get_slice(name)[rows], (file.metadata() or {}).get("crc32")
+    if sums and checksums(tensor) != json.loads(sums)[name][rows]:
+        raise ValueError(f"the checksum of {name} is wrong")
+    return tensor
 
 
 def read_statistics(path: Path) -> dict[str, list] | None:
     """All of a cache entry but the big tensors; `None` when it is absent or damaged, so that it is made again."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k).tolist() for k in file.keys() if k not in ("latents", "prompt_embeds")}
-    except (FileNotFoundError, SafetensorError):
+            return {k: read_checked(file, k).tolist() for k in file.keys() if k not in ("latents", "prompt_embeds")}
+    except FileNotFoundError:
         return None
+    except DAMAGE as error:
+        logger.warning(f"cache entry {path} is damaged and made again: {error}", main_process_only=False)
+        return None
+
+
+def read_cached(args: argparse.Namespace, file: str, name: str, rows: slice = slice(None)) -> torch.Tensor:
+    """Rows of a big tensor. Checked here and not at the start, which would read all; a damaged entry is removed."""
+    path = Path(args.cache_dir, file)
+    try:
+        with safe_open(path, framework="pt") as entry:
+            return read_checked(entry, name, rows)
+    except DAMAGE as error:
+        path.unlink(missing_ok=True)
+        remedy = "It was removed; start again with --resume_from_checkpoint latest, and it is made again"
+        raise RuntimeError(f"cache entry {path} is damaged: {error}. {remedy}.") from error
 
 
 def load_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKLWan:
@@ -566,7 +632,10 @@ def cache_videos(args: argparse.Namespace, accelerator: Accelerator, split: str,
         value, captions = row["video"], row["text"] if isinstance(row["text"], list) else [row["text"]]
         name = value.get("path") if isinstance(value, dict) else value
         video = {"number": number, "file": name if isinstance(name, str) else f"row {number}", "encoded": False}
-        video["captions"] = [with_trigger(args, "" if c is None else str(c)) for c in captions or [""]]
+        captions = ["" if c is None else str(c) for c in captions or [""]]
+        if max(map(len, captions)) > MAX_CHARACTERS:
+            logger.warning(f"{video['file']}: caption cut to {MAX_CHARACTERS} characters", main_process_only=False)
+        video["captions"] = [with_trigger(args, c[:MAX_CHARACTERS]) for c in captions]
         videos.append(video)
         try:
             source = clip_source(value, folder)
@@ -749,15 +818,15 @@ class LatentDataset(torch.utils.data.Dataset):
 
     def load(self, clip: dict, caption: str, generator: torch.Generator) -> dict:
         """Latents `(C, F, H, W)`, as much noise, and prompt_embeds `(512, D)`."""
-        with safe_open(Path(self.args.cache_dir, clip["path"]), framework="pt") as file:
-            latents = file.get_slice("latents")[clip["window"]].float()
+        rows = slice(clip["window"], clip["window"] + 1)
+        latents = read_cached(self.args, clip["path"], "latents", rows)[0].float()
         noise = torch.randn(latents.shape, generator=generator)
         return {"latents": latents, "noise": noise, "prompt_embeds": load_prompt(self.args, self.captions[caption])}
 
 
 def load_prompt(args: argparse.Namespace, file: str) -> torch.Tensor:
     """A cached caption as the stock pipeline pads it, with zeros: `(512, D)` float32."""
-    embeds = load_file(Path(args.cache_dir, file))["prompt_embeds"].float()
+    embeds = read_cached(args, file, "prompt_embeds").float()
     return F.pad(embeds, (0, 0, 0, MAX_SEQUENCE_LENGTH - len(embeds)))
 
 
@@ -1018,47 +1087,77 @@ def averaged_weights(run: SimpleNamespace) -> Iterator[None]:
         run.ema.restore(trainable(run.transformer))
 
 
+def file_sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint, by name."""
+    sums = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SUMS_FILE):
+        with open(path, "rb") as file:
+            sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether a checkpoint's files are those that were written; says which is not. One without sums is trusted."""
+    if not (folder / SUMS_FILE).is_file():
+        return True
+    lines = (folder / SUMS_FILE).read_text(errors="replace").splitlines()
+    there, wanted = file_sums(folder), {line[66:]: line[:64] for line in lines}
+    odd = sorted(name for name in there | wanted if there.get(name) != wanted.get(name))
+    if odd:
+        logger.warning(f"{folder} is damaged and left out: {', '.join(odd)}")
+    return not odd
+
+
 def save_checkpoint(run: SimpleNamespace, args: argparse.Namespace) -> None:
     """`checkpoint-STEP`, complete or absent: written beside and renamed. Holds the ready-to-load weights too."""
     accelerator, folder = run.accelerator, Path(args.output_dir, f"checkpoint-{run.state['step']}")
     partial = folder.with_name(f".{folder.name}.partial")
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        for stale in folder.parent.glob(".checkpoint-*.partial"):
+            shutil.rmtree(stale)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    if run.ema:
-        save_weights(accelerator, run.transformer, partial / "live", args)
-        run.state["ema_step"] = run.ema.optimization_step
-    with averaged_weights(run):
-        save_weights(accelerator, run.transformer, partial, args)
-    if accelerator.is_main_process:
-        text = json.dumps({"settings": run.settings, "state": run.state}, indent=2)
-        (partial / "settings.json").write_text(text)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        for old in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
-            shutil.rmtree(old)
+    with writing(folder):
+        accelerator.save_state(str(partial))
+        if run.ema:
+            save_weights(accelerator, run.transformer, partial / "live", args)
+            run.state["ema_step"] = run.ema.optimization_step
+        with averaged_weights(run):
+            save_weights(accelerator, run.transformer, partial, args)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            text = json.dumps({"settings": run.settings, "state": run.state}, indent=2)
+            (partial / "settings.json").write_text(text)
+            sums = file_sums(partial)
+            (partial / SUMS_FILE).write_text("".join(f"{value}  {name}\n" for name, value in sums.items()))
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+            for old in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
+                shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
 def resume(run: SimpleNamespace, args: argparse.Namespace) -> None:
     """Restore weights, optimizer, schedule, EMA, random states and the position in the data."""
-    folder = args.resume_from_checkpoint
-    if folder == "latest" and not (folder := next(reversed(list_checkpoints(args.output_dir)), None)):
-        logger.warning(f"no checkpoint in {args.output_dir} to resume from: starting afresh")
-    if not folder:
+    asked = args.resume_from_checkpoint
+    if not asked:
         return
-    saved = json.loads(Path(folder, "settings.json").read_text())
+    candidates = reversed(list_checkpoints(args.output_dir)) if asked == "latest" else [Path(asked)]
+    folder = next((c for c in candidates if is_intact(c)), None)
+    if not folder and asked != "latest":
+        raise ValueError(f"--resume_from_checkpoint {asked} is damaged; take an older one, or latest")
+    if not folder:
+        return logger.warning(f"no checkpoint in {args.output_dir} to resume from: starting afresh")
+    saved = json.loads((folder / "settings.json").read_text())
     there, here = saved["settings"], run.settings
     odd = [k for k in sorted(there | here) if there.get(k) != here.get(k)]
     if odd := [f"{k} {there.get(k)} there, {here.get(k)} here" for k in odd]:
         raise ValueError(f"--resume_from_checkpoint {folder} was made with other settings: {'; '.join(odd)}")
     run.state = saved["state"]
     if run.ema:
-        load_weights(run.accelerator, run.transformer, Path(folder), args)
+        load_weights(run.accelerator, run.transformer, folder, args)
         run.ema.shadow_params = [p.detach().clone() for p in trainable(run.transformer)]
         run.ema.optimization_step = run.state["ema_step"]
-    load_weights(run.accelerator, run.transformer, Path(folder, "live" if run.ema else ""), args)
+    load_weights(run.accelerator, run.transformer, folder / ("live" if run.ema else ""), args)
     run.accelerator.load_state(str(folder))
     logger.info(f"resumed {folder}, step {run.state['step']}")
 
@@ -1074,7 +1173,7 @@ def start_trackers(run: SimpleNamespace, args: argparse.Namespace) -> None:
     wandb = name | {"id": name["name"], "dir": args.output_dir}
     kwargs = {"wandb": wandb, "trackio": name, "tensorboard": {"purge_step": step + 1}}
     config = {k: v for k, v in published_settings(args).items() if isinstance(v, (bool, int, float, str))}
-    run.accelerator.init_trackers(args.tracker_project_name, config, init_kwargs=kwargs)
+    run.accelerator.init_trackers("ltd-wan", config, init_kwargs=kwargs)
 
 
 def log_metrics(accelerator: Accelerator, values: dict[str, float], step: int, args: argparse.Namespace) -> None:
@@ -1156,7 +1255,7 @@ def model_card(args: argparse.Namespace, repo_id: str, samples: list[str], facts
     keys = [k for k in CARD_SETTINGS.split() if settings[k] is not None and (ltd or not k.startswith("ltd_"))]
     table = {k: settings[k] for k in keys} | facts
     table["libraries"] = ", ".join(f"{m.__name__} {m.__version__}" for m in (diffusers, transformers, torch))
-    rows = ["| {} | {} |".format(k, str(v).replace("|", "\\|")) for k, v in table.items()]
+    rows = ["| {} | {} |".format(k, html.escape(str(v)).replace("|", "\\|")) for k, v in table.items()]
     paper = "[Latent Temporal Discrepancy](https://huggingface.co/papers/2601.20504)"
     body = [
         f"---\n{front.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}",
@@ -1165,7 +1264,7 @@ def model_card(args: argparse.Namespace, repo_id: str, samples: list[str], facts
         "<Gallery />" * bool(samples),
         f"## How to use\n\n```python\n{usage_code(args, repo_id)}\n```",
         f"For ComfyUI, put `{COMFYUI_FILE}` into `models/loras`." if lora else "This is the transformer alone.",
-        f"Put `{args.trigger_word}` before the prompt." if args.trigger_word else "",
+        f"Put <code>{html.escape(args.trigger_word)}</code> before the prompt." if args.trigger_word else "",
         "## Training",
         "\n".join(["| setting | value |", "|---|---|", *rows]),
         "Every flag is in `training_settings.json`. The base model's licence and the rights in the clips apply too.",
@@ -1227,7 +1326,7 @@ def finish(run: SimpleNamespace, repo_id: str | None, args: argparse.Namespace) 
     from matplotlib.figure import Figure
 
     folder = Path(args.output_dir)
-    with averaged_weights(run):
+    with averaged_weights(run), writing(folder):
         save_weights(run.accelerator, run.transformer, folder, args)
     if run.accelerator.is_main_process:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -1276,6 +1375,54 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
+class Notice:
+    """
+    Notes when the first signal came. What follows within `SAME_NOTICE` seconds is the same one by another way; a later
+    one ends the process at once.
+    """
+
+    at = math.inf
+
+    def __call__(self, number: int, frame) -> None:
+        if time.monotonic() > self.at + SAME_NOTICE:
+            os._exit(128 + number)
+        self.at = min(self.at, time.monotonic())
+
+
+@contextlib.contextmanager
+def heeded_signals() -> Iterator[Notice]:
+    """Training goes on to the next micro-batch before it stops; outside of this a signal ends it as ever."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
+        # PR_SET_PDEATHSIG: accelerate's launcher of one process dies of a signal and passes nothing on.
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    notice = Notice()
+    before = {number: signal.signal(number, notice) for number in STOP_SIGNALS}
+    try:
+        yield notice
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker: int) -> None:
+    """Loader processes are told by their parent when to end: a signal to the whole group must not take them first."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def lock_folder(accelerator: Accelerator, folder: str) -> io.IOBase:
+    """An open file that is this run's lock on its output folder; the system drops it with the process."""
+    file = open(Path(folder, ".lock"), "w")
+    try:
+        if accelerator.is_main_process:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"--output_dir {folder}: another run is writing there; end it or take another") from error
+    except OSError as error:
+        logger.warning(f"{folder} cannot be locked ({error}): take care that no other run writes there")
+    return file
+
+
 def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> SimpleNamespace:
     """What a run works with: data, model, optimizer and schedule, prepared by accelerate, and its `state`."""
     clips, held_out, captions = prepare_data(args, accelerator)
@@ -1292,6 +1439,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> S
     # An epoch is cut to whole updates, so that no sample counts twice.
     sampler = torch.utils.data.RandomSampler(run.dataset, num_samples=run.updates_per_epoch * run.update)
     kwargs = {"num_workers": args.dataloader_num_workers, "pin_memory": torch.cuda.is_available()}
+    kwargs["worker_init_fn"] = ignore_signals
     dataloader = torch.utils.data.DataLoader(run.dataset, args.train_batch_size, sampler=sampler, **kwargs)
     run.max_steps = args.max_train_steps or args.num_train_epochs * run.updates_per_epoch
     # Clips have equally many voxels, so their quantiles pool into the dataset's.
@@ -1324,7 +1472,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> S
     names += ["rank", "lora_alpha", "lora_target_modules"] if args.train_type == "lora" else []
     run.settings = {"clips": len(run.dataset), "samples_per_update": run.update} | {k: getattr(args, k) for k in names}
     patches = math.prod(accelerator.unwrap_model(run.transformer).config.patch_size)
-    shape = load_file(Path(args.cache_dir, clips[0]["path"]))["latents"].shape[1:]
+    shape = read_cached(args, clips[0]["path"], "latents", slice(1)).shape[1:]
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"{platform.machine()} CPU"
     run.facts = {
         "clips": f"{len(run.dataset)}, and {len(run.held_out)} held out",
@@ -1348,6 +1496,10 @@ def train(run: SimpleNamespace, args: argparse.Namespace) -> None:
         run.dataset.epoch = epoch
         run.dataloader.set_epoch(epoch)
         for batch in accelerator.skip_first_batches(run.dataloader, skip) if skip else run.dataloader:
+            if time.monotonic() > min(run.notice.at, run.deadline):
+                accelerator.set_trigger()
+            if accelerator.check_trigger():  # by any rank; what has accumulated is dropped
+                return save_checkpoint(run, args)
             torch.manual_seed(int(batch["seed"][0]))  # LoRA dropout: tied to the sample, like all that is random
             with accelerator.accumulate(transformer):
                 loss, row = training_loss(transformer, batch, run.thresholds, args)
@@ -1448,33 +1600,39 @@ def dry_run(run: SimpleNamespace, args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    # 1. What can be refused is refused before anything is paid for
-    accelerator = build_accelerator(args)
-    index = check_model(args)
-    publishes = args.push_to_hub and accelerator.is_main_process and not args.dry_run
-    repo_id = create_hub_repo(args) if publishes else None
+    started, accelerator = time.monotonic(), build_accelerator(args)
+    with lock_folder(accelerator, args.output_dir):
+        # 1. What can be refused is refused before anything is paid for
+        index = check_model(args)
+        publishes = args.push_to_hub and accelerator.is_main_process and not args.dry_run
+        repo_id = create_hub_repo(args) if publishes else None
 
-    # 2. Data, model, optimizer
-    run = set_up(args, accelerator, index)
-    if args.dry_run:
-        return dry_run(run, args)
+        # 2. Data, model, optimizer
+        run = set_up(args, accelerator, index)
+        if args.dry_run:
+            return dry_run(run, args)
 
-    # 3. Where a checkpoint stopped, or a first look at the untrained model
-    resume(run, args)
-    start_trackers(run, args)
-    started = time.perf_counter()
-    if run.state["step"] == 0 or run.state["step"] >= run.max_steps:
-        look(run, args)
+        # 3. Where a checkpoint stopped, or a first look at the untrained model
+        resume(run, args)
+        start_trackers(run, args)
+        if run.state["step"] == 0 or run.state["step"] >= run.max_steps:
+            look(run, args)
 
-    # 4. Train
-    if run.state["step"] < run.max_steps:
-        train(run, args)
+        # 4. Train
+        run.deadline = started + 3600 * (args.max_train_hours or math.inf)
+        with heeded_signals() as run.notice:
+            if run.state["step"] < run.max_steps:
+                train(run, args)
+        if run.state["step"] < run.max_steps:
+            logger.warning(f"stopped at step {run.state['step']}; to go on, add --resume_from_checkpoint latest")
+            accelerator.end_training()
+            sys.exit(EXIT_STOPPED)
 
-    # 5. Weights, card, Hub
-    run.facts["hardware"] += f", {(time.perf_counter() - started) / 3600:.2f} h"
-    finish(run, repo_id, args)
-    accelerator.end_training()
-    logger.info(f"done; look into {args.output_dir}")
+        # 5. Weights, card, Hub
+        run.facts["hardware"] += f", {(time.monotonic() - started) / 3600:.2f} h"
+        finish(run, repo_id, args)
+        accelerator.end_training()
+        logger.info(f"done; look into {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -120,13 +120,17 @@ def run(flags):
     return train
 
 
+def launcher(processes: int) -> list[str]:
+    """`accelerate launch train_ltd.py`; with `ACCELERATE_USE_CPU`, for `--cpu` would silently run one process only."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}", "--num_machines=1"]
+    command += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    return [*command, *["--multi_gpu"] * (processes > 1), str(ROOT / "train_ltd.py")]
+
+
 def launch(command_line: list[str], processes: int = 1, env: dict | None = None, timeout: int = 300):
-    """`accelerate launch train_ltd.py` in processes of its own. `--cpu` would silently run one process only."""
-    launcher = ["-m", "accelerate.commands.launch", f"--num_processes={processes}", "--num_machines=1"]
-    launcher += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    launcher += ["--multi_gpu"] if processes > 1 else []
+    """The script in processes of its own."""
     return subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "train_ltd.py"), *command_line],
+        [*launcher(processes), *command_line],
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | (env or {}),
         capture_output=True,
         text=True,

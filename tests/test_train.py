@@ -124,7 +124,7 @@ def test_checkpoints_rotate_and_hold_ready_weights(run):
     assert sorted(p.name for p in output.glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-5"]
     names = {p.name for p in (output / "checkpoint-5").iterdir()}
     assert names == {
-        *(train_ltd.LORA_FILE, train_ltd.COMFYUI_FILE, "settings.json"),
+        *(train_ltd.LORA_FILE, train_ltd.COMFYUI_FILE, "settings.json", train_ltd.SUMS_FILE),
         *("optimizer.bin", "scheduler.bin", "random_states_0.pkl"),
     }
     assert_same(load_file(output / train_ltd.LORA_FILE), load_file(output / "checkpoint-5" / train_ltd.LORA_FILE))
@@ -709,7 +709,7 @@ def test_dry_run_prints_a_table_and_leaves_no_weights(run, capsys, train_type):
         assert part in table
     assert "(16, 3, 4, 6)" in table and "peak memory" in table and "base model's loss" in table
     assert ("passed" in table) == (train_type == "lora")
-    assert {p.name for p in output.iterdir()} <= {"logs"}
+    assert {p.name for p in output.iterdir()} <= {"logs", ".lock"}
 
 
 def test_fsdp_that_did_not_come_about_is_refused(run, monkeypatch):

@@ -1,0 +1,280 @@
+"""Machines that vanish, disks that are full, files that rot: nothing is lost, and what goes on is bit-identical."""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, launcher
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import train_ltd
+
+STEPS = {"max_train_steps": 3, "checkpointing_steps": 1, "gradient_accumulation_steps": 2}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / train_ltd.LORA_FILE)
+
+
+def same(a: Path, b: Path) -> bool:
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return [path.name for path in train_ltd.list_checkpoints(folder)]
+
+
+def strike(monkeypatch, owner, name: str, call: int, blow) -> None:
+    """Let the `call`-th call of `owner.name` be preceded by `blow()`."""
+    calls, real = [], getattr(owner, name)
+
+    def function(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            blow()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, function)
+
+
+def flip(path: Path, position: int) -> None:
+    """One bit."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def straight(run, tmp_path) -> Path:
+    """The output folder of a run that nothing happened to."""
+    return run(output_dir=tmp_path / "straight", **STEPS)
+
+
+# --- Signals and the clock -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", train_ltd.STOP_SIGNALS)
+def test_signal_stops_with_a_checkpoint(run, straight, monkeypatch, number):
+    """In the middle of the third update: its first half is dropped, and the resumed run makes it again."""
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        strike(patch, train_ltd, "training_loss", 5, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(SystemExit) as stop:
+            run(**STEPS | {"checkpointing_steps": 100})
+    assert stop.value.code == train_ltd.EXIT_STOPPED == 75
+    assert signal.getsignal(number) == before
+    folder = run(**STEPS, resume_from_checkpoint="latest")
+    assert checkpoints(folder) == ["checkpoint-2", "checkpoint-3"] and same(folder, straight)
+
+
+def test_clock_stops_with_a_checkpoint(run, straight):
+    with pytest.raises(SystemExit) as stop:
+        run(**STEPS, max_train_hours=1e-9)
+    assert stop.value.code == 75
+    folder = run(**STEPS, resume_from_checkpoint="latest")
+    assert checkpoints(folder)[0] == "checkpoint-0" and same(folder, straight)
+
+
+def test_only_a_later_signal_ends_the_process(monkeypatch):
+    notice, codes = train_ltd.Notice(), []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    notice(signal.SIGTERM, None)
+    notice(signal.SIGTERM, None)  # the launcher passes on what the process group had already got
+    assert not codes and notice.at <= time.monotonic()
+    notice.at -= train_ltd.SAME_NOTICE
+    notice(signal.SIGINT, None)
+    assert codes == [128 + signal.SIGINT]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_launcher_that_is_terminated(run, flags, tmp_path, processes):
+    """Only the launcher gets the signal. With one process it dies of it at once, and passes nothing on."""
+    folder = tmp_path / "run"
+    command = launcher(processes) + flags(max_train_steps=100_000, checkpointing_steps=100_000)
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 300
+        while len(lines(folder)) < 2 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.terminate()
+        said = process.stderr.read()  # ends when the last process that holds the pipe has ended
+    assert process.returncode != 0
+    (name,) = checkpoints(folder)
+    assert f"stopped at step {name.split('-')[1]}; to go on, add --resume_from_checkpoint latest" in said
+    assert train_ltd.is_intact(folder / name)
+    saved = json.loads((folder / name / "settings.json").read_text())
+    assert saved["settings"]["samples_per_update"] == processes
+    # Two processes are two micro-batches: one goes on where they stopped, to where it would have come alone.
+    step = saved["state"]["step"] + 1
+    kwargs = {"max_train_steps": step, "checkpointing_steps": 100_000, "gradient_accumulation_steps": processes}
+    resumed = run(resume_from_checkpoint="latest", **kwargs)
+    assert same(resumed, run(output_dir=tmp_path / "alone", **kwargs))
+
+
+def lines(folder: Path) -> list[str]:
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_text().splitlines() if metrics.is_file() else []
+
+
+# --- kill -9 ---------------------------------------------------------------------------------------------------------
+
+POINTS = {
+    "a step": (train_ltd, "training_loss", 4),
+    "a checkpoint's state": (torch, "save", 4),
+    "a checkpoint's weights": (train_ltd, "save_weights", 2),
+    "a checkpoint's rename": (Path, "rename", 2),
+    "after its rename": (train_ltd, "list_checkpoints", 2),
+    "the final weights": (train_ltd.WanPipeline, "save_lora_weights", 4),
+    "the card": (train_ltd, "model_card", 1),
+}
+
+
+def killed_run(line: list[str], point: str) -> None:
+    """In a process of its own."""
+    torch.set_num_threads(1)
+    strike(pytest.MonkeyPatch(), *POINTS[point], lambda: os.kill(os.getpid(), signal.SIGKILL))
+    train_ltd.main(train_ltd.parse_args(line))
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """Processes that need not import everything again, from a server that has not trained: torch forbids that."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "train_ltd"])
+    return context
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_kill_at(run, flags, forks, straight, tmp_path, point):
+    process = forks.Process(target=killed_run, args=(flags(**STEPS), point))
+    process.start()
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL
+    folder = tmp_path / "run"
+    assert all(train_ltd.is_intact(c) for c in train_ltd.list_checkpoints(folder))
+    assert same(run(**STEPS, resume_from_checkpoint="latest"), straight)
+    assert checkpoints(folder)[-1] == "checkpoint-3" and not list(folder.glob(".checkpoint-*"))
+
+
+# --- Damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        ("flip", "optimizer.bin"),
+        ("flip", "settings.json"),
+        ("truncate", train_ltd.LORA_FILE),
+        ("remove", "scheduler.bin"),
+    ],
+)
+def test_damaged_checkpoint_is_left_out(run, straight, caplog, damage, name):
+    caplog.set_level("INFO")
+    newest, before = straight / "checkpoint-3", weights(straight)
+    path = newest / name
+    if damage == "flip":
+        flip(path, path.stat().st_size // 2)
+    elif damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-7])
+    else:
+        path.unlink()
+    with pytest.raises(ValueError, match=r"--resume_from_checkpoint .*checkpoint-3 is damaged"):
+        run(output_dir=straight, **STEPS, resume_from_checkpoint=newest)
+    assert any(f"checkpoint-3 is damaged and left out: {name}" in r.message for r in caplog.records)
+    run(output_dir=straight, **STEPS, resume_from_checkpoint="latest")
+    assert any("resumed" in r.message and "checkpoint-2" in r.message for r in caplog.records)
+    assert all(torch.equal(v, before[k]) for k, v in weights(straight).items()) and train_ltd.is_intact(newest)
+
+
+def test_sums_are_those_of_sha256sum(straight):
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=straight / "checkpoint-3", capture_output=True)
+    assert done.returncode == 0
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_nothing_is_unpickled_from_a_checkpoint(run, straight, tmp_path, monkeypatch):
+    """Whoever writes a checkpoint can write its sums, too."""
+    monkeypatch.chdir(tmp_path)
+    folder = straight / "checkpoint-3"
+    (folder / "optimizer.bin").write_bytes(pickle.dumps(Evil()))
+    sums = train_ltd.file_sums(folder).items()
+    (folder / train_ltd.SUMS_FILE).write_text("".join(f"{value}  {name}\n" for name, value in sums))
+    with pytest.raises(pickle.UnpicklingError):
+        run(output_dir=straight, **STEPS | {"max_train_steps": 4}, resume_from_checkpoint="latest")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["ltd_quantiles", "latents", "prompt_embeds"])
+def test_flipped_bit_in_the_cache(run, straight, tmp_path, caplog, name):
+    """Statistics are checked at the start, what is big when it is read; either way it is named and made again."""
+    entries = (tmp_path / "cache" / ("text" if name == "prompt_embeds" else "latents")).iterdir()
+    path = max(entries, key=lambda path: (path.stat().st_size, path.name))
+    written = path.read_bytes()
+    with safe_open(path, framework="pt") as file:
+        data = file.get_tensor(name).numpy().tobytes()
+    flip(path, written.index(data) + len(data) // 2)
+    if name != "ltd_quantiles":
+        with pytest.raises(RuntimeError, match=f"{path.name} is damaged: the checksum of {name} is wrong") as error:
+            run(**STEPS | {"max_train_steps": 9}, caption_dropout=0)
+        assert "--resume_from_checkpoint latest" in str(error.value) and not path.exists()
+    assert same(run(**STEPS), straight) and path.read_bytes() == written
+    if name == "ltd_quantiles":
+        assert any(path.name in r.message and "is damaged and made again" in r.message for r in caplog.records)
+
+
+# --- Disks and folders -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("limit", "what"), [(3_000, "cache/latents"), (30_000, "run/checkpoint-1")])
+def test_full_disk(run, flags, tmp_path, limit, what):
+    """A limit on the size of a file stands for it: the same calls fail, and with as little of an `OSError`."""
+    command = [sys.executable, str(ROOT / "train_ltd.py"), *flags(**STEPS)]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    restrict = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, **restrict)
+    assert done.returncode == 1
+    message = done.stderr[done.stderr.rindex("RuntimeError: cannot write ") :]
+    assert what in message and "make room" in message and "--resume_from_checkpoint latest" in message
+    assert not checkpoints(tmp_path / "run")
+
+
+def test_older_checkpoints_outlive_a_full_disk(run, straight, monkeypatch):
+    """The fourth checkpoint fails halfway, as torch.save does."""
+
+    def full():
+        raise RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file")
+
+    with monkeypatch.context() as patch:
+        strike(patch, train_ltd, "save_weights", 1, full)
+        with pytest.raises(RuntimeError, match=r"cannot write .*checkpoint-4: .*older checkpoints are intact"):
+            run(output_dir=straight, **STEPS | {"max_train_steps": 4}, resume_from_checkpoint="latest")
+    assert checkpoints(straight) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert train_ltd.is_intact(straight / "checkpoint-3")
+    run(output_dir=straight, **STEPS | {"max_train_steps": 4}, resume_from_checkpoint="latest")
+    assert checkpoints(straight)[-1] == "checkpoint-4"
+
+
+def test_second_run_into_one_folder_is_refused(run, tmp_path):
+    folder = run(max_train_steps=1)
+    with open(folder / ".lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"--output_dir .*: another run is writing there"):
+            run(max_train_steps=1)
+    run(max_train_steps=1)
