@@ -21,7 +21,7 @@ def read_frames(path: Path) -> list[Image.Image]:
 def labelled_row(pictures: list[Image.Image], labels: Iterable[str]) -> Image.Image:
     """Pictures of one size side by side, under a bar with a label for each, or for the first ones only."""
     width, height = pictures[0].size
-    bar = max(12, height // 16) // 2 * 2  # even, so that the row can be a frame of a video
+    bar = max(12, len(pictures) * width // 64) // 2 * 2  # even, so that the row can be a frame of a video
     row = Image.new("RGB", (len(pictures) * (width + MARGIN), height + bar + MARGIN), "white")
     for x, picture in enumerate(pictures):
         row.paste(picture, (x * (width + MARGIN), bar))

@@ -6,6 +6,7 @@ import logging
 import os
 from fractions import Fraction
 from pathlib import Path
+from string import Template
 from urllib.parse import quote
 
 import av
@@ -19,43 +20,44 @@ CODEC = {"crf": "10"}  # as Wan's own generate.py, which writes with imageio's q
 MODEL = ("model", "revision", "transformer", "lora")  # the settings in which folders that are compared should differ
 STRIP_COLUMNS, STRIP_WIDTH = 6, 416  # frames, and pixels that a frame may be wide
 
-PAGE = """<!doctype html>
+PAGE = Template("""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
+<title>$title</title>
 <style>
-body {{ font: 16px/1.4 system-ui, sans-serif; margin: 1rem auto; max-width: 110rem; padding: 0 1rem }}
-h2 {{ font-size: 1rem; margin: 2rem 0 .3rem }}
-video, section img {{ display: block; width: 100%; height: auto; max-width: max(45rem, {width}px); margin: .3rem 0 }}
-table {{ border-collapse: collapse; font-size: .8rem }}
-td, th {{ border: 1px solid #ccc; padding: .1rem .4rem; text-align: left; overflow-wrap: anywhere }}
-tr.differs {{ background: #fff3c4 }}
-input {{ font: inherit; width: 100%; max-width: 30rem }}
+body { font: 16px/1.4 system-ui, sans-serif; margin: 1rem auto; max-width: 110rem; padding: 0 1rem }
+h2 { font-size: 1rem; margin: 2rem 0 .3rem }
+video, section img { display: block; width: 100%; height: auto; max-width: max(45rem, ${width}px); margin: .3rem 0 }
+table { border-collapse: collapse; font-size: .8rem }
+td, th { border: 1px solid #ccc; padding: .1rem .4rem; text-align: left }
+td { overflow-wrap: anywhere }
+tr.differs { background: #fff3c4 }
+input { font: inherit; width: 100%; max-width: 30rem }
 </style>
-<h1>{title}</h1>
-<p>{count}. Videos play while they are in view. Same noise for all models.</p>
+<h1>$title</h1>
+<p>$count. Videos play while they are in view. Same noise for all models.</p>
 <details><summary>Settings; what differs is marked</summary>
-<table>{settings}</table></details>
+<table>$settings</table></details>
 <p><input type="search" placeholder="show prompts that contain ..." aria-label="filter"></p>
-{sections}
+$sections
 <script>
-const seen = new IntersectionObserver(entries => {{
-  for (const {{target, isIntersecting}} of entries) isIntersecting ? target.play().catch(() => {{}}) : target.pause();
-}});
+const seen = new IntersectionObserver(entries => {
+  for (const {target, isIntersecting} of entries) isIntersecting ? target.play().catch(() => {}) : target.pause();
+});
 document.querySelectorAll("video").forEach(video => seen.observe(video));
-document.querySelector("input").addEventListener("input", event => {{
+document.querySelector("input").addEventListener("input", event => {
   for (const section of document.querySelectorAll("section"))
     section.hidden = !section.querySelector("h2").textContent.toLowerCase().includes(event.target.value.toLowerCase());
-}});
+});
 </script>
 </html>
-"""
-SECTION = """<section>
-<h2>{prompt}</h2>
-<video src="{video}" width="{width}" height="{height}" controls loop muted playsinline preload="none"></video>
-<img src="{strip}" loading="lazy" alt="frames of each model's video, a row each">
-</section>"""
+""")
+SECTION = Template("""<section>
+<h2>$prompt</h2>
+<video src="$video" width="$width" height="$height" controls loop muted playsinline preload="none"></video>
+<img src="$strip" loading="lazy" alt="frames of each model's video, a row each">
+</section>""")
 
 
 def write_video(frames: np.ndarray, path: Path, fps: float) -> None:
@@ -85,6 +87,7 @@ def read_records(folders: list[str]) -> list[dict]:
             raise ValueError(f"--compare {folder}: no generation.json; is it a folder that generate.py made?")
         records.append(json.loads(path.read_text(encoding="utf-8")))
     names, problems = list(dict.fromkeys(name for record in records for name in record["videos"])), []
+    problems += [f"{name} is no name of a video" for name in names if Path(name).name != name]
     for folder, record in zip(folders, records, strict=True):
         missing = [name for name in names if name not in record["videos"] or not Path(folder, name).is_file()]
         if missing:
@@ -112,7 +115,7 @@ def settings_table(records: list[dict], labels: list[str]) -> str:
         if differs and key not in MODEL:
             logger.warning(f"these folders differ in more than the model: {key} is {' and '.join(values)}")
         cells = "".join(f"<td>{html.escape(value)}" for value in values)
-        rows.append(f"<tr{' class=differs' * differs}><th>{key}{cells}")
+        rows.append(f"<tr{' class=differs' * differs}><th>{html.escape(key)}{cells}")
     return "\n".join(rows)
 
 
@@ -136,10 +139,10 @@ def build_gallery(folders: list[str], labels: list[str], output_dir: str, num_sa
         values = {"prompt": entry["prompt"] + f" (sample {entry['sample']})" * (num_samples > 1)}
         values |= {"video": quote(f"videos/{video.name}"), "strip": quote(f"strips/{strip.name}")}
         values |= {"height": frames.shape[1], "width": frames.shape[2]}
-        sections.append(SECTION.format(**{key: html.escape(str(value)) for key, value in values.items()}))
+        sections.append(SECTION.substitute({key: html.escape(str(value)) for key, value in values.items()}))
     page = output_dir / "index.html"
     values = {"title": html.escape(" | ".join(labels)), "count": f"{len(chosen)} videos of each"}
-    text = PAGE.format(**values, settings=settings, sections="\n".join(sections), width=frames.shape[2])
+    text = PAGE.substitute(values, settings=settings, sections="\n".join(sections), width=frames.shape[2])
     page.with_suffix(".partial").write_text(text, encoding="utf-8")
     os.replace(page.with_suffix(".partial"), page)
     return page

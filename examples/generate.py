@@ -16,7 +16,6 @@ says how they were made, and which prompt and seed each file has.
 
 import argparse
 import hashlib
-import importlib
 import importlib.util
 import json
 import logging
@@ -30,19 +29,14 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import safetensors.torch
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from datasets import load_dataset
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    TorchAoConfig,
-    UniPCMultistepScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from peft import get_peft_model_state_dict
 from tqdm.auto import tqdm
 
@@ -157,6 +151,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args.lora_scale = args.lora_scale or [1.0] * len(args.lora)
     args.cache_dir = args.cache_dir or os.path.join(args.output_dir, "cache")
     args.cache_dtype = "float32"  # of the cached embeddings, so that they are the stock pipeline's to the bit
+    if args.compare and not args.labels:
+        args.labels = [Path(folder).resolve().name for folder in args.compare]
     if problems := find_problems(args):
         raise ValueError("\n- ".join(["these settings do not work:", *problems]))
     return args
@@ -165,11 +161,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def find_problems(args: argparse.Namespace) -> list[str]:
     values, sources = vars(args), [f"--{s}" for s in PROMPT_SOURCES if getattr(args, s)]
     if args.compare:
-        labels = args.labels or args.compare
         checks = [
             (len(args.compare) < 2, "--compare needs two folders or more"),
-            (len(labels) != len(args.compare), f"{len(labels)} --labels for {len(args.compare)} folders"),
-            (len(set(labels)) < len(labels), "--labels must differ"),
+            (len(args.labels) != len(args.compare), f"{len(args.labels)} --labels for {len(args.compare)} folders"),
+            (len(set(args.labels)) < len(args.labels), "--labels must differ"),
             (sources, f"--compare and {', '.join(sources)} exclude each other"),
         ]
         return [message for wrong, message in checks if wrong]
@@ -228,7 +223,7 @@ def vbench_prompts(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
 
 
 def dataset_prompts(args: argparse.Namespace) -> Iterator[str]:
-    """Captions in the dataset's order, streamed: no clip is downloaded as a whole or decoded."""
+    """Captions in the dataset's order; it is streamed, and its clips stay undecoded."""
     path = Path(args.dataset_name)
     if path.is_file():
         if path.suffix not in train_ltd.TABLE_BUILDERS:
@@ -244,6 +239,17 @@ def dataset_prompts(args: argparse.Namespace) -> Iterator[str]:
         caption = (captions or [""])[0] if isinstance(captions, list) else captions
         if caption and caption.strip():
             yield caption.strip()
+
+
+def read_prompts(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
+    """Prompt, what the model is given for it, and number of samples, from any source but `--vmbench`."""
+    if args.vbench:
+        return vbench_prompts(args)
+    lines = args.prompt or []
+    if args.prompt_file:
+        lines = Path(args.prompt_file).read_text(encoding="utf-8-sig").splitlines()
+    prompts = dataset_prompts(args) if args.dataset_name else (line.strip() for line in lines if line.strip())
+    return ((prompt, prompt, args.num_samples or 1) for prompt in prompts)
 
 
 def file_stem(prompt: str) -> str:
@@ -263,15 +269,7 @@ def plan_videos(args: argparse.Namespace) -> dict[str, dict]:
                 raise ValueError(f"--vmbench {args.vmbench}: {row['index']!r} is no index such as 0001")
             videos[f"{row['index']}.mp4"] = {"prompt": row["prompt"], "text": row["prompt"], "sample": 0}
     else:
-        if args.vbench:
-            prompts = vbench_prompts(args)
-        else:
-            lines = args.prompt or []
-            if args.prompt_file:
-                lines = Path(args.prompt_file).read_text(encoding="utf-8-sig").splitlines()
-            stripped = dataset_prompts(args) if args.dataset_name else (p.strip() for p in lines if p.strip())
-            prompts = ((prompt, prompt, args.num_samples or 1) for prompt in stripped)
-        prompts = list(islice(prompts, args.max_prompts))
+        prompts = list(islice(read_prompts(args), args.max_prompts))
         for sample in range(max((count for *_, count in prompts), default=0)):
             for prompt, text, count in prompts:
                 if sample < count:
@@ -288,14 +286,11 @@ def plan_videos(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def transformer_revision(path: str) -> str:
-    """Commit on the Hub, or a hash of the local file or folder."""
-    if os.path.isfile(path):
-        return train_ltd.content_hash(path)
-    subfolder = train_ltd.transformer_subfolder(path)
-    if os.path.isdir(path):
-        return train_ltd.digest(
-            [(f.name, train_ltd.content_hash(str(f))) for f in sorted(Path(path, subfolder or "").glob("*.*"))]
-        )
+    """A hash of the local file or folder, or the commit on the Hub."""
+    subfolder = None if os.path.isfile(path) else train_ltd.transformer_subfolder(path)
+    if os.path.exists(path):
+        files = [Path(path)] if os.path.isfile(path) else sorted(Path(path, subfolder or "").glob("*.*"))
+        return train_ltd.digest([(file.name, train_ltd.content_hash(str(file))) for file in files])
     return WanTransformer3DModel.load_config(path, subfolder=subfolder, return_commit_hash=True)[1]
 
 
@@ -323,18 +318,17 @@ def load_scheduler(args: argparse.Namespace) -> UniPCMultistepScheduler | FlowMa
 
 def describe(args: argparse.Namespace, scheduler) -> dict:
     """All that a video depends on, apart from its prompt and sample; no path of this machine."""
-    base, own = args.pretrained_model_name_or_path, args.transformer_path
-    settings = {"model": public_name(base)}
-    settings["revision"] = train_ltd.model_identity(args, "transformer", "vae", "text_encoder", "tokenizer")
-    settings["transformer"] = own and {"name": public_name(own), "revision": transformer_revision(own)}
-    settings["lora"] = [
-        {"name": public_name(name), "revision": lora_revision(name), "scale": scale}
-        for name, scale in zip(args.lora, args.lora_scale, strict=True)
-    ]
-    settings |= {"preset": args.preset, "scheduler": type(scheduler).__name__, "flow_shift": args.flow_shift}
-    return settings | {
-        key: getattr(args, key) for key in (*SAMPLING, "negative_prompt", "fps", "seed", "mixed_precision", "quantize")
-    }
+    own, same = args.transformer_path, ("negative_prompt", "fps", "seed", "mixed_precision", "quantize")
+    loras = zip(args.lora, args.lora_scale, strict=True)
+    return {
+        "model": public_name(args.pretrained_model_name_or_path),
+        "revision": train_ltd.model_identity(args, "transformer", "vae", "text_encoder", "tokenizer"),
+        "transformer": own and {"name": public_name(own), "revision": transformer_revision(own)},
+        "lora": [{"name": public_name(n), "revision": lora_revision(n), "scale": scale} for n, scale in loras],
+        "preset": args.preset,
+        "scheduler": type(scheduler).__name__,
+        "flow_shift": args.flow_shift,
+    } | {key: getattr(args, key) for key in (*SAMPLING, *same)}
 
 
 def public_name(name: str) -> str:
@@ -380,7 +374,7 @@ def load_pipeline(args: argparse.Namespace, scheduler, accelerator: Accelerator)
     kwargs["dtype"] = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     if args.quantize:
         torchao = importlib.import_module("torchao.quantization")
-        kwargs["quantization_config"] = TorchAoConfig(getattr(torchao, QUANTIZE[args.quantize])())
+        kwargs["quantization_config"] = diffusers.TorchAoConfig(getattr(torchao, QUANTIZE[args.quantize])())
     if path and path.endswith(".safetensors"):
         transformer = WanTransformer3DModel.from_single_file(path, config=base, revision=args.revision, **kwargs)
     else:
@@ -436,7 +430,7 @@ def main(args: argparse.Namespace) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if args.compare:
-        page = build_gallery(args.compare, args.labels or args.compare, args.output_dir, args.num_samples or 1)
+        page = build_gallery(args.compare, args.labels, args.output_dir, args.num_samples or 1)
         print(f"Open {page}")
         return
 
