@@ -23,6 +23,13 @@ def read_video(path):
         return np.stack([frame.to_ndarray() for frame in frames])
 
 
+def clip_format(path):
+    """Frame rate, number of frames, width and height by the file's header."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return float(stream.average_rate), stream.frames, stream.width, stream.height
+
+
 def temporal_flickering(video):
     """VBench's formula: (255 - mean absolute difference of neighbouring frames) / 255; 1 is still.
 
