@@ -16,6 +16,7 @@ prediction -> weighted loss -> optimizer -> checkpoint -> Hub.
 """
 
 import argparse
+import contextlib
 import difflib
 import hashlib
 import importlib.util
@@ -83,6 +84,9 @@ COMFYUI_NAMES = {
     "text_embedder.linear_1": "text_embedding.0", "text_embedder.linear_2": "text_embedding.2",
 }
 # fmt: on
+# keys of the configurations, and of single files, of models that this script does not train
+OTHERS = {"transformer_2": "Wan2.2", "boundary_ratio": "Wan2.2", "expand_timesteps": "Wan2.2", "image_dim": "I2V"}
+OTHER_KEYS = "img_emb|k_img|vace_|control_adapter"
 MAX_SEQUENCE_LENGTH = 512  # what WanPipeline.__call__ pads to; encode_prompt's own default is 226
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -97,6 +101,9 @@ SIGMA_DRAWS = 1024
 EVAL_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 MAX_BAD_STEPS = 10
 RETRY_DELAYS = (1, 2, 4, 8, 16)  # seconds between tries at the Hub
+CARD_SETTINGS = """pretrained_model_name_or_path transformer_path init_lora train_type rank lora_alpha dataset_name
+    width height num_frames fps loss ltd_window ltd_scale ltd_normalize weighting_scheme flow_shift min_sigma max_sigma
+    learning_rate lr_scheduler optimizer mixed_precision seed"""
 CITATION = """@article{wu2026ltd, title={Latent Temporal Discrepancy as Motion Prior}, year={2026},
   author={Wu, Meiqi and Song, Bingze and Lin, Ruimin and Zhu, Chen and Feng, Xiaokun and Wu, Jiahong and others},
   journal={arXiv preprint arXiv:2601.20504}}"""
@@ -124,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rank", type=int, help="LoRA rank (default: 32, enough for motion; 175 MB for 1.3B, 613 MB for 14B)")
     add("--lora_alpha", type=float, help="LoRA alpha (default: the rank, so that every program applies the scale 1)")
     add("--lora_dropout", type=float, default=0.0, help="dropout on the adapter's input")
-    add("--lora_target_modules", nargs="+", help="modules to adapt (default: those of attention and feed-forward)")
+    add("--lora_target_modules", nargs="+", action="extend", help="modules (default: of attention and feed-forward)")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", help="dataset on the Hub with a video column and a caption column")
@@ -237,11 +244,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def recipe_flags(path: str, parser: argparse.ArgumentParser, command_line: list[str]) -> list[str]:
     """The YAML recipe as flags, so that argparse checks types and choices; without those on the command line."""
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"--config {path} must hold lines of `flag: value`")
+        recipe = dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} must hold lines of `flag: value` ({error})") from error
     actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
     given = {a.split("=")[0].removeprefix("--").removeprefix("no-") for a in command_line if a.startswith("--")}
     flags = []
@@ -249,17 +254,13 @@ def recipe_flags(path: str, parser: argparse.ArgumentParser, command_line: list[
         if key not in actions:
             nearest = difflib.get_close_matches(str(key), actions, n=1, cutoff=0)[0]
             raise ValueError(f"--config {path}: there is no flag `{key}`; the nearest is `{nearest}`")
-        if isinstance(actions[key], argparse.BooleanOptionalAction) and not isinstance(value, bool):
+        switch = isinstance(actions[key], argparse.BooleanOptionalAction)
+        if switch and not isinstance(value, bool):
             raise ValueError(f"--config {path}: `{key}` must be true or false, got {value!r}")
-        values = value if isinstance(value, list) else [value]
-        if key in given or value is None:
-            continue
-        if isinstance(value, bool):
+        if switch and key not in given:
             flags.append(f"--{key}" if value else f"--no-{key}")
-        elif actions[key].nargs == "+":
-            flags += [f"--{key}", *map(str, values)]
-        else:
-            flags += [f"--{key}={v}" for v in values]
+        elif value is not None and key not in given:
+            flags += [f"--{key}={v}" for v in (value if isinstance(value, list) else [value])]
     return flags
 
 
@@ -311,8 +312,6 @@ def with_trigger(args: argparse.Namespace, caption: str) -> str:
 
 
 # --- Data: dataset -> clips -> frames --------------------------------------------------------------------------------
-
-
 class ClipError(ValueError):
     """A clip that cannot be used, and why; `num_frames` is how many there were when they were too few."""
 
@@ -321,7 +320,7 @@ class ClipError(ValueError):
 
 def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset | datasets.IterableDataset, Path]:
     """The rows of a split with undecoded `video` and `text`, and the folder that relative paths start from."""
-    root = Path(args.train_data_dir or args.dataset_name)
+    root, video, text = Path(args.train_data_dir or args.dataset_name), args.video_column, args.caption_column
     one_table = any((root / name).is_file() for name in METADATA_FILES)
     local = root / split if (root / split).is_dir() and not one_table else root
     table = next((local / name for name in METADATA_FILES if (local / name).is_file()), local)
@@ -332,35 +331,15 @@ def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset
         if table.suffix not in TABLE_BUILDERS:
             raise ValueError(f"--train_data_dir {table} is no folder and none of {', '.join(TABLE_BUILDERS)}")
         dataset = datasets.load_dataset(TABLE_BUILDERS[table.suffix], data_files=str(table), split="train")
-        return select_columns(dataset, args), table.parent
-    if pairs:
+    elif pairs:
         return pair_clips_with_captions(local), local
-    name = str(local) if local.is_dir() else args.dataset_name
-    kwargs = {"split": split, "revision": args.dataset_revision, "streaming": args.streaming}
-    return select_columns(datasets.load_dataset(name, args.dataset_config_name, **kwargs), args), local
-
-
-def pair_clips_with_captions(folder: Path) -> datasets.Dataset:
-    """The community's layout: each clip beside a text file of the same name."""
-    rows = []
-    for clip in sorted(p for p in folder.rglob("*") if p.suffix.lower() in MEDIA_SUFFIXES):
-        caption = clip.with_suffix(".txt")
-        if not caption.is_file():
-            logger.warning(f"{caption.name} is missing: the caption of its clip is empty")
-        try:
-            text = caption.read_text(encoding="utf-8-sig") if caption.is_file() else ""
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{caption} is not UTF-8 ({error}); save it as UTF-8") from error
-        rows.append({"video": str(clip.relative_to(folder)), "text": text})
-    return datasets.Dataset.from_list(rows)
-
-
-def select_columns(dataset: datasets.Dataset | datasets.IterableDataset, args: argparse.Namespace):
-    """Name the two columns `video` and `text`, and keep `datasets` from decoding."""
+    else:
+        name = str(local) if local.is_dir() else args.dataset_name
+        kwargs = {"split": split, "revision": args.dataset_revision, "streaming": args.streaming}
+        dataset = datasets.load_dataset(name, args.dataset_config_name, **kwargs)
     if args.streaming:
         dataset = dataset.decode(False)  # before select_columns: after it, it has no effect on a Hub's files
     columns = dataset.column_names or list(next(iter(dataset)))
-    video, text = args.video_column, args.caption_column
     video = "file_name" if video == "video" and video not in columns and "file_name" in columns else video
     for flag, column in (("--video_column", video), ("--caption_column", text)):
         if column not in columns:
@@ -368,7 +347,24 @@ def select_columns(dataset: datasets.Dataset | datasets.IterableDataset, args: a
     dataset = dataset.select_columns([video, text])
     if not args.streaming and isinstance(dataset.features[video], datasets.Video | datasets.Image):
         dataset = dataset.cast_column(video, type(dataset.features[video])(decode=False))
-    return dataset.rename_columns({old: new for old, new in ((video, "video"), (text, "text")) if old != new})
+    names = {old: new for old, new in ((video, "video"), (text, "text")) if old != new}
+    return dataset.rename_columns(names), table.parent if table.is_file() else local
+
+
+def pair_clips_with_captions(folder: Path) -> datasets.Dataset:
+    """The community's layout: each clip beside a text file of the same name."""
+    rows = []
+    for clip in sorted(p for p in folder.rglob("*") if p.suffix.lower() in MEDIA_SUFFIXES):
+        caption = clip.with_suffix(".txt")
+        try:
+            text = caption.read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            logger.warning(f"{caption.name} is missing: the caption of its clip is empty")
+            text = ""
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{caption} is not UTF-8 ({error}); save it as UTF-8") from error
+        rows.append({"video": str(clip.relative_to(folder)), "text": text})
+    return datasets.Dataset.from_list(rows)
 
 
 def clip_source(value: str | dict | bytes | None, folder: Path) -> str | bytes:
@@ -472,8 +468,6 @@ def resize_and_crop(picture: np.ndarray, height: int, width: int) -> torch.Tenso
 
 
 # --- Cache: frames -> latents, captions -> prompt_embeds -------------------------------------------------------------
-
-
 def digest(*parts) -> str:
     return hashlib.blake2b(json.dumps([CACHE_FORMAT, *parts]).encode(), digest_size=16).hexdigest()
 
@@ -555,61 +549,52 @@ def latent_statistics(latents: torch.Tensor) -> dict[str, torch.Tensor]:
 def cache_videos(args: argparse.Namespace, accelerator: Accelerator, split: str, limit: int | None) -> list[dict]:
     """
     Encode each video of a split that is not in the cache yet; the ranks share the work. Returns on every rank a
-    dictionary a video, in the dataset's order: `number`, `file`, `captions`, and either `reason` and `num_frames`
-    (skipped), or `identity`, `path`, `statistics` (lists over its clips) and `encoded` (now).
+    dictionary a video, in the dataset's order: `number`, `file`, `captions`, `encoded` (now), and either `identity`,
+    `path` and `statistics` (lists over its clips), or why it was skipped, `reason`, and its `num_frames`.
     """
     dataset, folder = open_dataset(args, split)
     rank, world = accelerator.process_index, accelerator.num_processes
     if isinstance(dataset, datasets.IterableDataset):
-        total, rows = limit, itertools.islice(enumerate(dataset), rank, limit, world)
+        numbers, rows = None, itertools.islice(enumerate(dataset), rank, limit, world)
     else:
-        total = min(len(dataset), limit or len(dataset))
-        rows = ((number, dataset[number]) for number in range(rank, total, world))
+        numbers = range(rank, min(len(dataset), limit or len(dataset)), world)
+        rows = ((number, dataset[number]) for number in numbers)
     settings = [args.height, args.width, args.num_frames, args.fps, args.clips_per_video, args.cache_dtype]
     vae, key, videos = None, digest(model_identity(args, "vae"), *settings), []
-    bar = tqdm(desc=f"caching {split}", total=total, unit="video", disable=not accelerator.is_main_process)
-    for number, row in rows:
-        video, decoded = read_row(row, number, folder, key, args)
+    bar = {"desc": f"caching {split}", "unit": "video", "total": numbers and len(numbers), "disable": rank > 0}
+    for number, row in tqdm(rows, **bar):
+        value, captions = row["video"], row["text"] if isinstance(row["text"], list) else [row["text"]]
+        name = value.get("path") if isinstance(value, dict) else value
+        video = {"number": number, "file": name if isinstance(name, str) else f"row {number}", "encoded": False}
+        video["captions"] = [with_trigger(args, "" if c is None else str(c)) for c in captions or [""]]
+        videos.append(video)
+        try:
+            source = clip_source(value, folder)
+            video["identity"] = content_hash(source)
+            video["path"] = f"latents/{digest(key, video['identity'])}.safetensors"
+            video["statistics"] = read_statistics(Path(args.cache_dir, video["path"]))
+            decoded = None if video["statistics"] else read_clips(source, args)
+        except (ClipError, OSError, av.FFmpegError) as error:
+            video["reason"] = str(error) if isinstance(error, ClipError) else f"cannot be read: {error}"
+            video["num_frames"], decoded = getattr(error, "num_frames", None), None
         if decoded:
             frames, cropped, turned = decoded
             vae = vae or load_vae(args, accelerator.device)
             latents = torch.stack([encode_clip(vae, clip) for clip in frames])
-            if not torch.isfinite(latents).all():
-                video |= {"reason": "the VAE returned values that are not finite", "num_frames": None}
+            if not any(v["encoded"] for v in videos):
+                check_vae(vae, frames[0], latents[0], args)
+            tensors = {"cropped": torch.full((len(frames),), cropped), "turned": torch.full((len(frames),), turned)}
+            tensors |= latent_statistics(latents) | {"latents": latents.to(getattr(torch, args.cache_dtype))}
+            if torch.isfinite(latents).all():
+                save_entry(tensors, Path(args.cache_dir, video["path"]))
+                video |= {"statistics": {k: v.tolist() for k, v in tensors.items() if k != "latents"}, "encoded": True}
             else:
-                if not any(v["encoded"] for v in videos):
-                    check_vae(vae, frames[0], latents[0], args)
-                path, size = Path(args.cache_dir, video["path"]), (len(frames),)
-                tensors = {"cropped": torch.full(size, cropped), "turned": torch.full(size, turned)}
-                tensors |= latent_statistics(latents) | {"latents": latents.to(getattr(torch, args.cache_dtype))}
-                save_entry(tensors, path)
-                video |= {"statistics": read_statistics(path), "encoded": True}
+                video |= {"reason": "the VAE returned values that are not finite", "num_frames": None}
         if "reason" in video:
             logger.warning(f"skipped {video['file']}: {video['reason']}", main_process_only=False)
-        videos.append(video)
-        bar.update(min(world, total - bar.n) if total else world)
-    bar.close()
     del vae
     free_memory()
     return sorted(gather_object(videos), key=lambda video: video["number"])
-
-
-def read_row(row: dict, number: int, folder: Path, key: str, args: argparse.Namespace) -> tuple[dict, tuple | None]:
-    """One video as `cache_videos` describes it, and its decoded clips unless they are cached or cannot be used."""
-    value, captions = row["video"], row["text"] if isinstance(row["text"], list) else [row["text"]]
-    path = value.get("path") if isinstance(value, dict) else value
-    captions = [with_trigger(args, "" if c is None else str(c)) for c in captions or [""]]
-    video = {"number": number, "file": path if isinstance(path, str) else f"row {number}", "captions": captions}
-    video["encoded"] = False
-    try:
-        source = clip_source(value, folder)
-        video["identity"] = content_hash(source)
-        video["path"] = f"latents/{digest(key, video['identity'])}.safetensors"
-        video["statistics"] = read_statistics(Path(args.cache_dir, video["path"]))
-        return video, None if video["statistics"] else read_clips(source, args)
-    except (ClipError, OSError, av.FFmpegError) as error:
-        reason = str(error) if isinstance(error, ClipError) else f"cannot be read: {error}"
-        return video | {"reason": reason, "num_frames": getattr(error, "num_frames", None)}, None
 
 
 @torch.no_grad()
@@ -641,12 +626,11 @@ def usable_videos(args: argparse.Namespace, accelerator: Accelerator, split: str
     """The cached videos of a split; those skipped go to `skipped.jsonl`. Refuses to go on with too few."""
     videos = cache_videos(args, accelerator, split, limit)
     skipped = [v for v in videos if "reason" in v]
-    if skipped:
+    if skipped and accelerator.is_main_process:
         logger.warning(f"{len(skipped)} of {len(videos)} videos were skipped; see skipped.jsonl")
-        if accelerator.is_main_process:
-            with open(Path(args.output_dir, "skipped.jsonl"), "a", encoding="utf-8") as file:
-                for v in skipped:
-                    file.write(json.dumps({"file": v["file"], "reason": v["reason"]}, ensure_ascii=False) + "\n")
+        with open(Path(args.output_dir, "skipped.jsonl"), "a", encoding="utf-8") as file:
+            for v in skipped:
+                file.write(json.dumps({"file": v["file"], "reason": v["reason"]}, ensure_ascii=False) + "\n")
     if len(skipped) == len(videos) or len(skipped) > args.max_skipped * len(videos):
         message = "; ".join(f"{v['file']}: {v['reason']}" for v in skipped[:3])
         message = f"{len(skipped)} of {len(videos)} videos cannot be used ({message}; all in skipped.jsonl). "
@@ -715,25 +699,22 @@ def summarise(args: argparse.Namespace, videos: list[dict]) -> None:
     """Captions, crop, latents and LTD of the training videos, with the warnings that save money."""
     statistics = {k: np.concatenate([v["statistics"][k] for v in videos]) for k in videos[0]["statistics"]}
     captions = [c for v in videos for c in v["captions"]]
+    mean, std = statistics["mean"].mean(), math.sqrt((statistics["std"] ** 2).mean())
+    quantiles = " ".join(f"{q:.3f}" for q in np.quantile(statistics["ltd"], [0, 0.1, 0.5, 0.9, 1]))
     logger.info(f"captions: {len(captions)}, {captions.count(with_trigger(args, ''))} of them empty")
     logger.info(f"crop: {statistics['cropped'].mean():.0%} of the picture is thrown away")
+    logger.info(f"latents: mean {mean:.3f}, std {std:.3f}")
+    logger.info(f"LTD: mean {statistics['ltd'].mean():.3f}; over clips (0, 10, 50, 90, 100 %) {quantiles}")
+    logger.info(f"LTD: over latent frames {' '.join(f'{d:.3f}' for d in statistics['ltd_per_frame'].mean(0))}")
     if turned := [v["file"] for v in videos if any(v["statistics"]["turned"])]:
         logger.warning(f"portrait clips in a landscape crop, or the other way round: {', '.join(turned)}")
-    mean, std = statistics["mean"].mean(), math.sqrt((statistics["std"] ** 2).mean())
-    logger.info(f"latents: mean {mean:.3f}, std {std:.3f}")
     if not 0.02 < std < 50 or abs(mean) > 10:
         raise ValueError(f"latents of mean {mean:.3g} and std {std:.3g} cannot be right; is this the model's own VAE?")
     if abs(mean) > 0.5 or not 0.5 < std < 1.5:
         logger.warning("latents should have a mean near 0 and a std near 1: check the VAE and the clips")
-    quantiles = " ".join(f"{q:.3f}" for q in np.quantile(statistics["ltd"], [0, 0.1, 0.5, 0.9, 1]))
-    logger.info(f"LTD: mean {statistics['ltd'].mean():.3f}; over clips (0, 10, 50, 90, 100 %) {quantiles}")
-    frames = " ".join(f"{d:.3f}" for d in statistics["ltd_per_frame"].mean(0))
-    logger.info(f"LTD: over latent frames {frames}")
 
 
 # --- Batches: everything random about a sample is drawn here ---------------------------------------------------------
-
-
 def sample_seed(*parts: int | str) -> int:
     """A hash, since a CPU generator looks only at the low 32 bits of its seed."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "little")
@@ -785,33 +766,28 @@ def samples_per_update(args: argparse.Namespace, accelerator: Accelerator) -> in
 
 
 # --- Model -----------------------------------------------------------------------------------------------------------
-
-
 def check_model(args: argparse.Namespace) -> dict:
     """The pipeline's index. Refuses what is no Wan2.1 text-to-video model, before anything big is downloaded."""
-    base, path, odd = args.pretrained_model_name_or_path, args.transformer_path, []
+    base, path, keys = args.pretrained_model_name_or_path, args.transformer_path, []
     try:
         index = WanPipeline.load_config(base, revision=args.revision)
-        configs = {base: WanTransformer3DModel.load_config(base, subfolder="transformer", revision=args.revision)}
+        configs = [WanTransformer3DModel.load_config(base, subfolder="transformer", revision=args.revision)]
         if path and path.endswith(".safetensors"):
             with safe_open(path, framework="pt") as file:
-                odd = [k for k in file.keys() if re.search("img_emb|k_img|vace_|control_adapter", k)]
+                keys = list(file.keys())
         elif path:
-            configs[path] = WanTransformer3DModel.load_config(path, subfolder=transformer_subfolder(path))
+            configs.append(WanTransformer3DModel.load_config(path, subfolder=transformer_subfolder(path)))
     except (OSError, SafetensorError, *HUB_ERRORS) as error:
         raise ValueError(f"--pretrained_model_name_or_path {base} or --transformer_path {path}: {error}") from error
-    only = "this script trains Wan2.1 text-to-video only"
-    if index["_class_name"] != "WanPipeline":
-        raise ValueError(f"{base} is a {index['_class_name']}; {only}")
-    if index.get("transformer_2", [None])[0] or index.get("boundary_ratio") or index.get("expand_timesteps"):
-        raise ValueError(f"{base} is a Wan2.2 model (two experts, or TI2V); {only}")
-    for name, config in configs.items():
-        if config["_class_name"] != "WanTransformer3DModel":
-            raise ValueError(f"{name} has a {config['_class_name']}; {only}")
-        if config.get("image_dim") or config["in_channels"] != config["out_channels"]:
-            raise ValueError(f"{name} is an image-to-video model; {only}")
+    odd = [f"the key {key}" for key in keys if re.search(OTHER_KEYS, key)]
+    for config in (index, *configs):
+        name = config["_class_name"]
+        odd += [f"the class {name}"] * (name not in ("WanPipeline", "WanTransformer3DModel"))
+        odd += [f"{OTHERS[k]}'s {k}" for k in OTHERS if config.get(k) not in (None, False, [None, None])]
+        odd += ["I2V's in_channels"] * (config.get("in_channels") != config.get("out_channels"))
     if odd:
-        raise ValueError(f"--transformer_path {path} is an I2V, VACE or control model, by its {odd[0]}; {only}")
+        names = " or ".join(name for name in (base, path) if name)
+        raise ValueError(f"{names} is no Wan2.1 text-to-video model, all that this script trains: it has {odd[0]}")
     return index
 
 
@@ -931,16 +907,7 @@ def motion_means(rows: torch.Tensor) -> dict[str, float]:
     return {k: v.item() for k, v in means.items() if not v.isnan()}
 
 
-def average_metrics(accelerator: Accelerator, rows: list[torch.Tensor]) -> dict[str, float]:
-    """Means over the micro-batches since the last call and over the ranks."""
-    rows = accelerator.gather(torch.stack(rows))
-    means = {"loss": rows[:, 0].mean().item(), "weight_mean": rows[:, 1].mean().item()}
-    return means | {"weight_max": rows[:, 2].max().item()} | motion_means(rows[:, 3:])
-
-
 # --- Held-out errors and sample videos; neither touches the random state of training ---------------------------------
-
-
 @torch.no_grad()
 def evaluate(accelerator, transformer, dataset: LatentDataset, thresholds, args) -> dict[str, float]:
     """Error on fixed clips at fixed noise and sigmas, with their first captions; the ranks share the clips."""
@@ -960,7 +927,7 @@ def evaluate(accelerator, transformer, dataset: LatentDataset, thresholds, args)
 
 
 @torch.no_grad()
-def sample_videos(accelerator, transformer, captions: dict[str, str], index: dict, step: int, args) -> list[Path]:
+def sample_videos(accelerator, transformer, captions: dict[str, str], index: dict, step: int, args) -> None:
     """One mp4 a prompt, by the stock pipeline and its own scheduler around the live transformer; ranks share them."""
     base, scheduler = args.pretrained_model_name_or_path, getattr(diffusers, index["scheduler"][1])
     model, vae = accelerator.unwrap_model(transformer).eval(), load_vae(args, accelerator.device)
@@ -982,29 +949,21 @@ def sample_videos(accelerator, transformer, captions: dict[str, str], index: dic
     del pipeline, vae
     free_memory()
     accelerator.wait_for_everyone()
-    return paths
+    for tracker, (i, path) in itertools.product(accelerator.trackers, enumerate(paths)):
+        if tracker.name == "tensorboard":  # whose own video support needs one more package
+            from tensorboard.compat.proto.summary_pb2 import Summary
 
-
-def log_videos(accelerator: Accelerator, paths: list[Path], step: int, args: argparse.Namespace) -> None:
-    """To the tracker. TensorBoard gets an animated picture, since its own video support needs one more package."""
-    for tracker in accelerator.trackers:
-        for number, (path, prompt) in enumerate(zip(paths, args.validation_prompt, strict=True)):
-            if tracker.name == "tensorboard":
-                from tensorboard.compat.proto.summary_pb2 import Summary
-
-                frames = iio.imread(path)  # (F, H, W, 3)
-                gif = iio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / args.fps, loop=0)
-                size = {"height": frames.shape[1], "width": frames.shape[2], "colorspace": 3}
-                value = Summary.Value(tag=f"sample/{number}", image=Summary.Image(**size, encoded_image_string=gif))
-                tracker.writer.file_writer.add_summary(Summary(value=[value]), step)
-            else:
-                video = importlib.import_module(tracker.name).Video(str(path), caption=prompt)
-                tracker.log({f"sample/{number}": video}, step=step)
+            frames = iio.imread(path)  # (F, H, W, 3)
+            gif = iio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / args.fps, loop=0)
+            size = {"height": frames.shape[1], "width": frames.shape[2], "colorspace": 3}
+            value = Summary.Value(tag=f"sample/{i}", image=Summary.Image(**size, encoded_image_string=gif))
+            tracker.writer.file_writer.add_summary(Summary(value=[value]), step)
+        else:
+            video = importlib.import_module(tracker.name).Video(str(path), caption=args.validation_prompt[i])
+            tracker.log({f"sample/{i}": video}, step=step)
 
 
 # --- Weights and checkpoints -----------------------------------------------------------------------------------------
-
-
 def comfyui_state_dict(state_dict: dict[str, torch.Tensor], rank: int, alpha: float) -> dict[str, torch.Tensor]:
     """peft's keys in ComfyUI's dialect. Alpha is mandatory there: without it the scale is taken for 1."""
     converted = {}
@@ -1053,10 +1012,20 @@ def list_checkpoints(output_dir: str) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
+@contextlib.contextmanager
+def averaged_weights(run: SimpleNamespace) -> Iterator[None]:
+    """Those of the EMA, if there is one, in place of the live ones."""
+    if run.ema:
+        run.ema.store(trainable(run.transformer))
+        run.ema.copy_to(trainable(run.transformer))
+    yield
+    if run.ema:
+        run.ema.restore(trainable(run.transformer))
+
+
 def save_checkpoint(run: SimpleNamespace, args: argparse.Namespace) -> None:
     """`checkpoint-STEP`, complete or absent: written beside and renamed. Holds the ready-to-load weights too."""
-    accelerator, state, parameters = run.accelerator, dict(run.state), trainable(run.transformer)
-    folder = Path(args.output_dir, f"checkpoint-{state['step']}")
+    accelerator, folder = run.accelerator, Path(args.output_dir, f"checkpoint-{run.state['step']}")
     partial = folder.with_name(f".{folder.name}.partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
@@ -1064,14 +1033,11 @@ def save_checkpoint(run: SimpleNamespace, args: argparse.Namespace) -> None:
     accelerator.save_state(str(partial))
     if run.ema:
         save_weights(accelerator, run.transformer, partial / "live", args)
-        state["ema_step"] = run.ema.optimization_step
-        run.ema.store(parameters)
-        run.ema.copy_to(parameters)
-    save_weights(accelerator, run.transformer, partial, args)
-    if run.ema:
-        run.ema.restore(parameters)
+        run.state["ema_step"] = run.ema.optimization_step
+    with averaged_weights(run):
+        save_weights(accelerator, run.transformer, partial, args)
     if accelerator.is_main_process:
-        text = json.dumps({"settings": run.settings, "state": state}, indent=2)
+        text = json.dumps({"settings": run.settings, "state": run.state}, indent=2)
         (partial / "settings.json").write_text(text)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -1083,10 +1049,8 @@ def save_checkpoint(run: SimpleNamespace, args: argparse.Namespace) -> None:
 def resume(run: SimpleNamespace, args: argparse.Namespace) -> None:
     """Restore weights, optimizer, schedule, EMA, random states and the position in the data."""
     folder = args.resume_from_checkpoint
-    if folder == "latest":
-        folder = next(reversed(list_checkpoints(args.output_dir)), None)
-        if not folder:
-            logger.warning(f"no checkpoint in {args.output_dir} to resume from: starting afresh")
+    if folder == "latest" and not (folder := next(reversed(list_checkpoints(args.output_dir)), None)):
+        logger.warning(f"no checkpoint in {args.output_dir} to resume from: starting afresh")
     if not folder:
         return
     saved = json.loads(Path(folder, "settings.json").read_text())
@@ -1098,15 +1062,13 @@ def resume(run: SimpleNamespace, args: argparse.Namespace) -> None:
     if run.ema:
         load_weights(run.accelerator, run.transformer, Path(folder), args)
         run.ema.shadow_params = [p.detach().clone() for p in trainable(run.transformer)]
-        run.ema.optimization_step = run.state.pop("ema_step")
+        run.ema.optimization_step = run.state["ema_step"]
     load_weights(run.accelerator, run.transformer, Path(folder, "live" if run.ema else ""), args)
     run.accelerator.load_state(str(folder))
     logger.info(f"resumed {folder}, step {run.state['step']}")
 
 
 # --- Logs, card, Hub -------------------------------------------------------------------------------------------------
-
-
 def start_trackers(run: SimpleNamespace, args: argparse.Namespace) -> None:
     """A resumed run continues its tracker's run. `metrics.jsonl` holds the same numbers, for the card's picture."""
     step, metrics = run.state["step"], Path(args.output_dir, "metrics.jsonl")
@@ -1134,21 +1096,6 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def plot_curves(output_dir: Path) -> None:
-    """`curves.png`: the training error and the held-out errors over the steps."""
-    from matplotlib.figure import Figure
-
-    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    for key, colour in (("mse", "0.7"), ("val/mse", "C0"), ("val/mse_motion", "C1"), ("val/mse_static", "C2")):
-        if points := [(row["step"], row[key]) for row in rows if key in row]:
-            axes.plot(*zip(*points, strict=True), colour, marker="." if "val" in key else "", label=key)
-    axes.set(xlabel="optimizer step", ylabel="unweighted squared error")
-    axes.legend()
-    figure.savefig(output_dir / "curves.png")
-
-
 def hub_id(name: str | None) -> str | None:
     """`name` if it is a repository's and no local path, which must not get into a card."""
     return name if name and not os.path.exists(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
@@ -1166,26 +1113,27 @@ def published_settings(args: argparse.Namespace) -> dict:
 def usage_code(args: argparse.Namespace, repo_id: str) -> str:
     """Python that samples from the published weights; a test runs it."""
     settings, lora = published_settings(args), args.train_type == "lora"
-    own, prompt = settings["transformer_path"], (args.validation_prompt or [args.trigger_word or "a dog runs"])[0]
+    source, prompt = settings["transformer_path"] if lora else repo_id, [*args.validation_prompt, args.trigger_word]
     where = "".join(f', {k}="{settings[k]}"' for k in ("revision", "variant") if settings[k])
-    load = f'from_pretrained("{repo_id}", subfolder="transformer"'
-    if lora and own and own.endswith(".safetensors"):
-        load = f'from_single_file({json.dumps(own)}, config=base, subfolder="transformer"'
-    elif lora and own:
-        load = f"from_pretrained({json.dumps(own)}, subfolder={transformer_subfolder(args.transformer_path)!r}"
-    load = f"transformer = WanTransformer3DModel.{load}, dtype=torch.bfloat16)\n" if own or not lora else ""
-    kwargs = f"vae=vae{', transformer=transformer' * bool(load)}, dtype=torch.bfloat16{where}"
+    load = ""
+    if source and lora and source.endswith(".safetensors"):
+        load = f'from_single_file({json.dumps(source)}, config=base, subfolder="transformer"'
+    elif source:
+        nested = not lora or transformer_subfolder(args.transformer_path)
+        load = f"from_pretrained({json.dumps(source)}" + ', subfolder="transformer"' * bool(nested)
+    parts = "vae=vae" + ", transformer=transformer" * bool(load)
+    load = load and f"transformer = WanTransformer3DModel.{load}, dtype=torch.bfloat16)\n"
     return f"""import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.utils import export_to_video
 
 base = {json.dumps(settings["pretrained_model_name_or_path"])}
 vae = AutoencoderKLWan.from_pretrained(base, subfolder="vae", dtype=torch.float32{where})
-{load}pipe = WanPipeline.from_pretrained(base, {kwargs})
+{load}pipe = WanPipeline.from_pretrained(base, {parts}, dtype=torch.bfloat16{where})
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 {f'pipe.load_lora_weights("{repo_id}")' if lora else ""}
 video = pipe(
-    {json.dumps(prompt, ensure_ascii=False)},
+    {json.dumps(prompt[0] or "a dog runs", ensure_ascii=False)},
     height={args.height}, width={args.width}, num_frames={args.num_frames},
     num_inference_steps={args.validation_num_inference_steps}, guidance_scale={args.validation_guidance_scale},
 ).frames[0]
@@ -1195,7 +1143,7 @@ export_to_video(video, "output.mp4", fps={args.fps:g})"""
 def model_card(args: argparse.Namespace, repo_id: str, samples: list[str], facts: dict) -> ModelCard:
     """Front matter by `ModelCardData`; a body with working code, the settings and the held-out curves."""
     lora, ltd, settings = args.train_type == "lora", args.loss == "ltd", published_settings(args)
-    dataset, prompts = hub_id(args.dataset_name), zip(args.validation_prompt, samples, strict=True)
+    dataset, widget = hub_id(args.dataset_name), zip(args.validation_prompt, samples, strict=True)
     bases = (args.transformer_path or args.pretrained_model_name_or_path, args.init_lora)
     bases = [name for name in bases if hub_id(name)]
     tags = ["text-to-video", "diffusers-training", "diffusers", "wan", "wan-diffusers"]
@@ -1208,32 +1156,19 @@ def model_card(args: argparse.Namespace, repo_id: str, samples: list[str], facts
         datasets=[dataset] if dataset else None,
         instance_prompt=args.trigger_word if lora else None,
         tags=tags + ["ltd"] * ltd + ["lora", "template:sd-lora"] * lora,
-        widget=[{"text": prompt, "output": {"url": sample}} for prompt, sample in prompts] or None,
+        widget=[{"text": prompt, "output": {"url": sample}} for prompt, sample in widget] or None,
     )
-    built_on = (settings[k] for k in ("pretrained_model_name_or_path", "transformer_path", "init_lora"))
-    weight = f"1 + ln(e + {args.ltd_scale:g} D), window {args.ltd_window}{', normalised' * args.ltd_normalize}"
-    sigma = f"sigma {args.min_sigma:g} to {args.max_sigma:g}"
-    table = {
-        "base": " + ".join(name for name in built_on if name),
-        "trained": f"LoRA, rank {args.rank}, alpha {args.lora_alpha:g}" if lora else "all weights of the DiT",
-        "dataset": dataset or "local clips",
-        "clip": f"{args.width} x {args.height}, {args.num_frames} frames at {args.fps:g} fps",
-        "loss weight": weight if ltd else args.loss,
-        "timesteps": f"{args.weighting_scheme}, shift {args.flow_shift:g}, {sigma}",
-        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}, {args.optimizer}, {args.mixed_precision}",
-        **facts,
-        "libraries": ", ".join(f"{m.__name__} {m.__version__}" for m in (diffusers, transformers, torch)),
-    }
+    keys = [k for k in CARD_SETTINGS.split() if settings[k] is not None and (ltd or not k.startswith("ltd_"))]
+    table = {k: settings[k] for k in keys} | facts
+    table["libraries"] = ", ".join(f"{m.__name__} {m.__version__}" for m in (diffusers, transformers, torch))
     rows = ["| {} | {} |".format(k, str(v).replace("|", "\\|")) for k, v in table.items()]
     paper = "[Latent Temporal Discrepancy](https://huggingface.co/papers/2601.20504)"
-    loss = f" The squared error of each voxel was weighted by its motion, the {paper} of the clip." * ltd
     body = [
-        f"---\n{front.to_yaml()}\n---",
-        f"# {repo_id.split('/')[-1]}",
-        f"{'A LoRA for' if lora else 'A fine-tune of'} Wan text-to-video, trained with `train_ltd.py`.{loss}",
+        f"---\n{front.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}",
+        f"{'A LoRA for' if lora else 'A fine-tune of'} Wan text-to-video, trained with `train_ltd.py`."
+        + f" The squared error of each voxel was weighted by its motion, the {paper} of the clip." * ltd,
         "<Gallery />" * bool(samples),
-        "## How to use",
-        f"```python\n{usage_code(args, repo_id)}\n```",
+        f"## How to use\n\n```python\n{usage_code(args, repo_id)}\n```",
         f"For ComfyUI, put `{COMFYUI_FILE}` into `models/loras`." if lora else "This is the transformer alone.",
         f"Put `{args.trigger_word}` before the prompt." if args.trigger_word else "",
         "## Training",
@@ -1281,10 +1216,7 @@ def publish(args: argparse.Namespace, repo_id: str, files: list[Path]) -> None:
     for file in files:
         target = staging / file.relative_to(args.output_dir)
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(file, target)  # a copy of the 14B model would double what is on disk
-        except OSError:
-            shutil.copyfile(file, target)
+        target.symlink_to(file.resolve())
     upload = {"commit_message": "Upload weights, card and samples", "delete_patterns": ["samples/*"]}
     try:
         url = with_retries(huggingface_hub.upload_folder, repo_id=repo_id, folder_path=staging, **upload)
@@ -1295,17 +1227,27 @@ def publish(args: argparse.Namespace, repo_id: str, files: list[Path]) -> None:
     logger.info(f"published: {url}")
 
 
-def finish(run: SimpleNamespace, repo_id: str | None, facts: dict, args: argparse.Namespace) -> None:
+def finish(run: SimpleNamespace, repo_id: str | None, args: argparse.Namespace) -> None:
     """Final weights, card, settings and pictures in the output folder, and on the Hub if asked for."""
-    folder, step = Path(args.output_dir), run.state["step"]
-    if run.ema:
-        run.ema.copy_to(trainable(run.transformer))
-    save_weights(run.accelerator, run.transformer, folder, args)
+    from matplotlib.figure import Figure
+
+    folder = Path(args.output_dir)
+    with averaged_weights(run):
+        save_weights(run.accelerator, run.transformer, folder, args)
     if run.accelerator.is_main_process:
-        plot_curves(folder)
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
+        axes = figure.subplots()
+        for key, colour in (("mse", "0.7"), ("val/mse", "C0"), ("val/mse_motion", "C1"), ("val/mse_static", "C2")):
+            if points := [(row["step"], row[key]) for row in rows if key in row]:
+                axes.plot(*zip(*points, strict=True), colour, marker="." if "val" in key else "", label=key)
+        axes.set(xlabel="optimizer step", ylabel="unweighted squared error")
+        axes.legend()
+        figure.savefig(folder / "curves.png")
         settings = json.dumps(published_settings(args), indent=2, ensure_ascii=False)
         (folder / "training_settings.json").write_text(settings + "\n", encoding="utf-8")
-        samples = [f"samples/step-{step:06d}-{i}.mp4" for i in range(len(args.validation_prompt))]
+        samples = [f"samples/step-{run.state['step']:06d}-{i}.mp4" for i in range(len(args.validation_prompt))]
+        facts = run.facts | {"steps": run.state["step"]}
         model_card(args, repo_id or folder.resolve().name, samples, facts).save(folder / "README.md")
         if repo_id:
             lora = args.train_type == "lora"
@@ -1316,8 +1258,6 @@ def finish(run: SimpleNamespace, repo_id: str | None, facts: dict, args: argpars
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------
-
-
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
     accumulation = GradientAccumulationPlugin(args.gradient_accumulation_steps, sync_with_dataloader=False)
     accelerator = Accelerator(
@@ -1388,10 +1328,18 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> S
     names = ["train_type", "seed", "use_ema"]
     names += ["rank", "lora_alpha", "lora_target_modules"] if args.train_type == "lora" else []
     run.settings = {"clips": len(run.dataset), "samples_per_update": run.update} | {k: getattr(args, k) for k in names}
-    logger.info(
-        f"{len(run.dataset)} clips, {run.max_steps} updates of {run.update} clips, {run.updates_per_epoch} an epoch; "
-        f"{sum(p.numel() for p in trainable(transformer)):,} trainable parameters"
-    )
+    patches = math.prod(accelerator.unwrap_model(run.transformer).config.patch_size)
+    shape = load_file(Path(args.cache_dir, clips[0]["path"]))["latents"].shape[1:]
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"{platform.machine()} CPU"
+    run.facts = {
+        "clips": f"{len(run.dataset)}, and {len(run.held_out)} held out",
+        "captions": sum(len(c["captions"]) for c in clips),
+        "latents": f"{tuple(shape)}, {math.prod(shape[1:]) // patches:,} tokens per clip",
+        "updates": f"{run.max_steps} of {run.update} clips, {run.updates_per_epoch} an epoch",
+        "trainable parameters": f"{sum(p.numel() for p in trainable(transformer)):,}",
+        "hardware": f"{accelerator.num_processes} x {device}",
+    }
+    logger.info("; ".join(f"{name}: {value}" for name, value in run.facts.items()))
     return run
 
 
@@ -1437,10 +1385,12 @@ def train(run: SimpleNamespace, args: argparse.Namespace) -> None:
             update, names, last = [], [], state["step"] == run.max_steps
             if rows and (state["step"] % args.logging_steps == 0 or last):
                 seconds = (time.perf_counter() - started) / len(rows) * args.gradient_accumulation_steps
-                values = average_metrics(accelerator, rows) | {"grad_norm": float(grad_norm), "epoch": epoch}
-                values |= {"lr": run.lr_scheduler.get_last_lr()[0], "skipped_steps": state["skipped_steps"]}
+                rows = accelerator.gather(torch.stack(rows))  # of all micro-batches since the last line, and all ranks
+                values = {"loss": rows[:, 0].mean().item(), "weight_mean": rows[:, 1].mean().item()}
+                values |= {"weight_max": rows[:, 2].max().item()} | motion_means(rows[:, 3:])
+                values |= {"grad_norm": float(grad_norm), "lr": run.lr_scheduler.get_last_lr()[0], "epoch": epoch}
                 values |= {"seconds_per_step": seconds, "clips_per_second": run.update / seconds}
-                values["peak_memory_gib"] = peak_memory(accelerator.device)
+                values |= {"skipped_steps": state["skipped_steps"], "peak_memory_gib": peak_memory(accelerator.device)}
                 log_metrics(accelerator, values, state["step"], args)
                 bar.set_postfix(loss=f"{values['loss']:.4f}", mse=f"{values['mse']:.4f}")
                 rows, started = [], time.perf_counter()
@@ -1456,21 +1406,17 @@ def train(run: SimpleNamespace, args: argparse.Namespace) -> None:
 
 def look(run: SimpleNamespace, args: argparse.Namespace) -> None:
     """Before the first step, every so many, after the last: held-out errors and sample videos, by the EMA if any."""
-    step, last = run.state["step"], run.state["step"] >= run.max_steps
-    evaluates = len(run.held_out) > 0 and (step % args.eval_steps == 0 or last)
-    samples = len(args.validation_prompt) > 0 and (step % args.validation_steps == 0 or last)
-    if run.ema and (evaluates or samples):
-        run.ema.store(trainable(run.transformer))
-        run.ema.copy_to(trainable(run.transformer))
-    if evaluates:
-        values = evaluate(run.accelerator, run.transformer, run.held_out, run.thresholds, args)
-        log_metrics(run.accelerator, values, step, args)
-        logger.info(f"step {step}: held-out mse {values['val/mse']:.4f}")
-    if samples:
-        paths = sample_videos(run.accelerator, run.transformer, run.captions, run.index, step, args)
-        log_videos(run.accelerator, paths, step, args)
-    if run.ema and (evaluates or samples):
-        run.ema.restore(trainable(run.transformer))
+    accelerator, transformer, step = run.accelerator, run.transformer, run.state["step"]
+    evaluates = len(run.held_out) > 0 and (step % args.eval_steps == 0 or step >= run.max_steps)
+    samples = len(args.validation_prompt) > 0 and (step % args.validation_steps == 0 or step >= run.max_steps)
+    if evaluates or samples:
+        with averaged_weights(run):
+            if evaluates:
+                values = evaluate(accelerator, transformer, run.held_out, run.thresholds, args)
+                log_metrics(accelerator, values, step, args)
+                logger.info(f"step {step}: held-out mse {values['val/mse']:.4f}")
+            if samples:
+                sample_videos(accelerator, transformer, run.captions, run.index, step, args)
 
 
 def dry_run(run: SimpleNamespace, args: argparse.Namespace) -> None:
@@ -1490,18 +1436,16 @@ def dry_run(run: SimpleNamespace, args: argparse.Namespace) -> None:
     rows, seen = open_dataset(args, args.dataset_split)[0], {c["path"] for c in run.dataset.clips + run.held_out.clips}
     count = len(rows) if isinstance(rows, datasets.Dataset) else len(seen)
     size = sum(Path(args.cache_dir, path).stat().st_size for path in seen) / len(seen) * count / 2**20
-    values, latents = average_metrics(run.accelerator, [row]), batch["latents"]
+    loss, mse = run.accelerator.reduce(row, "mean")[[0, 3]].tolist()
     skipped = Path(args.output_dir, "skipped.jsonl")
     table = {
-        "videos": f"{count}, of which {len(seen)} were tried; {len(run.dataset)} training clips",
+        "videos": f"{count}, of which {len(seen)} were tried",
         "skipped": len(skipped.read_text().splitlines()) if skipped.is_file() else 0,
-        "captions": f"{sum(len(c['captions']) for c in run.dataset.clips)}, by now encoded",
         "cache to expect": f"{size:.1f} MiB",
-        "trainable parameters": f"{sum(p.numel() for p in trainable(run.transformer)):,}",
-        "latents": f"{tuple(latents.shape[1:])}, mean {latents.mean():.3f}, std {latents.std():.3f}",
-        "tokens per clip": f"{latents[0, 0].numel() // math.prod(model.config.patch_size):,}",
-        "peak memory": f"{peak_memory(latents.device):.2f} GiB",
-        "base model's loss": f"{values['loss']:.4f}, mse {values['mse']:.4f}, on one batch",
+        **run.facts,
+        "latents' mean, std": f"{batch['latents'].mean():.3f}, {batch['latents'].std():.3f}",
+        "peak memory": f"{peak_memory(run.accelerator.device):.2f} GiB",
+        "base model's loss": f"{loss:.4f}, mse {mse:.4f}, on one batch",
         "LoRA round trip": "passed" if args.train_type == "lora" else "not a LoRA",
     }
     if run.accelerator.is_main_process:
@@ -1532,11 +1476,8 @@ def main(args: argparse.Namespace) -> None:
         train(run, args)
 
     # 5. Weights, card, Hub
-    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"{platform.machine()} CPU"
-    hours = (time.perf_counter() - started) / 3600
-    facts = {"clips": len(run.dataset), "steps": run.state["step"], "clips an update": run.update, "seed": args.seed}
-    facts["hardware"] = f"{accelerator.num_processes} x {device}, {hours:.2f} h"
-    finish(run, repo_id, facts, args)
+    run.facts["hardware"] += f", {(time.perf_counter() - started) / 3600:.2f} h"
+    finish(run, repo_id, args)
     accelerator.end_training()
     logger.info(f"done; look into {args.output_dir}")
 

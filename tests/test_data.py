@@ -1074,7 +1074,7 @@ def test_two_processes_share_the_work(flags, prepare, log, originals, tmp_path):
     expected = encode_counts(log())
     result = launch(flags(**kwargs), processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "1 updates of 2 clips" in result.stderr  # one clip for each of two processes
+    assert "updates: 1 of 2 clips" in result.stderr  # one clip for each of two processes
     assert len(re.findall(r"RANK 0\].* gone0.mp4", result.stderr)) == 1
     assert len(re.findall(r"RANK 1\].* gone1.mp4", result.stderr)) == 1
     assert encode_counts(result.stderr.splitlines()) == expected == (4, 6 - 1)
