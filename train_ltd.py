@@ -932,10 +932,15 @@ def trainable(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 # --- Objective -------------------------------------------------------------------------------------------------------
-# --loss -> weight of each voxel's squared error, (B, F, H, W): the paper's 1 + ln(e + D), and its "w/o LTD" of Table 2
+
+
+# --loss -> weight of each voxel's squared error, (B, F, H, W): the paper's 1 + ln(e + D), or 1 (its w/o LTD, Table 2)
+# The whole batch goes in, so that another weight may look up the clips' names (examples/ablation.py does).
 LOSS_WEIGHTS = {
-    "ltd": lambda z, args: ltd_weights(z, args.ltd_window, scale=args.ltd_scale, normalize=args.ltd_normalize),
-    "mse": lambda z, args: torch.ones_like(z[:, 0]),
+    "ltd": lambda batch, args: ltd_weights(
+        batch["latents"], args.ltd_window, scale=args.ltd_scale, normalize=args.ltd_normalize
+    ),
+    "mse": lambda batch, args: torch.ones_like(batch["latents"][:, 0]),
 }
 
 
@@ -950,7 +955,7 @@ def flow_matching_error(transformer: torch.nn.Module, batch: dict) -> torch.Tens
 
 def training_loss(transformer, batch: dict, thresholds: torch.Tensor, args) -> tuple[torch.Tensor, torch.Tensor]:
     """Eq. 3 of the LTD paper on the flow-matching error. Returns the loss, and a row for `average_metrics`."""
-    squared_error, weights = flow_matching_error(transformer, batch), LOSS_WEIGHTS[args.loss](batch["latents"], args)
+    squared_error, weights = flow_matching_error(transformer, batch), LOSS_WEIGHTS[args.loss](batch, args)
     loss = (weights.unsqueeze(1) * squared_error).mean()
     sums = motion_sums(squared_error.detach(), batch["latents"], thresholds)
     return loss, torch.stack([loss.detach(), weights.mean(), weights.max(), *sums])

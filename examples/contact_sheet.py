@@ -4,32 +4,43 @@ python examples/contact_sheet.py --output samples.png outputs/quickstart/lora/sa
 """
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import av
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
-MARGIN, LABEL = 2, 12  # pixels
+MARGIN = 2  # pixels
 
 
-def read_frames(path: Path, columns: int) -> list[Image.Image]:
-    """`columns` frames of a video, the first and the last among them."""
+def read_frames(path: Path) -> list[Image.Image]:
     with av.open(str(path)) as container:
-        frames = [frame.to_image() for frame in container.decode(video=0)]
-    return [frames[round(i * (len(frames) - 1) / max(1, columns - 1))] for i in range(columns)]
+        return [frame.to_image() for frame in container.decode(video=0)]
 
 
-def contact_sheet(paths: list[Path], columns: int) -> Image.Image:
-    """A grid with the file's name above each row; all videos are shown at the size of the first."""
-    rows = [read_frames(path, columns) for path in paths]
-    width, height = rows[0][0].size
-    sheet = Image.new("RGB", (columns * (width + MARGIN), len(rows) * (height + LABEL + MARGIN)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for y, (path, row) in enumerate(zip(paths, rows, strict=True)):
-        top = y * (height + LABEL + MARGIN)
-        draw.text((0, top), path.stem, fill="black")
-        for x, frame in enumerate(row):
-            sheet.paste(frame.resize((width, height)), (x * (width + MARGIN), top + LABEL))
+def labelled_row(pictures: list[Image.Image], labels: Iterable[str]) -> Image.Image:
+    """Pictures of one size side by side, under a bar with a label for each, or for the first ones only."""
+    width, height = pictures[0].size
+    bar = max(12, len(pictures) * width // 64) // 2 * 2  # even, so that the row can be a frame of a video
+    row = Image.new("RGB", (len(pictures) * (width + MARGIN), height + bar + MARGIN), "white")
+    for x, picture in enumerate(pictures):
+        row.paste(picture, (x * (width + MARGIN), bar))
+    for x, label in enumerate(labels):
+        position, font = (x * (width + MARGIN), 0), ImageFont.load_default(bar - 3)
+        ImageDraw.Draw(row).text(position, label, fill="black", font=font)
+    return row
+
+
+def contact_sheet(videos: Iterable[list[Image.Image]], labels: list[str], columns: int, scale: float = 1):
+    """A grid of `columns` frames a video, the first and the last among them; all in the size of the first video."""
+    rows, size = [], None
+    for frames, label in zip(videos, labels, strict=True):
+        size = size or (round(frames[0].width * scale), round(frames[0].height * scale))
+        picked = [frames[round(i * (len(frames) - 1) / max(1, columns - 1))] for i in range(columns)]
+        rows.append(labelled_row([frame.resize(size) for frame in picked], [label]))
+    sheet = Image.new("RGB", (rows[0].width, len(rows) * rows[0].height))
+    for y, row in enumerate(rows):
+        sheet.paste(row, (0, y * row.height))
     return sheet
 
 
@@ -39,7 +50,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")
     parser.add_argument("--columns", type=int, default=5, help="frames a row")
     args = parser.parse_args()
-    contact_sheet(args.videos, args.columns).save(args.output)
+    videos, labels = (read_frames(path) for path in args.videos), [path.stem for path in args.videos]
+    contact_sheet(videos, labels, args.columns).save(args.output)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,16 @@
     python examples/nano/build.py base --output_dir outputs/nano/base
     python examples/nano/build.py export --trained outputs/nano/dit --output_dir examples/nano/wan-nano
 
-`base` makes a `WanPipeline` whose transformer is random, for `train_ltd.py --train_type full` to train; `export` writes
-the trained pipeline in float16. `examples/nano/build.sh` runs these and everything between.
+`base` makes a `WanPipeline` whose transformer is random, for `train_ltd.py --train_type full` to train; `export`
+writes the trained pipeline in float16. `examples/nano/build.sh` runs these and everything between.
 
-The text encoder is a two-layer `UMT5EncoderModel` of its own, with a tokenizer of the captions' words. It is trained
-alone, for about a minute, on captions without videos: each token has to know all the words of the phrase that it stands in ("circle" that
-it is red and moves left), which is what attention in the transformer then reads. After that it is frozen, as in Wan.
+The text encoder is a two-layer `UMT5EncoderModel` with a tokenizer of the captions' words. It is trained alone, for
+about a minute, on captions without videos: every token has to know all the words of the phrase that it stands in
+("circle" that it is red and moves to the left), which attention in the transformer then reads. Then it is frozen.
 """
 
 import argparse
-import json
 import logging
-import math
 import sys
 from pathlib import Path
 
@@ -28,9 +26,20 @@ from transformers import UMT5Config, UMT5EncoderModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from small_wan import build_tokenizer
-
-from sprites import BACKGROUNDS, COLORS, DIRECTIONS, DYNAMICS, PATHS, PATTERNS, SHAPES, SIZES, SPEEDS
-from sprites import caption, caption_words, sample_spec
+from sprites import (
+    BACKGROUNDS,
+    COLORS,
+    DIRECTIONS,
+    DYNAMICS,
+    PATHS,
+    PATTERNS,
+    SHAPES,
+    SIZES,
+    SPEEDS,
+    caption,
+    caption_words,
+    sample_spec,
+)
 
 logger = logging.getLogger("build")
 

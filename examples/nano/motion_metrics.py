@@ -15,18 +15,16 @@ All positions are in pixels, speeds in pixels per frame, angles in degrees.
 """
 
 import argparse
-import itertools
 import json
 import math
+import sys
 from pathlib import Path
 
-import av
 import numpy as np
 from sprites import (
     BACKGROUNDS,
     COLORS,
     DIRECTIONS,
-    FPS,
     PAN_SPEED,
     PERIODS,
     SHAPES,
@@ -41,6 +39,10 @@ from sprites import (
     render_clip,
     trajectory,
 )
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # examples/ is a folder of scripts, not a package
+
+from video_metrics import dis_dynamic_degree, read_video, temporal_flickering
 
 OPACITY_SEEN = 0.35  # below it an object is not expected to be found
 CONTRAST = 30.0  # distance from the background's colours, 0..441, that makes a pixel foreground
@@ -354,34 +356,6 @@ def shifted(image, dx, dy):
     return rows[:, x0] * (1 - wx) + rows[:, x0 + 1] * wx, inside
 
 
-def temporal_flickering(video):
-    """VBench's formula: (255 - mean absolute difference of neighbouring frames) / 255 on uint8 frames; 1 is still."""
-    frames = video.astype(np.float32)
-    differences = [np.mean(np.abs(first - second)) for first, second in itertools.pairwise(frames)]
-    return float((255.0 - np.mean(differences)) / 255.0)
-
-
-def dis_dynamic_degree(video, fps=FPS):
-    """VBench's dynamic degree with OpenCV's DIS flow in place of RAFT: 1.0 if the clip is dynamic, else 0.0.
-
-    Frames are taken at about 8 per second; a pair moves if the mean of its largest 5 % of flow exceeds
-    6 px at 256 px; a clip is dynamic if round(4 * n / 16) of its pairs move.
-    """
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImportError("the DIS dynamic degree needs OpenCV: pip install opencv-python-headless") from error
-    frames = video[:: max(1, round(fps / 8))]
-    gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
-    threshold = 6.0 * min(video.shape[1:3]) / 256
-    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    moving = 0
-    for first, second in itertools.pairwise(gray):
-        speed = np.sort(np.linalg.norm(flow.calc(first, second, None), axis=-1), axis=None)[::-1]
-        moving += speed[: int(speed.size * 0.05)].mean() > threshold
-    return float(moving >= round(4 * len(frames) / 16))
-
-
 def measure(video, text, truth=None):
     """All scores of a clip.
 
@@ -409,12 +383,6 @@ def mean_scores(rows):
 
 
 # ------------------------------------------------------------------------------------------------ command line
-
-
-def read_video(path):
-    """Frames of a video file, uint8 `(F, H, W, 3)`."""
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def round_trip(vae, video):

@@ -1,0 +1,536 @@
+"""What does the LTD weight do? Fine-tune one base model again and again, with nothing but the weight changed.
+
+    python examples/ablation.py --output_dir outputs/ablation --arms mse ltd --seeds 2 --steps 20 --num_videos 2
+    python examples/ablation.py --output_dir outputs/ablation                      # the key arms, 8 seeds
+    python examples/ablation.py --output_dir outputs/ablation --arms exploratory --seeds 3
+
+By default on the nano Wan, whose true motion is known. Flags that this script does not know go to `train_ltd.py`, so
+the same question can be asked of any Wan model and data:
+
+    python examples/ablation.py --output_dir outputs/mine --arms mse ltd --seeds 3 --steps 500 \\
+        --config examples/recipes/lora_1.3b.yaml --train_data_dir my_clips --validation_split 0.1
+
+A seed fixes the order of the clips, every noise and timestep, the held-out clips and the noise of generated videos, so
+arms of one seed differ in the weight alone: differences are paired by seed, and the seed is the unit that is counted.
+Every finished run is a line in `runs.jsonl`; the same command goes on where it stopped. `results.json`, `table.md` and
+`ablation.png` are made from that file. Several processes, each with its own `--first_seed`, may share a folder.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import WanPipeline, WanTransformer3DModel
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "nano")]
+
+from motion_metrics import dis_dynamic_degree, mean_scores, read_video, temporal_flickering
+from score_model import NANO_SAMPLING, generate, held_out_specs, score
+from sprites import caption, write_dataset
+
+import train_ltd
+from ltd_loss import latent_temporal_discrepancy, ltd_weights
+
+# Learning rate, steps and batch were chosen on runs of the arm mse alone, see nano/PLAN.md.
+NANO = {
+    "pretrained_model_name_or_path": str(ROOT / "examples/nano/wan-nano"), "height": 96, "width": 96,
+    "num_frames": 33, "fps": 16, "train_type": "full", "train_batch_size": 8, "mixed_precision": "bf16",
+    "learning_rate": 3e-4, "lr_warmup_steps": 5, "validation_split": 0.125, "gradient_checkpointing": False,
+}  # fmt: skip
+NANO_CLIPS = {"mix": "dynamic", "count": 576, "seed": 1}
+LORA = {"train_type": "lora", "rank": 16}
+LORA_RATE = 5.0  # times the learning rate of full fine-tuning, as LoRA's fresh weights need it
+PRIMARY_METRICS = ("held_out/mse_object", "videos/direction_error")
+PRIMARY_CONTRASTS = (("ltd", "mse"), ("ltd", "other_clip"), ("ltd", "position_only"))
+VARIANCE_SIGMA = 0.5
+VARIANCE_CLIPS = 64
+
+
+# --- Arms ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to weigh the squared error.
+
+    `weights` maps latents `(B, C, F, H, W)` to weights `(B, F, H, W)`; `needs` says which of its arguments come from
+    the whole training set. With `matched` the weights are stretched linearly to the mean and spread of LTD's.
+    """
+
+    weights: str
+    question: str
+    key: bool = False
+    matched: bool = False
+    rate: float = 1.0
+    flags: dict = dataclasses.field(default_factory=dict)
+
+
+ARMS = {
+    "base": Arm("mse", "where we start: the base model, not trained", key=True),
+    "mse": Arm("mse", "the paper's w/o LTD", key=True),
+    "ltd": Arm("ltd", "the paper's: 1 + ln(e + D)", key=True),
+    "ltd_unit_mean": Arm("ltd_unit_mean", "is it only a bigger loss? divided by its mean over the data", key=True),
+    "other_clip": Arm("other_clip", "is it this clip's motion? the weights of another clip of the batch", key=True),
+    "position_only": Arm("position_only", "is it the profile over time? the mean weight per latent frame", key=True),
+    "mse_no_clipping": Arm("mse", "mse without gradient clipping", flags={"max_grad_norm": 0}),
+    "ltd_no_clipping": Arm("ltd", "ltd without gradient clipping", flags={"max_grad_norm": 0}),
+    "ltd_unit_mean_no_clipping": Arm("ltd_unit_mean", "the same, divided by its mean", flags={"max_grad_norm": 0}),
+    "mse_lora": Arm("mse", "mse, as a LoRA", rate=LORA_RATE, flags=LORA),
+    "ltd_lora": Arm("ltd", "ltd, as a LoRA", rate=LORA_RATE, flags=LORA),
+    "per_frame": Arm("per_frame", "ltd averaged over each latent frame", matched=True),
+    "per_clip": Arm("per_clip", "ltd averaged over each clip", matched=True),
+    "normalized": Arm("normalized", "ltd divided by its mean over the clip", matched=True),
+    "without_gap_0": Arm("without_gap_0", "ltd without the first causal gap", matched=True),
+    "scale_4": Arm("scale_4", "ln(e + 4 D)", matched=True),
+    "scale_16": Arm("scale_16", "ln(e + 16 D)", matched=True),
+    "scale_64": Arm("scale_64", "ln(e + 64 D)", matched=True),
+    "frame_residual": Arm("frame_residual", "pixel differences of frames, on the latent grid", matched=True),
+    "flow": Arm("flow", "DIS optical flow m, as MotiF's 1 + m^2", matched=True),
+    "motion_mask": Arm("motion_mask", "1 where DIS flow exceeds a pixel a frame, else 0", matched=True),
+    "mse_half_rate": Arm("mse", "mse at half the learning rate", rate=0.5),
+    "ltd_half_rate": Arm("ltd", "ltd at half the learning rate", rate=0.5),
+    "other_clip_half_rate": Arm("other_clip", "other_clip at half the learning rate", rate=0.5),
+    "position_only_half_rate": Arm("position_only", "position_only at half the learning rate", rate=0.5),
+    "mse_double_rate": Arm("mse", "mse at twice the learning rate", rate=2.0),
+    "ltd_double_rate": Arm("ltd", "ltd at twice the learning rate", rate=2.0),
+    "other_clip_double_rate": Arm("other_clip", "other_clip at twice the learning rate", rate=2.0),
+    "position_only_double_rate": Arm("position_only", "position_only at twice the learning rate", rate=2.0),
+}
+
+
+def raw_weights(name: str, batch: dict, data: dict) -> torch.Tensor:
+    """The weights called `name` of a batch of clips, `(B, F, H, W)` float32; `data` is from `training_set`."""
+    latents = batch["latents"]
+    if name == "mse":
+        return torch.ones_like(latents[:, 0])
+    if name in data["maps"]:
+        return torch.stack([data["maps"][name][clip].float() for clip in batch["name"]]).to(latents.device)
+    if name == "without_gap_0":
+        later = latent_temporal_discrepancy(latents[:, :, 1:])
+        # The second frame's stands in for the first's, whose only gap it is.
+        return 2 + torch.log1p(torch.cat([later[:, :1], later], dim=1) / math.e)
+    if name.startswith("scale_"):
+        return ltd_weights(latents, scale=float(name.removeprefix("scale_")))
+    if name == "normalized":
+        return ltd_weights(latents, normalize=True)
+    weights = ltd_weights(latents)
+    if name == "ltd_unit_mean":
+        return weights / data["ltd_mean"]
+    if name == "other_clip":
+        return weights.roll(1, dims=0)
+    if name == "position_only":
+        return data["ltd_profile"].to(weights.device)[None, :, None, None].expand_as(weights)
+    if name == "per_frame":
+        return weights.mean(dim=(2, 3), keepdim=True).expand_as(weights)
+    if name == "per_clip":
+        return weights.mean(dim=(1, 2, 3), keepdim=True).expand_as(weights)
+    if name != "ltd":
+        raise ValueError(f"no weights are called {name!r}")
+    return weights
+
+
+def arm_weights(batch: dict, args: argparse.Namespace, *, arm: Arm, data: dict) -> torch.Tensor:
+    """What `train_ltd.LOSS_WEIGHTS` expects of a function, for one arm."""
+    weights = raw_weights(arm.weights, batch, data)
+    if arm.matched:
+        mean, std = data["moments"][arm.weights]
+        weights = (weights - mean) * (data["ltd_std"] / std) + data["ltd_mean"]
+        # Of a heavy tail only; a voxel must not be pushed away from its target.
+        weights = weights.clamp(min=0)
+    return weights
+
+
+# --- The training set as the arms need it ----------------------------------------------------------------------------
+
+
+def pixel_maps(frames: np.ndarray, shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    """Three maps of motion in pixel space, averaged onto the latent grid `shape` `(F, H, W)`.
+
+    `frames` are uint8 `(F, H, W, 3)`. `frame_residual`: mean absolute difference to the frame before, over 255;
+    `flow`: 1 + m^2 as in MotiF, m being the length of DIS flow over the clip's longest; `motion_mask`: above 1 px.
+    """
+    import cv2
+
+    gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
+    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    flow = np.stack([np.linalg.norm(dis.calc(a, b, None), axis=-1) for a, b in itertools.pairwise(gray)])
+    residual = np.abs(np.diff(frames.astype(np.float32), axis=0)).mean(axis=-1) / 255
+    maps = {"frame_residual": residual, "flow": 1 + (flow / max(flow.max(), 1e-6)) ** 2, "motion_mask": flow > 1.0}
+    # Latent frame 0 is one picture, the others four each: the motion into each of them, and out of the first.
+    return {name: _to_latent_grid(torch.from_numpy(value.astype(np.float32)), shape) for name, value in maps.items()}
+
+
+def _to_latent_grid(motion: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+    pooled = F.adaptive_avg_pool3d(motion[None], (shape[0] - 1, *shape[1:]))[0]
+    return torch.cat([pooled[:1], pooled])
+
+
+def training_set(args: argparse.Namespace, names: set[str]) -> dict:
+    """What some arms have to know of all training clips: mean, spread and profile of LTD's weights, maps by clip."""
+    accelerator = train_ltd.build_accelerator(args)
+    clips, held_out, captions = train_ltd.prepare_data(args, accelerator)
+    dataset = train_ltd.LatentDataset(clips, captions, args)
+    data = {"maps": {}, "moments": {}, "clips": dataset, "held_out": train_ltd.LatentDataset(held_out, captions, args)}
+    rows = [dataset.load(clip, clip["captions"][0], torch.Generator())["latents"] for clip in clips]
+    ltd = torch.cat([ltd_weights(row[None]) for row in rows])  # (N, F, H, W)
+    data |= {"ltd_mean": ltd.mean().item(), "ltd_std": ltd.std().item(), "ltd_profile": ltd.mean(dim=(0, 2, 3))}
+    if names & {"frame_residual", "flow", "motion_mask"}:
+        folder = Path(args.train_data_dir)
+        for clip in clips:
+            for name, value in pixel_maps(read_video(folder / clip["name"])[: args.num_frames], ltd.shape[1:]).items():
+                data["maps"].setdefault(name, {})[clip["name"]] = value
+    for name in names:
+        batches = [{"latents": row[None], "name": [clip["name"]]} for row, clip in zip(rows, clips, strict=True)]
+        values = torch.cat([raw_weights(name, batch, data) for batch in batches])
+        data["moments"][name] = (values.mean().item(), values.std().item())
+    return data
+
+
+# --- One run ---------------------------------------------------------------------------------------------------------
+
+
+def run_flags(args: argparse.Namespace, passed: list[str], arm: Arm, seed: int, folder: Path) -> list[str]:
+    """The command line of `train_ltd.py` for one run."""
+    flags = {} if args.own_data else NANO | {"train_data_dir": args.output_dir / "clips"}
+    flags = flags | {"cache_dir": args.output_dir / "cache", "seed": seed, "output_dir": folder, "report_to": "none"}
+    flags |= {"max_train_steps": args.steps, "checkpointing_steps": 10**9, "checkpoints_total_limit": 1}
+    flags |= {"max_eval_clips": 1, "eval_steps": 10**9}  # this script looks at held-out clips more closely itself
+    flags |= arm.flags
+    line = []
+    for key, value in flags.items():
+        line += [f"--{key}" if value else f"--no-{key}"] if isinstance(value, bool) else [f"--{key}={value}"]
+    return line + passed
+
+
+def reset_accelerate() -> None:
+    """Several runs in one process: each builds an `Accelerator` of its own."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def time_weights(arm_name: str, dataset: train_ltd.LatentDataset, args: argparse.Namespace) -> float:
+    """Median milliseconds that the weights of one batch take."""
+    rows = [dataset[i] for i in range(args.train_batch_size)]
+    batch = {"latents": torch.stack([row["latents"] for row in rows]), "name": [row["name"] for row in rows]}
+    seconds = []
+    for _ in range(20):
+        started = time.perf_counter()
+        train_ltd.LOSS_WEIGHTS[arm_name](batch, args)
+        seconds.append(time.perf_counter() - started)
+    return 1000 * float(np.median(seconds))
+
+
+def load_model(arm_name: str, args: argparse.Namespace) -> WanTransformer3DModel:
+    """The tuned transformer of a run, in float32; of the arm "base" the one that all start from."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = args.pretrained_model_name_or_path
+    if arm_name != "base" and args.train_type == "full":
+        base = args.output_dir
+    transformer = WanTransformer3DModel.from_pretrained(base, subfolder="transformer", torch_dtype=torch.float32)
+    if arm_name != "base" and args.train_type == "lora":
+        transformer.load_lora_adapter(args.output_dir, weight_name=train_ltd.LORA_FILE)
+    return transformer.to(device).eval()
+
+
+@torch.no_grad()
+def held_out_errors(transformer, data: dict, run_args: argparse.Namespace, args: argparse.Namespace) -> dict:
+    """Squared errors of held-out clips at fixed noise and sigmas: by motion, by true object, by latent frame."""
+    device, rows, frames, ltd = transformer.device, [], [], []
+    held_out = data["held_out"]
+    thresholds = np.quantile([clip["ltd_quantiles"] for clip in data["clips"].clips], train_ltd.MOTION_QUANTILES)
+    for index, clip in enumerate(held_out.clips):
+        batch = clip_batch(held_out, clip, train_ltd.sample_seed("ablation", run_args.seed, index), device)
+        errors = []
+        for sigma in train_ltd.EVAL_SIGMAS:
+            batch["sigmas"] = torch.tensor([sigma], device=device)
+            errors.append(train_ltd.flow_matching_error(transformer, batch).mean(dim=1)[0])
+        error = torch.stack(errors).mean(dim=0).cpu()  # (F, H, W), averaged over sigmas
+        motion = latent_temporal_discrepancy(batch["latents"], train_ltd.STATS_WINDOW)[0].cpu()
+        row = {"mse": error.mean(), "mse_motion": masked_mean(error, motion > thresholds[1])}
+        row["mse_static"] = masked_mean(error, motion < thresholds[0])
+        truth = Path(run_args.train_data_dir or "", clip["name"]).with_suffix(".npz")
+        if not args.own_data:
+            objects = latent_mask(np.load(truth)["mask"] > 0, error.shape)
+            row |= {"mse_object": masked_mean(error, objects), "mse_background": masked_mean(error, ~objects)}
+        rows.append({key: float(value) for key, value in row.items()})
+        frames.append(error.mean(dim=(1, 2)))
+        ltd.append(motion.mean(dim=(1, 2)))
+    result = {f"held_out/{key}": float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
+    profile, ltd = torch.stack(frames).mean(0), torch.stack(ltd).mean(0)
+    result["frames/peak_over_mean"] = (profile.max() / profile.mean()).item()
+    result["frames/spread_over_mean"] = (profile.std() / profile.mean()).item()
+    result["frames/correlation_with_ltd"] = torch.corrcoef(torch.stack([profile, ltd]))[0, 1].item()
+    return result | {"training/variance": training_variance(transformer, data["clips"], run_args)}
+
+
+def clip_batch(dataset: train_ltd.LatentDataset, clip: dict, seed: int, device) -> dict:
+    """One clip with the noise of `seed` and its first caption, as a batch of one."""
+    batch = dataset.load(clip, clip["captions"][0], torch.Generator().manual_seed(seed))
+    return {key: value[None].to(device) for key, value in batch.items()}
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return values[mask].mean()  # NaN where the mask is empty
+
+
+def latent_mask(mask: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
+    """Pixel mask `(F, H, W)` on the latent grid: true where objects cover more than a quarter of a voxel."""
+    mask = torch.from_numpy(mask.astype(np.float32))
+    first, later = mask[None, :1], mask[None, 1:]
+    pooled = [F.adaptive_avg_pool3d(first, (1, *shape[1:])), F.adaptive_avg_pool3d(later, (shape[0] - 1, *shape[1:]))]
+    return torch.cat(pooled, dim=1)[0] > 0.25
+
+
+@torch.no_grad()
+def training_variance(transformer, dataset: train_ltd.LatentDataset, args: argparse.Namespace) -> float:
+    """Variance over training clips of the unweighted loss at one sigma: what the paper calls stability."""
+    losses = []
+    for index, clip in enumerate(dataset.clips[:VARIANCE_CLIPS]):
+        batch = clip_batch(dataset, clip, train_ltd.sample_seed("variance", args.seed, index), transformer.device)
+        batch["sigmas"] = torch.tensor([VARIANCE_SIGMA], device=transformer.device)
+        losses.append(train_ltd.flow_matching_error(transformer, batch).mean().item())
+    return float(np.var(losses))
+
+
+# --- Generated videos ------------------------------------------------------------------------------------------------
+
+
+def video_scores(arm_name: str, seed: int, data: dict, run_args: argparse.Namespace, args: argparse.Namespace) -> dict:
+    """
+    Scores of videos generated for held-out captions: on the nano Wan against their captions, dynamic ones of one
+    sprite, and half as many calm ones for what was forgotten; of another model only what needs no ground truth.
+    """
+    pipeline = WanPipeline.from_pretrained(run_args.pretrained_model_name_or_path, torch_dtype=torch.float32)
+    pipeline.register_modules(transformer=load_model(arm_name, run_args))
+    pipeline.to(pipeline.transformer.device)
+    if args.own_data:
+        prompts = [clip["captions"][0] for clip in data["held_out"].clips[: args.num_videos]]
+        shape = {key: getattr(run_args, key) for key in ("height", "width", "num_frames")}
+        videos = generate(pipeline, prompts, [1000 * seed + i for i in range(len(prompts))], batch_size=1, **shape)
+        rows = [
+            {"temporal_flickering": temporal_flickering(v), "dis_dynamic_degree": dis_dynamic_degree(v, run_args.fps)}
+            for v in videos
+        ]
+        return {f"videos/{key}": value for key, value in mean_scores(rows).items()}
+    result = {}
+    # Seeds take turns in the held-out captions, so that an arm sees as many different ones as it has videos.
+    for prefix, mix, count in (("videos/", "dynamic", args.num_videos), ("calm/", "calm", args.num_videos // 2)):
+        specs = held_out_specs(mix, (seed + 1) * count, single_sprite=True)[seed * count :]
+        prompts = [caption(spec) for spec in specs]
+        videos = generate(pipeline, prompts, [1000 * seed + i for i in range(count)], **NANO_SAMPLING)
+        rows = [score(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
+        result |= {prefix + key: value for key, value in mean_scores(rows).items()}
+    return result
+
+
+# --- Results ---------------------------------------------------------------------------------------------------------
+
+
+def read_runs(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def paired(runs: list[dict], arm: str, control: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values of two arms over the seeds that both have, in the same order."""
+    values = {(run["arm"], run["seed"]): run["scores"].get(metric) for run in runs}
+    seeds = sorted({s for a, s in values if a == arm} & {s for a, s in values if a == control})
+    pairs = [(values[arm, s], values[control, s]) for s in seeds if values[arm, s] is not None]
+    return tuple(np.array(pairs, dtype=np.float64).reshape(-1, 2).T)
+
+
+def confidence(values: np.ndarray) -> list[float]:
+    """Mean and 95 % confidence interval by Student's t, `[mean, low, high]`; NaN bounds for fewer than two values."""
+    if len(values) < 2:
+        return [float(values.mean()) if len(values) else math.nan, math.nan, math.nan]
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return [float(values.mean()), float(values.mean() - half), float(values.mean() + half)]
+
+
+def contrast(runs: list[dict], arm: str, control: str, metric: str) -> dict:
+    """Paired difference `arm - control`: its interval, the p value of a paired t test, and the number of seeds."""
+    values, controls = paired(runs, arm, control, metric)
+    differences = values - controls
+    varies = len(differences) > 1 and np.ptp(differences) > 0
+    p = float(stats.ttest_rel(values, controls).pvalue) if varies else math.nan
+    relative = confidence(differences / np.abs(controls).mean()) if len(controls) else [math.nan] * 3
+    row = {"arm": arm, "control": control, "metric": metric, "seeds": len(differences), "p": p}
+    return row | {"difference": confidence(differences), "relative": relative}
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's step-down correction of several p values."""
+    order, corrected, largest = np.argsort(p_values), np.empty(len(p_values)), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected.tolist()
+
+
+def summarise(runs: list[dict]) -> dict:
+    """Everything in `results.json`: every arm's means, all differences to mse, the primary contrasts."""
+    arms = [name for name in ARMS if any(run["arm"] == name for run in runs)]
+    metrics = [*dict.fromkeys(key for run in runs for key in run["scores"])]
+    values = {arm: [run["scores"] for run in runs if run["arm"] == arm] for arm in arms}
+    means = {
+        arm: {m: confidence(np.array([row[m] for row in rows if row.get(m) is not None])) for m in metrics}
+        for arm, rows in values.items()
+    }
+    primary = [contrast(runs, *pair, metric) for metric in PRIMARY_METRICS for pair in PRIMARY_CONTRASTS]
+    primary = [row for row in primary if row["seeds"] > 1]
+    for row, corrected in zip(primary, holm([row["p"] for row in primary]), strict=True):
+        row["p_holm"] = corrected
+    controls = {"mse": [arm for arm in arms if arm not in ("base", "mse")]}
+    controls |= {arm: [arm.replace("mse", "ltd")] for arm in arms if arm.startswith("mse_")}
+    differences = [
+        contrast(runs, arm, control, metric)
+        for control, others in controls.items() for arm in others for metric in metrics if arm in arms
+    ]  # fmt: skip
+    return {
+        "settings": runs[0]["settings"],
+        "questions": {arm: ARMS[arm].question for arm in arms},
+        "exploratory": [arm for arm in arms if not ARMS[arm].key],
+        "seeds": {arm: len(rows) for arm, rows in values.items()},
+        "means": means,
+        "primary_contrasts": primary,
+        "differences": differences,
+    }
+
+
+def interval(values: list[float], digits: int = 3) -> str:
+    """`mean ± half width` of what `confidence` returned."""
+    half = "" if math.isnan(values[1]) else f" ± {(values[2] - values[1]) / 2:.{digits}f}"
+    return f"{values[0]:.{digits}f}{half}"
+
+
+def write_table(results: dict) -> str:
+    """Markdown: the primary contrasts, then all means."""
+    lines = ["| contrast | metric | seeds | difference (95 % CI) | relative | p | p (Holm) |", "|---" * 7 + "|"]
+    for row in results["primary_contrasts"]:
+        mean, low, high = row["difference"]
+        cells = [f"{row['arm']} - {row['control']}", row["metric"], f"{row['seeds']}"]
+        cells += [f"{mean:+.4f} ({low:+.4f} to {high:+.4f})", f"{row['relative'][0]:+.2%}"]
+        lines.append("| " + " | ".join([*cells, f"{row['p']:.3f}", f"{row['p_holm']:.3f}"]) + " |")
+    arms = list(results["means"])
+    lines += ["", "| mean ± half of the 95 % CI | " + " | ".join(arms) + " |", "|---" * (len(arms) + 1) + "|"]
+    lines.append("| seeds | " + " | ".join(str(results["seeds"][arm]) for arm in arms) + " |")
+    for metric in results["means"][arms[0]]:
+        cells = [interval(results["means"][arm][metric]) for arm in arms]
+        lines.append(f"| {metric} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: dict, path: Path) -> None:
+    """Paired differences to unweighted MSE, in per cent of it, with 95 % intervals: one panel a primary metric."""
+    metrics = [m for m in PRIMARY_METRICS if m in next(iter(results["means"].values()))] or ["held_out/mse"]
+    size = (8, 1.2 + 0.3 * len(results["means"]))
+    figure, axes = plt.subplots(1, len(metrics), figsize=size, sharey=True, squeeze=False)
+    for axis, metric in zip(axes[0], metrics, strict=True):
+        rows = [row for row in results["differences"] if row["metric"] == metric and row["seeds"]][::-1]
+        for number, row in enumerate(rows):
+            mean, low, high = (100 * value for value in row["relative"])
+            color = "#0072B2" if ARMS[row["arm"]].key else "#999999"
+            axis.plot([low, high], [number, number], color=color, linewidth=2)
+            axis.plot(mean, number, "o", color=color)
+        names = [row["arm"] + ("" if row["control"] == "mse" else f" - {row['control']}") for row in rows]
+        axis.set_yticks(range(len(rows)), names, fontsize=8)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_title(f"{metric}, % of mse's", fontsize=9)
+        axis.grid(axis="x", alpha=0.3)
+    figure.suptitle("Differences to unweighted MSE, paired by seed, 95 % CI (left of 0 is better)", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# --- The run ---------------------------------------------------------------------------------------------------------
+
+
+def run_once(arm_name: str, seed: int, args: argparse.Namespace, passed: list[str]) -> dict:
+    """One line of `runs.jsonl`: train, look at held-out clips, generate and score."""
+    arm, folder = ARMS[arm_name], args.output_dir / f"{arm_name}-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
+    # Known to the parser before the data is there on which some weights rest
+    train_ltd.LOSS_WEIGHTS[arm_name] = train_ltd.LOSS_WEIGHTS["mse"]
+    run_args = train_ltd.parse_args([*run_flags(args, passed, arm, seed, folder), f"--loss={arm_name}"])
+    run_args.learning_rate *= arm.rate
+    reset_accelerate()
+    data = training_set(run_args, {arm.weights} if arm.matched else set())
+    train_ltd.LOSS_WEIGHTS[arm_name] = functools.partial(arm_weights, arm=arm, data=data)
+    scores = {"weight_ms": time_weights(arm_name, data["clips"], run_args)}
+    reset_accelerate()
+    started = time.perf_counter()
+    if arm_name != "base":
+        train_ltd.main(run_args)
+    scores["seconds"] = time.perf_counter() - started
+    scores |= held_out_errors(load_model(arm_name, run_args), data, run_args, args)
+    scores |= video_scores(arm_name, seed, data, run_args, args)
+    if not args.keep_weights:
+        shutil.rmtree(folder, ignore_errors=True)
+    scores = {key: None if math.isnan(value) else value for key, value in scores.items()}
+    return {"arm": arm_name, "seed": seed, "settings": settings(args, passed), "scores": scores}
+
+
+def settings(args: argparse.Namespace, passed: list[str]) -> dict:
+    """What all runs of one file must share."""
+    return {"steps": args.steps, "num_videos": args.num_videos, "flags": passed} | ({} if args.own_data else NANO)
+
+
+def parse_args(input_args: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/ablation"))
+    parser.add_argument("--arms", nargs="+", default=["key"], metavar="ARM",
+                        help=f"key, exploratory, or names: {', '.join(ARMS)}")  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=8, help="runs of each arm")
+    parser.add_argument("--first_seed", type=int, default=0, help="for several processes that share the seeds")
+    parser.add_argument("--steps", type=int, default=80, help="updates of a run")
+    parser.add_argument("--num_videos", type=int, default=16, help="dynamic videos generated a run, half as many calm")
+    parser.add_argument("--keep_weights", action="store_true", help="do not delete a run's folder after scoring")
+    args, passed = parser.parse_known_args(input_args)
+    groups = {"key": [a for a in ARMS if ARMS[a].key], "exploratory": [a for a in ARMS if not ARMS[a].key]}
+    args.arms = [*dict.fromkeys(arm for name in args.arms for arm in groups.get(name, [name]))]
+    if unknown := [arm for arm in args.arms if arm not in ARMS]:
+        parser.error(f"--arms: {', '.join(unknown)} is not one of key, exploratory, {', '.join(ARMS)}")
+    args.own_data = any(flag.startswith(("--train_data_dir", "--dataset_name")) for flag in passed)
+    return args, passed
+
+
+def main(args: argparse.Namespace, passed: list[str]) -> None:
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path = args.output_dir / "runs.jsonl"
+    if any(run["settings"] != json.loads(json.dumps(settings(args, passed))) for run in read_runs(path)):
+        raise ValueError(f"{path} holds runs of other settings; choose another --output_dir")
+    if not args.own_data and not (args.output_dir / "clips" / "metadata.jsonl").is_file():
+        write_dataset(args.output_dir / "clips", **NANO_CLIPS)
+    # Seeds outside, arms inside: stopped early, all arms have equally many.
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        for arm in args.arms:
+            if (arm, seed) not in {(run["arm"], run["seed"]) for run in read_runs(path)}:
+                line = json.dumps(run_once(arm, seed, args, passed))
+                with open(path, "a") as file:
+                    file.write(line + "\n")
+    results = summarise(read_runs(path))
+    (args.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.output_dir / "table.md").write_text(write_table(results))
+    draw(results, args.output_dir / "ablation.png")
+    print(write_table(results))
+
+
+if __name__ == "__main__":
+    main(*parse_args())

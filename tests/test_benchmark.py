@@ -1,0 +1,243 @@
+"""examples/benchmark.py and examples/cost.py: what they count, not how fast it is."""
+
+import itertools
+import json
+
+import benchmark
+import cost
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_ltd
+
+LATENTS = (2, 16, 3, 4, 6)  # of 9 frames of 48x32, batch 2
+
+
+def settings_for(flags, tmp_path, **kwargs):
+    return train_ltd.parse_args(flags(output_dir=tmp_path, **kwargs))
+
+
+def random_batch(text_dim):
+    latents, noise = torch.randn(2, *LATENTS).unbind()
+    sigmas, prompt_embeds = torch.rand(LATENTS[0]), torch.randn(LATENTS[0], 512, text_dim)
+    return {"latents": latents, "noise": noise, "sigmas": sigmas, "prompt_embeds": prompt_embeds}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("train_type", ["full", "lora"])
+def test_flop_formula_is_what_torch_counts(flags, tmp_path, train_type, checkpointing):
+    settings = settings_for(flags, tmp_path, train_type=train_type, gradient_checkpointing=checkpointing)
+    model = train_ltd.load_transformer(settings)
+    if train_type == "lora":
+        train_ltd.add_lora(model, settings)
+    # The CPU's fused attention is not counted; without it, attention is matrix products, and those are.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        loss = train_ltd.flow_matching_error(model, random_batch(model.config.text_dim)).mean()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as backward:
+        loss.backward()
+    flops = benchmark.training_flops(settings, LATENTS)
+    counted = forward.get_total_flops() + backward.get_total_flops()
+    assert forward.get_total_flops() == flops["forward"]
+    if train_type == "full":
+        assert counted == flops["hardware"]
+    # With a LoRA, nothing asks for the gradient of the first block's input.
+    assert 0.99 * flops["hardware"] < counted <= flops["hardware"]
+    assert (flops["hardware"] > flops["useful"]) == checkpointing
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "parameters", "forward", "attention", "full", "lora"),
+    [  # counts of parameters as published with the weights; teraFLOPs worked out by hand, without adapters
+        ("1.3b", (21, 60, 104), 1_418_996_800, 283, 0.71, 849, 767),
+        ("1.3b", (9, 60, 104), 1_418_996_800, 73, 0.52, 219, 183),
+        ("14b", (21, 60, 104), 14_288_491_584, 1678, 0.53, 5035, 4249),
+        ("14b", (21, 90, 160), 14_288_491_584, 6523, 0.72, 19570, 17760),
+    ],
+)
+def test_shapes_are_those_of_wan(flags, tmp_path, model, size, parameters, forward, attention, full, lora):
+    shape = {k: v for k, v in benchmark.SHAPES[model].items() if k not in ("base_dim", "dim_mult", "num_res_blocks")}
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel(**shape)
+    assert transformer.num_parameters() == parameters
+    transformer.save_config(tmp_path / "wan/transformer")
+    for train_type, useful in (("full", full), ("lora", lora)):
+        path = tmp_path / "wan"
+        settings = settings_for(flags, tmp_path, pretrained_model_name_or_path=path, train_type=train_type, rank=1)
+        flops = benchmark.training_flops(settings, (1, 16, *size))
+        assert flops["forward"] / 1e12 == pytest.approx(forward, rel=0.005)
+        assert flops["attention"] / flops["forward"] == pytest.approx(attention, abs=0.01)
+        assert flops["useful"] / 1e12 == pytest.approx(useful, rel=0.005)
+
+
+def test_stopwatch_counts_nested_calls_once_and_medians_the_measured_steps(monkeypatch):
+    times = itertools.count()
+    monkeypatch.setattr(benchmark, "now", lambda: float(next(times)))  # each look at the clock is a second later
+    watch = benchmark.Stopwatch(warmup=1, steps=2)
+    for _ in range(3):
+        with watch.measure("benchmark"):
+            pass
+        with watch.measure("noise and loss"), watch.measure("forward"):
+            pass
+        assert watch.timed(abs, "backward")(-1) == 1
+        with watch.measure("optimizer"):
+            pass
+    summary = watch.summary()
+    # A step is 10 seconds from the end of one optimizer to that of the next, of which the benchmark's own 1 is not.
+    assert summary["seconds_per_step"] == 9
+    assert (summary["forward"], summary["noise and loss"], summary["backward"], summary["optimizer"]) == (1, 2, 1, 1)
+    assert summary["rest of loop"] == 4
+    assert summary["overhead"] == pytest.approx(6 / 9)
+
+
+ADAPTER = """
+import benchmark
+
+class Trainer(benchmark.BareLoop):
+    def step(self, batch):
+        assert batch["latents"].device.type == "cpu" and batch["prompt_embeds"].shape[1] == 512
+        return super().step(batch)
+"""
+
+
+@pytest.fixture
+def bench(tiny_wan, tmp_path):
+    """Function that runs the benchmark on the tiny pipeline and returns its JSON."""
+
+    def run(*command):
+        line = [
+            "--steps=3",
+            "--warmup_steps=1",
+            f"--work_dir={tmp_path}",
+            "--num_frames=9",
+            "--height=32",
+            "--width=48",
+        ]
+        line += [f"--pretrained_model_name_or_path={tiny_wan}", "--rank=4", "--seed=3", *map(str, command)]
+        args = benchmark.parse_args(line)
+        benchmark.main(args)
+        return json.loads(args.output_file.read_text())
+
+    return run
+
+
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+def test_script_bare_loop_and_adapter_train_the_same(bench, tmp_path, capsys, train_type):
+    (tmp_path / "other.py").write_text(ADAPTER)
+    flags = ["--loss=mse", "--learning_rate=1e-2", f"--train_type={train_type}", "--train_batch_size=2"]
+    step = bench("--parts", "step", "bare", "--adapter", tmp_path / "other.py", *flags)["step"]
+    losses = [result["losses"] for result in step["results"].values()]
+    assert list(step["results"]) == ["train_ltd.py", "bare loop", "other"]
+    assert [len(values) for values in losses] == [4, 4, 4]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[1] == losses[2]
+    assert len(set(losses[0])) == 4
+    assert step["latents"] == [2, 16, 3, 4, 6]
+    for result in step["results"].values():
+        assert all(result[label] > 0 for label in benchmark.WORK)
+        assert result["seconds_per_step"] * result["clips_per_second"] == pytest.approx(2)
+        assert result["hfu"] / result["mfu"] == pytest.approx(step["flops"]["hardware"] / step["flops"]["useful"])
+    assert step["results"]["train_ltd.py"]["data wait"] > 0
+    assert step["results"]["train_ltd.py"]["peak_memory_gib"] > 0
+    header, first = capsys.readouterr().out.splitlines()[:2]
+    assert header.split() == ["train_ltd.py", "bare", "loop", "other"] and first.startswith("seconds_per_step")
+
+
+def test_ltd_weights_have_a_clock_of_their_own(bench):
+    results = bench("--parts", "step", "--loss=ltd")
+    assert results["step"]["results"]["train_ltd.py"]["LTD weights"] > 0
+    assert results["settings"]["loss"] == "ltd" and results["environment"]["threads"] == 1
+
+
+def test_peak_bytes_is_what_a_call_holds_at_once():
+    def two_after_another():
+        for _ in range(2):
+            torch.empty(2**20, dtype=torch.uint8)
+        first = torch.empty(2**21, dtype=torch.uint8)
+        return first + 1
+
+    assert 2 * 2**21 <= benchmark.peak_bytes(two_after_another) < 2 * 2**21 + 100  # and a scalar
+
+
+@pytest.mark.slow
+def test_cost_of_ltd(bench, monkeypatch):
+    monkeypatch.setattr(benchmark, "LTD_SHAPES", [(1, 16, 5, 8, 8)])
+    ltd = bench("--parts", "step", "ltd")["ltd"]
+    shapes = [[1, 16, 3, 4, 6]] * 4 + [[1, 16, 5, 8, 8]] * 4
+    kinds = list(itertools.product(("mse_loss", "ltd_loss"), (False, True)))
+    assert [row["shape"] for row in ltd["rows"]] == shapes
+    assert [(row["loss"], row["compiled"]) for row in ltd["rows"]] == kinds * 2
+    for row in ltd["rows"]:
+        assert row["floor"] * ltd["copy_bytes_per_second"] == 3 * 4 * torch.Size(row["shape"]).numel()
+        assert row["with_gradient"] > row["forward"] > 0
+        assert row["peak_bytes"] >= 4 * torch.Size(row["shape"]).numel()  # the gradient at least
+        assert ("share_of_step" in row) == (row["shape"] == [1, 16, 3, 4, 6])
+
+
+@pytest.mark.slow
+def test_caching_and_start(bench):
+    results = bench("--parts", "cache", "start")
+    cache, start = results["cache"], results["start"]
+    assert list(cache["seconds_per_clip"]) == ["decode", "VAE float32", "VAE bfloat16", "text"]
+    assert 0 < cache["bfloat16_relative_rms"] < 0.1
+    assert cache["script"]["clips"] == benchmark.NUM_CLIPS
+    assert 0 < start["warm"] and 0 < start["cold"]
+
+
+@pytest.mark.slow
+def test_sweep_ends_with_the_best_of_what_ran(bench, capsys):
+    rows = bench("--sweep", "gradient_checkpointing=true,false", "train_batch_size=1,100")["sweep"]
+    assert [bool(row["clips_per_second"]) for row in rows] == [True, True, False, False]
+    assert rows[0]["clips_per_second"] >= rows[1]["clips_per_second"]
+    assert {tuple(row["recipe"]) for row in rows} == {
+        (f"gradient_checkpointing: {a}", f"train_batch_size: {b}") for a in ("true", "false") for b in (1, 100)
+    }
+    assert "--train_batch_size 100" in rows[2]["error"]
+    assert capsys.readouterr().out.splitlines()[-3:] == ["best recipe:", *rows[0]["recipe"]]
+
+
+def test_nano_pipeline_has_its_shape_and_is_built_once(tmp_path):
+    args = benchmark.parse_args([f"--work_dir={tmp_path}"])
+    folder = benchmark.build_pipeline(args)
+    config = WanTransformer3DModel.load_config(folder / "transformer")
+    assert (config["num_layers"], config["num_attention_heads"] * config["attention_head_dim"]) == (6, 192)
+    settings = benchmark.train_ltd.parse_args(benchmark.script_flags(args))
+    assert (settings.num_frames, settings.height, settings.width) == benchmark.SIZES["nano"]
+    changed = (folder / "model_index.json").stat().st_mtime_ns
+    assert benchmark.build_pipeline(args) == folder
+    assert (folder / "model_index.json").stat().st_mtime_ns == changed
+
+
+def test_misuse_is_refused(capsys):
+    for command, message in ((["--steps=0"], "must be positive"), (["--parts", "bare"], "add step")):
+        with pytest.raises(SystemExit):
+            benchmark.parse_args(command)
+        assert message in capsys.readouterr().err
+
+
+def test_cost_table():
+    rows = [line.strip("| ").split(" | ") for line in cost.cost_table(seconds=9.0, price=2.0).splitlines()[2:]]
+    # 482 updates of 16 clips, 9 seconds each: 69,408 s = 19.28 h on one GPU; 120 updates of 64 on 64: 1,080 s = 0.3 h
+    assert rows == [
+        ["1", "16", "482", "19.28", "19.3", "38.56"],
+        ["8", "16", "482", "2.41", "19.3", "38.56"],
+        ["64", "64", "120", "0.30", "19.2", "38.40"],
+    ]
+    assert cost.cost_table(seconds=9.0, price=None).splitlines()[2].endswith("| - |")
+
+
+def test_cost_reads_a_measurement_of_the_papers_recipe_only(tmp_path):
+    file = tmp_path / "run.json"
+    step = {"results": {"train_ltd.py": {"clips_per_second": 0.25}}}
+    run = {"model": "1.3b", "settings": {k: v for k, v in cost.SETTINGS.items() if k != "model"}, "step": step}
+    file.write_text(json.dumps(run))
+    assert cost.seconds_per_clip(str(file)) == 4
+    run["settings"]["num_frames"] = 33
+    file.write_text(json.dumps(run))
+    with pytest.raises(ValueError, match="num_frames 33 instead of 81"):
+        cost.seconds_per_clip(str(file))
+    with pytest.raises(ValueError, match="neither a file nor a number"):
+        cost.seconds_per_clip("no.json")
+    assert cost.seconds_per_clip("6.5") == 6.5
