@@ -541,6 +541,56 @@ def test_windows_that_cannot_be_reached_do_not_lose_the_video(read, tmp_path):
     assert got[0] == list(range(9)) and 2 <= len(got) <= 4
 
 
+# --- Hostile rows ----------------------------------------------------------------------------------------------------
+
+
+def test_metadata_stays_in_its_folder(flags, tmp_path):
+    """Paths upwards, absolute ones, links and URLs that lead out are skipped; a link within the folder is followed."""
+    folder = tmp_path / "data"
+    make_videos(folder, 1)
+    outside = write_video(tmp_path / "private.mp4", moving_square(5))
+    (folder / "out.mp4").symlink_to(outside)
+    (folder / "in.mp4").symlink_to("clip0.mp4")
+    (folder / "up").symlink_to(tmp_path)
+    good = ["clip0.mp4", "in.mp4", str(folder / "clip0.mp4"), "up/data/clip0.mp4"]
+    bad = ["../private.mp4", str(outside), "out.mp4", "up/private.mp4", f"file://{outside}", "http://localhost/a.mp4"]
+    write_metadata(folder, [{"file_name": name, "text": "a"} for name in good + bad])
+    args = train_ltd.parse_args(flags(train_data_dir=folder))
+    videos = train_ltd.cache_videos(args, train_ltd.build_accelerator(args), "train", None)
+    assert [v.get("reason") for v in videos] == [None] * len(good) + ["leads out of the dataset's folder"] * len(bad)
+
+
+def test_rows_of_a_hub_dataset_stay_in_its_caches(monkeypatch, tmp_path):
+    monkeypatch.setattr(train_ltd, "HUB_CACHES", (tmp_path / "hub", tmp_path / "datasets"))
+    (tmp_path / "datasets").mkdir()
+    for path in (tmp_path / "private.mp4", tmp_path / "datasets" / "a.mp4"):
+        path.write_bytes(b"a clip")
+    name = Path("somebody/clips")  # not a folder here
+    assert train_ltd.clip_source(str(tmp_path / "datasets" / "a.mp4"), name) == str(tmp_path / "datasets" / "a.mp4")
+    for value in (str(tmp_path / "private.mp4"), str(tmp_path / "hub/../private.mp4"), "http://localhost/a.mp4"):
+        for row in (value, {"path": value, "bytes": None}):
+            with pytest.raises(train_ltd.ClipError, match="leads out of the dataset's folder"):
+                train_ltd.clip_source(row, name)
+
+
+def test_limits_before_decoding(read, monkeypatch, tmp_path):
+    path = write_numbered(tmp_path / "a.mp4", 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ltd, "MAX_PIXELS", 32 * 48 - 1)
+        with pytest.raises(train_ltd.ClipError, match="too large: 48 x 32 pixels"):
+            read(path)
+    monkeypatch.setattr(train_ltd, "MAX_SECONDS", 1)
+    read(path)  # only its start is decoded
+    with pytest.raises(train_ltd.ClipError, match="too long"):
+        read(path, clips_per_video=2)
+
+
+def test_endless_caption_is_cut(prepare, log, tmp_path):
+    clips = prepare(**caption_dataset(tmp_path / "data", ["endless " * 100_000, "short"]))[0]
+    assert len(clips[0]["captions"][0]) == train_ltd.MAX_CHARACTERS - 1  # and a space at the end
+    assert len([m for m in log("WARNING") if "a.mp4: caption cut to 10000 characters" in m]) == 1
+
+
 # --- Sources ---------------------------------------------------------------------------------------------------------
 
 NAMES = [f"clip{n}.mp4" for n in range(4)]

@@ -747,6 +747,16 @@ def test_odd_trigger_words(card, trigger):
     ast.parse(code_block(text))
 
 
+def test_markup_is_escaped(card, tmp_path):
+    """Front matter and code hold it literally; in the text it must not act."""
+    folder = tmp_path / "<img src=x>"
+    folder.mkdir()
+    _, text = card(trigger_word="<script>alert(1)</script>`*", pretrained_model_name_or_path=folder)
+    body = text.split("---\n", 2)[2].replace(code_block(text), "")
+    assert "&lt;script&gt;" in body and "&lt;img" in body and "<script" not in body and "<img" not in body
+    check_table(text)
+
+
 def test_odd_name_of_the_base_folder(card, tmp_path):
     folder = tmp_path / 'odd "name" | of\\a base'
     folder.mkdir()
