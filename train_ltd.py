@@ -1164,6 +1164,7 @@ def resume(run: SimpleNamespace, args: argparse.Namespace) -> None:
         run.ema.optimization_step = run.state["ema_step"]
     load_weights(run.accelerator, run.transformer, folder / ("live" if run.ema else ""), args)
     run.accelerator.load_state(str(folder))
+    run.accelerator.step = 0  # micro-batches so far: a checkpoint of a stopped run was written between two updates
     logger.info(f"resumed {folder}, step {run.state['step']}")
 
 
