@@ -170,8 +170,8 @@ def test_cost_of_ltd(bench, monkeypatch):
     assert [row["shape"] for row in ltd["rows"]] == shapes
     assert [(row["loss"], row["compiled"]) for row in ltd["rows"]] == kinds * 2
     for row in ltd["rows"]:
-        assert row["floor"] * ltd["copy_bytes_per_second"] == 3 * 4 * torch.Size(row["shape"]).numel()
-        assert row["with_gradient"] > row["forward"] > 0
+        assert row["floor"] * ltd["copy_bytes_per_second"] == pytest.approx(12 * torch.Size(row["shape"]).numel())
+        assert row["with_gradient"] > 0 and row["forward"] > 0
         assert row["peak_bytes"] >= 4 * torch.Size(row["shape"]).numel()  # the gradient at least
         assert ("share_of_step" in row) == (row["shape"] == [1, 16, 3, 4, 6])
 
