@@ -1,5 +1,6 @@
 """examples/benchmark.py and examples/cost.py: what they count, not how fast it is."""
 
+import gc
 import itertools
 import json
 
@@ -143,6 +144,16 @@ def test_script_bare_loop_and_adapter_train_the_same(bench, tmp_path, capsys, tr
     assert step["results"]["train_ltd.py"]["peak_memory_gib"] > 0
     header, first = capsys.readouterr().out.splitlines()[:2]
     assert header.split() == ["train_ltd.py", "bare", "loop", "other"] and first.startswith("seconds_per_step")
+
+
+def test_the_scripts_model_is_gone_before_the_next_one_is_built(flags, tmp_path):
+    settings = settings_for(flags, tmp_path, max_train_steps=4)
+    train_ltd.free_memory()
+    before = sum(type(thing) is WanTransformer3DModel for thing in gc.get_objects())
+    watch = benchmark.time_script(settings, warmup=1, steps=2)
+    train_ltd.free_memory()
+    assert len(watch.batches) == 3
+    assert sum(type(thing) is WanTransformer3DModel for thing in gc.get_objects()) <= before
 
 
 def test_ltd_weights_have_a_clock_of_their_own(bench):
