@@ -52,9 +52,9 @@ from ltd_loss import latent_temporal_discrepancy, ltd_weights
 NANO = {
     "pretrained_model_name_or_path": str(ROOT / "examples/nano/wan-nano"), "height": 96, "width": 96,
     "num_frames": 33, "fps": 16, "train_type": "full", "train_batch_size": 8, "mixed_precision": "bf16",
-    "learning_rate": 3e-4, "lr_warmup_steps": 5, "validation_split": 0.125, "gradient_checkpointing": False,
+    "learning_rate": 3e-4, "lr_warmup_steps": 5, "validation_split": 0.1667, "gradient_checkpointing": False,
 }  # fmt: skip
-NANO_CLIPS = {"mix": "dynamic", "count": 576, "seed": 1}
+NANO_CLIPS = {"mix": "dynamic", "count": 384, "seed": 1}
 LORA = {"train_type": "lora", "rank": 16}
 LORA_RATE = 5.0  # times the learning rate of full fine-tuning, as LoRA's fresh weights need it
 PRIMARY_METRICS = ("held_out/mse_object", "videos/direction_error")
@@ -243,7 +243,7 @@ def load_model(arm_name: str, args: argparse.Namespace) -> WanTransformer3DModel
     base = args.pretrained_model_name_or_path
     if arm_name != "base" and args.train_type == "full":
         base = args.output_dir
-    transformer = WanTransformer3DModel.from_pretrained(base, subfolder="transformer", torch_dtype=torch.float32)
+    transformer = WanTransformer3DModel.from_pretrained(base, subfolder="transformer", dtype=torch.float32)
     if arm_name != "base" and args.train_type == "lora":
         transformer.load_lora_adapter(args.output_dir, weight_name=train_ltd.LORA_FILE)
     return transformer.to(device).eval()
@@ -317,7 +317,7 @@ def video_scores(arm_name: str, seed: int, data: dict, run_args: argparse.Namesp
     Scores of videos generated for held-out captions: on the nano Wan against their captions, dynamic ones of one
     sprite, and half as many calm ones for what was forgotten; of another model only what needs no ground truth.
     """
-    pipeline = WanPipeline.from_pretrained(run_args.pretrained_model_name_or_path, torch_dtype=torch.float32)
+    pipeline = WanPipeline.from_pretrained(run_args.pretrained_model_name_or_path, dtype=torch.float32)
     pipeline.register_modules(transformer=load_model(arm_name, run_args))
     pipeline.to(pipeline.transformer.device)
     if args.own_data:

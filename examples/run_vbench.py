@@ -8,7 +8,6 @@ import argparse
 import importlib.metadata
 import json
 import os
-import types
 
 import torch
 import vbench
@@ -26,7 +25,7 @@ def keep_static(videos_dir, output_dir, device):
     model = init_submodules(["dynamic_degree"])["dynamic_degree"]["model"]
     settings = {"small": False, "mixed_precision": False, "alternate_corr": False, "store_name": "static.json"}
     settings |= {"videos_path": videos_dir, "result_path": output_dir, "filter_scope": "temporal_flickering"}
-    static_filter.static_filter(types.SimpleNamespace(model=model, **settings))
+    static_filter.static_filter(argparse.Namespace(model=model, **settings))
     kept = os.path.join(output_dir, "filtered_videos")
     if not os.listdir(kept):
         raise ValueError("VBench's static filter finds none of the flicker prompts' videos static")

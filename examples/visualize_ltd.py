@@ -62,12 +62,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     commands.add_parser("report", help="histogram of LTD, stillest and wildest clips, suspected cuts", **style)
     curves = commands.add_parser("curves", help="Fig. 3: LTD and error over latent frames", **style)
     maps = commands.add_parser("maps", help="Fig. 1: video, LTD, noise prediction, squared error", **style)
+    levels, repeatable = {curves: list(train_ltd.EVAL_SIGMAS), maps: [0.5]}, {curves: "; repeatable", maps: ""}
     for command in (curves, maps):
-        add, default = command.add_argument, list(train_ltd.EVAL_SIGMAS) if command is curves else [0.5]
-        add("--lora", action="append", default=[], help="tuned model: LoRA on the base; file, folder or Hub id")
-        add("--transformer", action="append", default=[], help="tuned model: a fine-tune in the base's place")
-        nargs = "+" if command is curves else 1
-        add("--sigma", type=float, nargs=nargs, default=default, help="noise level in (0, 1); 1 would be pure noise")
+        add, more, default = command.add_argument, repeatable[command], levels[command]
+        add("--lora", action="append", default=[], help=f"tuned: LoRA (file, folder or Hub id) on the base{more}")
+        add("--transformer", action="append", default=[], help=f"tuned: a fine-tune in the base's place{more}")
+        text = f"noise level in (0, 1), where 1 would be pure noise (default: {' '.join(map(str, default))})"
+        add("--sigma", type=float, nargs="+" if command is curves else 1, default=default, help=text)
     source = maps.add_mutually_exclusive_group(required=True)
     source.add_argument("--video", help="clip, cut to size as for training: --height, --width, --num_frames, --fps")
     source.add_argument("--latents", help="safetensors with normalised `latents`, (C, F, H, W) or (B, C, F, H, W)")
@@ -216,7 +217,10 @@ def video_frames(rows: list[Row]) -> np.ndarray:
 
 
 def make_maps(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """`ltd_maps.png` and `ltd_maps.mp4` of one clip; with `--latents` their main component stands for the video."""
+    """
+    `ltd_maps.png` and `ltd_maps.mp4` of one clip. With `--latents` their main component stands for the video; it is
+    also what is shown of the noise prediction. The error is that of the flow, which training minimises.
+    """
     folder, fps = Path(args.output_dir), args.fps
     if args.latents:
         latents, fps = read_latents(args.latents), args.fps / 4
@@ -229,7 +233,7 @@ def make_maps(args: argparse.Namespace, accelerator: Accelerator) -> None:
         except (OSError, ValueError) as error:
             raise ValueError(f"--video {args.video}: {error}; see --num_frames and --fps") from error
         latents = train_ltd.encode_clip(train_ltd.load_vae(args, accelerator.device), frames).cpu()
-        pictures = frames.permute(0, 2, 3, 1).numpy() / 255
+        pictures = frames.permute(0, 2, 3, 1).numpy() / np.float32(255)
     ltd = torch.log(math.e + latent_temporal_discrepancy(latents[None])[0]).numpy()
     title = [f"“{args.prompt}”" if args.prompt else Path(args.video or args.latents).name]
     spread = f"{ltd.min():.2f} to {ltd.max():.2f}, mean {ltd.mean():.2f}"
@@ -254,7 +258,8 @@ def make_maps(args: argparse.Namespace, accelerator: Accelerator) -> None:
         rows += [Row("noise\nprediction", shown, ScalarMappable(Normalize(-3, 3), "gray"))]
         rows += [Row("squared\nerror", error, heat(error, 0, "viridis"))]
         name = [*args.lora, *args.transformer, args.pretrained_model_name_or_path][0]
-        title += [f"{name}: sigma {args.sigma[0]:g}, noise of seed {args.seed}, mean squared error {error.mean():.3f}"]
+        settings = f"sigma {args.sigma[0]:g}, noise of seed {args.seed}"
+        title += [f"{name}: {settings}, mean squared error of the flow {error.mean():.3f}"]
     title = "\n".join(textwrap.fill(line, 100) for line in title)
     draw_strip(rows, title, fps).savefig(folder / "ltd_maps.png")
     write_video(video_frames(rows), folder / "ltd_maps.mp4", fps)

@@ -19,6 +19,7 @@ def chromium():
     if path is None:
         pytest.skip(f"no browser ({', '.join(NAMES)}): apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path)  # its default is --no-sandbox, as a container needs
+        # Without a sandbox by default, as a container needs it; a busy machine takes its time.
+        browser = playwright.chromium.launch(executable_path=path, timeout=180_000)
         yield browser
         browser.close()

@@ -1,5 +1,6 @@
 """examples/benchmark.py and examples/cost.py: what they count, not how fast it is."""
 
+import gc
 import itertools
 import json
 
@@ -145,6 +146,16 @@ def test_script_bare_loop_and_adapter_train_the_same(bench, tmp_path, capsys, tr
     assert header.split() == ["train_ltd.py", "bare", "loop", "other"] and first.startswith("seconds_per_step")
 
 
+def test_the_scripts_model_is_gone_before_the_next_one_is_built(flags, tmp_path):
+    settings = settings_for(flags, tmp_path, max_train_steps=4)
+    train_ltd.free_memory()
+    before = sum(type(thing) is WanTransformer3DModel for thing in gc.get_objects())
+    watch = benchmark.time_script(settings, warmup=1, steps=2)
+    train_ltd.free_memory()
+    assert len(watch.batches) == 3
+    assert sum(type(thing) is WanTransformer3DModel for thing in gc.get_objects()) <= before
+
+
 def test_ltd_weights_have_a_clock_of_their_own(bench):
     results = bench("--parts", "step", "--loss=ltd")
     assert results["step"]["results"]["train_ltd.py"]["LTD weights"] > 0
@@ -170,8 +181,8 @@ def test_cost_of_ltd(bench, monkeypatch):
     assert [row["shape"] for row in ltd["rows"]] == shapes
     assert [(row["loss"], row["compiled"]) for row in ltd["rows"]] == kinds * 2
     for row in ltd["rows"]:
-        assert row["floor"] * ltd["copy_bytes_per_second"] == 3 * 4 * torch.Size(row["shape"]).numel()
-        assert row["with_gradient"] > row["forward"] > 0
+        assert row["floor"] * ltd["copy_bytes_per_second"] == pytest.approx(12 * torch.Size(row["shape"]).numel())
+        assert row["with_gradient"] > 0 and row["forward"] > 0
         assert row["peak_bytes"] >= 4 * torch.Size(row["shape"]).numel()  # the gradient at least
         assert ("share_of_step" in row) == (row["shape"] == [1, 16, 3, 4, 6])
 

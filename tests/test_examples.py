@@ -19,7 +19,7 @@ ACTIONS = {a.dest: a for a in train_ltd.build_parser()._actions}
 
 
 def test_all_recipes_are_there():
-    assert {"paper_full.yaml", "lora_1.3b.yaml", "lora_14b.yaml", "nano.yaml"} <= {p.name for p in RECIPES}
+    assert {"paper_full.yaml", "lora_1.3b.yaml", "lora_14b.yaml", "nano.yaml", "nano_base.yaml", "real_clips.yaml"} <= {p.name for p in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

@@ -523,7 +523,10 @@ def launch(command_line: list[str], processes: int) -> subprocess.Popen:
 def test_two_processes_share_the_videos_and_make_the_same(run, flags, tmp_path):
     alone = run("alone", num_samples=2)
     process = launch(flags("shared", num_samples=2), 2)
-    _, errors = process.communicate(timeout=600)
+    try:
+        _, errors = process.communicate(timeout=600)
+    finally:
+        process.terminate()  # the launcher stops its ranks
     assert process.returncode == 0, errors
     assert "rank 0 of 2: 3 of 6 missing videos" in errors and "rank 1 of 2: 3 of 6 missing videos" in errors
     assert "6/6" in errors  # the bar
@@ -540,7 +543,8 @@ def test_a_killed_run_leaves_whole_videos_and_goes_on(run, flags, tmp_path):
     deadline = time.time() + 300
     while len(list(folder.glob("*.mp4"))) < 2 and process.poll() is None and time.time() < deadline:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     made = contents(folder)
     assert 2 <= len(made) < 90

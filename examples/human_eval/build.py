@@ -189,6 +189,13 @@ def make_study(pairs: dict[str, dict], labels: list[str], practice: int, repeats
     return study, key
 
 
+def write_page(study: dict, folder: Path) -> None:
+    """Write `index.html`: the template with the study's data in it."""
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    data = json.dumps(study).replace("<", "\\u003c")  # a prompt may hold </script>
+    (folder / "index.html").write_text(template.replace(">STUDY<", f">{data}<"), encoding="utf-8")
+
+
 def refuse(problems: list[str]) -> None:
     if problems:
         raise SystemExit(f"No study was built, {len(problems)} problem(s):\n- " + "\n- ".join(problems))
@@ -234,9 +241,7 @@ def main(args: argparse.Namespace) -> None:
         if alike:
             print(f"Warning: both videos are the same in {len(alike)} pair(s): {', '.join(alike)}")
         study, key = make_study(pairs, args.labels, args.practice, repeats)
-        template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-        data = json.dumps(study).replace("<", "\\u003c")  # a prompt may hold </script>
-        (partial / "index.html").write_text(template.replace(">STUDY<", f">{data}<"), encoding="utf-8")
+        write_page(study, partial)
         key_path.touch(mode=0o600, exist_ok=False)
         key_path.write_text(json.dumps(key, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         partial.rename(folder)

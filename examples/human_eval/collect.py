@@ -4,7 +4,7 @@
 
 Annotators open the address that is printed. It is open to this machine only, unless `--host 0.0.0.0`: there is no
 password and no encryption, so only in a network you trust, or behind a proxy that has both. Each vote is on the disk
-before the page hears that it arrived. A vote that comes twice is written once: pages send again what was not confirmed.
+before the page hears that it arrived. A vote that comes twice is written once: pages repeat what was not confirmed.
 """
 
 import argparse

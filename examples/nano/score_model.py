@@ -58,7 +58,7 @@ def score(video, text):
 
 def load_pipeline(path, transformer=None):
     """The pipeline in `path` in float32, with another transformer's folder if one is given."""
-    pipeline = WanPipeline.from_pretrained(path, torch_dtype=torch.float32)
+    pipeline = WanPipeline.from_pretrained(path, dtype=torch.float32)
     if transformer:
         pipeline.register_modules(transformer=WanTransformer3DModel.from_pretrained(transformer))
     return pipeline

@@ -1,0 +1,214 @@
+"""The ablation's weights are what their names say, its statistics are right, and a run can be taken up again."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "nano")]
+
+import ablation  # noqa: E402
+import sprites  # noqa: E402
+
+import train_ltd  # noqa: E402
+from ltd_loss import ltd_weights  # noqa: E402
+
+EXPLORATORY_MAPS = ["per_frame", "per_clip", "normalized", "without_gap_0", "scale_4", "scale_16", "scale_64"]
+PIXEL_MAPS = ["frame_residual", "flow", "motion_mask"]
+
+
+@pytest.fixture(scope="module")
+def batches():
+    """Twelve clips of latents as batches of one, wilder from clip to clip, and their names."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randn(12, 16, 9, 6, 6, generator=generator) * torch.linspace(0.1, 0.6, 12).view(-1, 1, 1, 1, 1)
+    latents = torch.randn(12, 16, 1, 6, 6, generator=generator) + steps.cumsum(dim=2)
+    return [{"latents": clip[None], "name": [str(number)]} for number, clip in enumerate(latents)]
+
+
+@pytest.fixture(scope="module")
+def data(batches):
+    """What `training_set` measures on a data set."""
+    ltd = torch.cat([ltd_weights(batch["latents"]) for batch in batches])
+    data = {"ltd_mean": ltd.mean().item(), "ltd_std": ltd.std().item(), "ltd_profile": ltd.mean(dim=(0, 2, 3))}
+    frames = np.random.default_rng(0).integers(0, 255, (33, 48, 48, 3)).astype(np.uint8)
+    maps = {str(i): ablation.pixel_maps(np.roll(frames, i, axis=1), (9, 6, 6)) for i in range(12)}
+    data["maps"] = {name: {clip: maps[clip][name] for clip in maps} for name in PIXEL_MAPS}
+    data["moments"] = {}
+    for name in EXPLORATORY_MAPS + PIXEL_MAPS:
+        values = torch.cat([ablation.raw_weights(name, batch, data) for batch in batches])
+        data["moments"][name] = (values.mean().item(), values.std().item())
+    return data
+
+
+@pytest.fixture(scope="module")
+def batch(batches):
+    return {key: torch.cat([b[key] for b in batches]) for key in ("latents",)} | {
+        "name": [b["name"][0] for b in batches]
+    }
+
+
+def test_key_arms_are_what_they_are_called(batch, data):
+    ltd = ablation.raw_weights("ltd", batch, data)
+    assert torch.equal(ltd, ltd_weights(batch["latents"]))
+    assert torch.equal(ablation.raw_weights("mse", batch, data), torch.ones_like(ltd))
+    assert ablation.raw_weights("ltd_unit_mean", batch, data).mean() == pytest.approx(1, abs=1e-5)
+    other = ablation.raw_weights("other_clip", batch, data)
+    assert torch.equal(other[1:], ltd[:-1]) and torch.equal(other[0], ltd[-1])
+    position = ablation.raw_weights("position_only", batch, data)
+    torch.testing.assert_close(position.mean(dim=(2, 3)), ltd.mean(dim=(0, 2, 3)).expand(12, 9))
+    assert torch.equal(position.amax(dim=(0, 2, 3)), position.amin(dim=(0, 2, 3)))
+
+
+@pytest.mark.parametrize("name", [arm for arm in ablation.ARMS if ablation.ARMS[arm].matched])
+def test_exploratory_maps_have_the_mean_and_spread_of_ltd(name, batch, data):
+    weights = ablation.arm_weights(batch, None, arm=ablation.ARMS[name], data=data)
+    assert weights.shape == batch["latents"][:, 0].shape and weights.min() >= 0
+    if ablation.arm_weights(batch, None, arm=ablation.ARMS[name], data=data).min() > 0:  # nothing was clamped
+        assert weights.mean() == pytest.approx(data["ltd_mean"], rel=1e-3)
+        assert weights.std() == pytest.approx(data["ltd_std"], rel=1e-2)
+
+
+def test_maps_without_space_or_time(batch, data):
+    per_frame = ablation.raw_weights("per_frame", batch, data)
+    assert torch.equal(per_frame[..., 0, 0], per_frame[..., -1, -1])
+    per_clip = ablation.raw_weights("per_clip", batch, data)
+    assert torch.equal(per_clip[:, 0], per_clip[:, -1]) and not torch.equal(per_clip[0], per_clip[-1])
+
+
+def test_without_gap_0_ignores_the_first_frame(batch, data):
+    changed = batch["latents"].clone()
+    changed[:, :, 0] += 10
+    before = ablation.raw_weights("without_gap_0", batch, data)
+    assert torch.equal(before, ablation.raw_weights("without_gap_0", batch | {"latents": changed}, data))
+
+
+def test_unknown_weights_are_refused(batch, data):
+    with pytest.raises(ValueError, match="no_such"):
+        ablation.raw_weights("no_such", batch, data)
+
+
+def test_pixel_maps_lie_where_the_object_moves():
+    for index in range(100):
+        spec = sprites.clip_spec("dynamic", 0, "heldout", index)
+        if len(spec.sprites) == 1 and spec.sprites[0].speed == "quickly" and not spec.pan:
+            break
+    video, truth = sprites.render_clip(spec)
+    objects = ablation.latent_mask(truth["mask"] > 0, (9, 12, 12))
+    for name, value in ablation.pixel_maps(video, (9, 12, 12)).items():
+        assert value.shape == (9, 12, 12)
+        value = value - value.min()  # MotiF adds 1 everywhere
+        assert value[objects].mean() > 3 * value[~objects].mean(), name
+
+
+def test_latent_mask_keeps_the_first_frame_apart():
+    mask = np.zeros((5, 16, 16), bool)
+    mask[0, :8, :8] = True  # one picture, one latent frame
+    mask[1:3, 8:, 8:] = True  # half of the four pictures of the second
+    expected = torch.zeros(2, 2, 2, dtype=torch.bool)
+    expected[0, 0, 0] = expected[1, 1, 1] = True
+    assert torch.equal(ablation.latent_mask(mask, (2, 2, 2)), expected)
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+
+
+def test_holm_on_a_worked_example():
+    # 0.01 * 4; max(0.03 * 3, .); max(0.03 * 3, 0.04 * 2); 0.05 stays behind
+    assert ablation.holm([0.04, 0.01, 0.03, 0.05]) == pytest.approx([0.09, 0.04, 0.09, 0.09])
+    assert ablation.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def runs_of(values: dict[str, list[float]]) -> list[dict]:
+    return [
+        {"arm": arm, "seed": seed, "settings": {}, "scores": {"held_out/mse_object": value}}
+        for arm, column in values.items()
+        for seed, value in enumerate(column)
+    ]
+
+
+def test_contrast_is_paired_by_seed():
+    mse, gain = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.1, 0.2, 0.1, 0.2])
+    runs = runs_of({"ltd": list(mse - gain), "mse": list(mse)})[::-1]
+    row = ablation.contrast(runs, "ltd", "mse", "held_out/mse_object")
+    half = 3.182446305284263 * gain.std(ddof=1) / 2  # t of 3 degrees of freedom at 97.5 %
+    assert row["seeds"] == 4
+    assert row["difference"] == pytest.approx([-0.15, -0.15 - half, -0.15 + half])
+    assert row["relative"][0] == pytest.approx(-0.15 / 2.5)
+    assert row["p"] == pytest.approx(0.0138, abs=2e-4)
+
+
+def test_contrast_without_seeds_in_common_says_nothing():
+    runs = [run for run in runs_of({"ltd": [1, 2], "mse": [1, 2]}) if (run["arm"] == "ltd") == (run["seed"] == 0)]
+    row = ablation.contrast(runs, "ltd", "mse", "held_out/mse_object")
+    assert row["seeds"] == 0 and math.isnan(row["p"])
+
+
+def test_the_table_shows_what_results_hold(tmp_path):
+    values = {"mse": [1.0, 1.1, 1.2], "ltd": [0.9, 1.05, 1.0], "other_clip": [1, 1, 1], "position_only": [1, 1, 2]}
+    results = ablation.summarise(runs_of(values))
+    assert [row["control"] for row in results["primary_contrasts"]] == ["mse", "other_clip", "position_only"]
+    table = ablation.write_table(results)
+    for row in results["primary_contrasts"]:
+        assert f"| {row['arm']} - {row['control']} | {row['metric']} | 3 | {row['difference'][0]:+.4f}" in table
+    assert "| held_out/mse_object | 1.100 ± 0.248 |" in table
+    ablation.draw(results, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+def test_arms_by_group_and_by_name():
+    args, passed = ablation.parse_args(["--arms", "key", "scale_16", "--learning_rate=1e-3"])
+    assert args.arms == ["base", "mse", "ltd", "ltd_unit_mean", "other_clip", "position_only", "scale_16"]
+    assert passed == ["--learning_rate=1e-3"] and not args.own_data
+    with pytest.raises(SystemExit):
+        ablation.parse_args(["--arms", "nothing"])
+
+
+@pytest.fixture
+def small_ablation(tiny_wan, clips, tmp_path):
+    """Command line of an ablation of a tiny model on real clips, as users have them."""
+    flags = {"pretrained_model_name_or_path": tiny_wan, "train_data_dir": clips, "validation_split": 0.3}
+    flags |= {"height": 32, "width": 48, "num_frames": 9, "rank": 4, "learning_rate": 1e-2, "train_batch_size": 2}
+    line = [f"--{key}={value}" for key, value in flags.items()]
+    return ["--output_dir", str(tmp_path / "out"), "--steps", "1", "--num_videos", "1", *line, "--skip_vae_check"]
+
+
+def test_own_model_and_data(small_ablation, tmp_path):
+    pytest.importorskip("cv2", reason="the DIS dynamic degree needs opencv-python-headless")
+    ablation.main(*ablation.parse_args([*small_ablation, "--arms", "base", "mse", "ltd", "flow", "--seeds", "1"]))
+    runs = ablation.read_runs(tmp_path / "out" / "runs.jsonl")
+    assert [run["arm"] for run in runs] == ["base", "mse", "ltd", "flow"]
+    scores = {run["arm"]: run["scores"] for run in runs}
+    assert all(np.isfinite(scores[arm]["held_out/mse"]) for arm in scores)
+    assert len({scores[arm]["held_out/mse"] for arm in scores}) == 4  # one weight, one result
+    assert "videos/temporal_flickering" in scores["ltd"] and "held_out/mse_object" not in scores["ltd"]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["means"]["ltd"]["held_out/mse"][0] == scores["ltd"]["held_out/mse"]
+
+    # The same command does nothing again; one seed more adds its runs only.
+    before = (tmp_path / "out" / "runs.jsonl").read_text()
+    ablation.main(*ablation.parse_args([*small_ablation, "--arms", "base", "--seeds", "2"]))
+    assert (tmp_path / "out" / "runs.jsonl").read_text().startswith(before)
+    assert len(ablation.read_runs(tmp_path / "out" / "runs.jsonl")) == 5
+    with pytest.raises(ValueError, match="other settings"):
+        ablation.main(*ablation.parse_args([*small_ablation, "--arms", "base", "--rank=8"]))
+
+
+def test_equal_seeds_see_equal_noise_whatever_the_weight(small_ablation, tmp_path):
+    """Arm `mse` is the script's own --loss mse, to the bit."""
+    args, passed = ablation.parse_args([*small_ablation, "--arms", "mse", "--seeds", "1", "--keep_weights"])
+    ablation.main(args, passed)
+    ours = train_ltd.load_file(tmp_path / "out" / "mse-0" / train_ltd.LORA_FILE)
+    ablation.reset_accelerate()
+    line = [*passed, f"--output_dir={tmp_path / 'plain'}", f"--cache_dir={tmp_path / 'out' / 'cache'}", "--loss=mse"]
+    train_ltd.main(train_ltd.parse_args([*line, "--max_train_steps=1", "--seed=0", "--report_to=none"]))
+    theirs = train_ltd.load_file(tmp_path / "plain" / train_ltd.LORA_FILE)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
