@@ -102,7 +102,8 @@ def test_only_a_later_signal_ends_the_process(monkeypatch):
 def test_launcher_that_is_terminated(run, flags, tmp_path, processes):
     """Only the launcher gets the signal. With one process it dies of it at once, and passes nothing on."""
     folder = tmp_path / "run"
-    command = launcher(processes) + flags(max_train_steps=100_000, checkpointing_steps=100_000)
+    kwargs = {"checkpointing_steps": 100_000, "lr_scheduler": "constant"}  # others depend on the number of steps
+    command = launcher(processes) + flags(max_train_steps=100_000, **kwargs)
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 300
@@ -118,7 +119,7 @@ def test_launcher_that_is_terminated(run, flags, tmp_path, processes):
     assert saved["settings"]["samples_per_update"] == processes
     # Two processes are two micro-batches: one goes on where they stopped, to where it would have come alone.
     step = saved["state"]["step"] + 1
-    kwargs = {"max_train_steps": step, "checkpointing_steps": 100_000, "gradient_accumulation_steps": processes}
+    kwargs |= {"max_train_steps": step, "gradient_accumulation_steps": processes}
     resumed = run(resume_from_checkpoint="latest", **kwargs)
     assert same(resumed, run(output_dir=tmp_path / "alone", **kwargs))
 
