@@ -36,6 +36,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -112,6 +113,7 @@ MAX_BAD_STEPS = 10
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # spot notice, Slurm, Ctrl-C
 SAME_NOTICE = 3.0  # seconds in which a launcher and a process group may both deliver one notice
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped early with a checkpoint, start again
+CHECKPOINT_BRANCH = "checkpoints"  # of the Hub's repository
 SUMS_FILE = "SHA256SUMS"  # in a checkpoint, as `sha256sum -c` reads it
 DAMAGE = (SafetensorError, ValueError, KeyError, TypeError)  # what reading a damaged cache entry raises
 RETRY_DELAYS = (1, 2, 4, 8, 16)  # seconds between tries at the Hub
@@ -209,7 +211,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="outputs", help="where everything is written")
     add("--checkpointing_steps", type=int, default=250, help="write checkpoint-STEP every so many updates")
     add("--checkpoints_total_limit", type=int, help="keep only so many checkpoints, the newest")
-    add("--resume_from_checkpoint", help="'latest', or the path of a checkpoint")
+    add("--resume_from_checkpoint", help="'latest', 'hub' (the newest there), or the path of one")
     add("--eval_steps", type=int, default=250, help="held-out errors every so many updates, and before the first")
     add("--max_eval_clips", type=int, default=32, help="held-out clips used for them")
     add("--validation_prompt", action="append", help="sample this prompt while training; repeatable")
@@ -223,6 +225,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("Hub (log in with `hf auth login` or HF_TOKEN)").add_argument
     add("--push_to_hub", action=switch, default=False, help="create the repository first, upload to it at the end")
+    add("--push_checkpoints_to_hub", action=switch, default=False, help="in the background, to the branch checkpoints")
     add("--hub_model_id", help="repository, user/name (default: the name of the output folder)")
     add("--hub_private_repo", action=switch, default=False, help="create it private")
     add("--license", default="apache-2.0", help="for the card; apache-2.0 is Wan2.1's, your clips may ask for another")
@@ -290,7 +293,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     count, window, low, high = args.num_frames, args.ltd_window, args.min_sigma, args.max_sigma
     frames = max(1, round((count - 1) / 4) * 4 + 1)
     packages = [args.report_to] * (args.report_to != "none") + ["bitsandbytes"] * (args.optimizer == "adamw8bit")
-    complete = resume in (None, "latest") or Path(resume, "settings.json").is_file()
+    complete = resume in (None, "latest", "hub") or Path(resume, "settings.json").is_file()
     no_bf16 = args.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False)
     checks = [
         *((values[k] is not None and not values[k] > 0, f"--{k} must be positive, got {values[k]}") for k in positive),
@@ -309,6 +312,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         ((path or "").endswith("tensors") and not os.path.isfile(path), f"--transformer_path {path} does not exist"),
         (not complete, f"--resume_from_checkpoint {resume} is not a complete checkpoint (it has no settings.json)"),
         *((not importlib.util.find_spec(p), f"a package is missing: pip install {p}") for p in packages),
+        (resume == "hub" and not args.push_checkpoints_to_hub, "hub goes with --push_checkpoints_to_hub"),
         (no_bf16, "--mixed_precision bf16: this GPU has no bf16; use no"),
     ]
     problems = [message for wrong, message in checks if wrong]
@@ -1078,7 +1082,11 @@ def load_weights(accelerator: Accelerator, transformer: torch.nn.Module, folder:
 def list_checkpoints(output_dir: str) -> list[Path]:
     """The complete ones, oldest first."""
     found = [path.parent for path in Path(output_dir).glob("checkpoint-*/settings.json")]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(found, key=lambda path: checkpoint_step(path.name))
+
+
+def checkpoint_step(name: str) -> int:
+    return int(name.split("-")[1])
 
 
 @contextlib.contextmanager
@@ -1138,7 +1146,50 @@ def save_checkpoint(run: SimpleNamespace, args: argparse.Namespace) -> None:
             partial.rename(folder)
             for old in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
                 shutil.rmtree(old)
+    if run.checkpoint_repo:
+        push_checkpoint(run, folder, args)
     accelerator.wait_for_everyone()
+
+
+def push_checkpoint(run: SimpleNamespace, folder: Path, args: argparse.Namespace) -> None:
+    """In the background, from links that outlive the folder; left out while an earlier one is under way."""
+    if run.upload and run.upload.is_alive():
+        return logger.warning(f"{folder.name} is not uploaded: the network is busy with an earlier one")
+    staging = folder.with_name(f".{folder.name}.upload")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(folder, staging / folder.name, copy_function=os.link)
+    run.upload = threading.Thread(target=upload_checkpoint, args=(run.checkpoint_repo, staging, args))
+    run.upload.start()
+
+
+def upload_checkpoint(repo_id: str, staging: Path, args: argparse.Namespace) -> None:
+    """One commit that also removes what the limit drops. Training does not die of what goes wrong here."""
+    try:
+        names = hub_checkpoints(repo_id) | {path.name for path in staging.iterdir()}
+        stale = sorted(names, key=checkpoint_step)[: -(args.checkpoints_total_limit or sys.maxsize)]
+        upload = {"repo_id": repo_id, "folder_path": staging, "revision": CHECKPOINT_BRANCH}
+        upload |= {"delete_patterns": [f"{name}/*" for name in stale], "commit_message": "Checkpoint"}
+        with_retries(huggingface_hub.upload_folder, **upload)
+    except Exception as error:
+        logger.warning(f"{staging.name} failed, training goes on: {error}")
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def hub_checkpoints(repo_id: str) -> set[str]:
+    """Names of those on the Hub that have their sums; the sums tell whether all files are there."""
+    files = with_retries(huggingface_hub.list_repo_files, repo_id, revision=CHECKPOINT_BRANCH)
+    return {match[1] for file in files if (match := re.fullmatch(rf"(checkpoint-\d+)/{SUMS_FILE}", file))}
+
+
+def fetch_checkpoint(repo_id: str, output_dir: str) -> None:
+    """The newest intact one of the Hub, beside those that are there: downloaded elsewhere, then renamed."""
+    kwargs = {"revision": CHECKPOINT_BRANCH, "local_dir": Path(output_dir, ".fetched")}
+    for name in sorted(hub_checkpoints(repo_id), key=checkpoint_step, reverse=True):
+        if not Path(output_dir, name).exists():
+            with_retries(huggingface_hub.snapshot_download, repo_id, allow_patterns=f"{name}/*", **kwargs)
+            (kwargs["local_dir"] / name).rename(Path(output_dir, name))
+        if is_intact(Path(output_dir, name)):
+            return
 
 
 def resume(run: SimpleNamespace, args: argparse.Namespace) -> None:
@@ -1146,9 +1197,13 @@ def resume(run: SimpleNamespace, args: argparse.Namespace) -> None:
     asked = args.resume_from_checkpoint
     if not asked:
         return
-    candidates = reversed(list_checkpoints(args.output_dir)) if asked == "latest" else [Path(asked)]
+    if asked == "hub" and run.checkpoint_repo:
+        fetch_checkpoint(run.checkpoint_repo, args.output_dir)
+    run.accelerator.wait_for_everyone()
+    by_name = asked not in ("latest", "hub")
+    candidates = [Path(asked)] if by_name else reversed(list_checkpoints(args.output_dir))
     folder = next((c for c in candidates if is_intact(c)), None)
-    if not folder and asked != "latest":
+    if not folder and by_name:
         raise ValueError(f"--resume_from_checkpoint {asked} is damaged; take an older one, or latest")
     if not folder:
         return logger.warning(f"no checkpoint in {args.output_dir} to resume from: starting afresh")
@@ -1303,6 +1358,8 @@ def create_hub_repo(args: argparse.Namespace) -> str:
     try:
         url = with_retries(huggingface_hub.create_repo, name, private=args.hub_private_repo or None, exist_ok=True)
         with_retries(huggingface_hub.auth_check, url.repo_id, write=True)
+        if args.push_checkpoints_to_hub:
+            with_retries(huggingface_hub.create_branch, url.repo_id, branch=CHECKPOINT_BRANCH, exist_ok=True)
     except (*HUB_ERRORS, huggingface_hub.errors.LocalTokenNotFoundError) as error:
         remedy = "Log in with `hf auth login`, or set HF_TOKEN to a token with write access, and check --hub_model_id"
         raise ValueError(f"--push_to_hub: cannot write to {name} ({error}). {remedy}.") from error
@@ -1432,7 +1489,7 @@ def lock_folder(accelerator: Accelerator, folder: str) -> io.IOBase:
 def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> SimpleNamespace:
     """What a run works with: data, model, optimizer and schedule, prepared by accelerate, and its `state`."""
     clips, held_out, captions = prepare_data(args, accelerator)
-    run = SimpleNamespace(accelerator=accelerator, index=index, captions=captions, ema=None)
+    run = SimpleNamespace(accelerator=accelerator, index=index, captions=captions, ema=None, upload=None)
     # Goes into checkpoints; `bad_steps` are those skipped in a row, `name` is the tracker's for this run.
     run.state = {"step": 0, "skipped_steps": 0, "bad_steps": 0}
     run.state["name"] = f"{Path(args.output_dir).resolve().name}-{int(time.time())}"
@@ -1610,11 +1667,12 @@ def main(args: argparse.Namespace) -> None:
     with lock_folder(accelerator, args.output_dir):
         # 1. What can be refused is refused before anything is paid for
         index = check_model(args)
-        publishes = args.push_to_hub and accelerator.is_main_process and not args.dry_run
-        repo_id = create_hub_repo(args) if publishes else None
+        pushes = (args.push_to_hub or args.push_checkpoints_to_hub) and not args.dry_run
+        repo_id = create_hub_repo(args) if pushes and accelerator.is_main_process else None
 
         # 2. Data, model, optimizer
         run = set_up(args, accelerator, index)
+        run.checkpoint_repo = repo_id if args.push_checkpoints_to_hub else None
         if args.dry_run:
             return dry_run(run, args)
 
@@ -1631,12 +1689,15 @@ def main(args: argparse.Namespace) -> None:
                 train(run, args)
         if run.state["step"] < run.max_steps:
             logger.warning(f"stopped at step {run.state['step']}; to go on, add --resume_from_checkpoint latest")
+            if run.checkpoint_repo and run.upload.is_alive():
+                run.upload.join()  # now there is nothing to hold up: the newest one follows
+                push_checkpoint(run, list_checkpoints(args.output_dir)[-1], args)
             accelerator.end_training()
             sys.exit(EXIT_STOPPED)
 
         # 5. Weights, card, Hub
         run.facts["hardware"] += f", {(time.monotonic() - started) / 3600:.2f} h"
-        finish(run, repo_id, args)
+        finish(run, repo_id if args.push_to_hub else None, args)
         accelerator.end_training()
         logger.info(f"done; look into {args.output_dir}")
 

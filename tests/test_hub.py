@@ -266,6 +266,51 @@ def test_dry_run_makes_no_repository(run):
     run(dry_run=True, push_to_hub=True, hub_model_id="tester/dry")
 
 
+def test_checkpoints_go_to_the_hub_and_come_back(hub, run, tmp_path):
+    """Train, kill -9, delete the folder, resume from the Hub: as if nothing had happened, even when it then fails."""
+    from safetensors.torch import load_file
+
+    flags = [flag for flag in TINY if flag != "--push_to_hub"] + ["--rank=4"]
+    flags += [
+        "--hub_model_id=tester/saved",
+        "--push_checkpoints_to_hub",
+        "--lr_scheduler=constant",
+        "--report_to=none",
+    ]
+    flags += ["--output_dir=run", "--checkpointing_steps=1", "--checkpoints_total_limit=2"]
+    command = [sys.executable, str(ROOT / "train_ltd.py"), *flags]
+    env = {**os.environ, **hub.env(), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+    def saved():
+        there = ("model", "tester/saved") in hub.repos and "checkpoints" in hub.repos["model", "tester/saved"].branches
+        files = hub.files("tester/saved", "checkpoints") if there else {}
+        return sorted(int(name.split("-")[1].split("/")[0]) for name in files if name.endswith("/SHA256SUMS"))
+
+    with subprocess.Popen(
+        [*command, "--max_train_steps=100000"], env=env, cwd=tmp_path, stderr=subprocess.DEVNULL
+    ) as p:
+        deadline = time.monotonic() + 240
+        while len(saved()) < 2 and p.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        p.kill()
+    newest = saved()[-1]
+    assert len(saved()) == 2 and hub.repos["model", "tester/saved"].private
+    (tmp_path / "run").rename(tmp_path / "lost")
+    hub.fail("/api/models/tester/saved/commit/checkpoints", 403, times=10_000)
+    resume = [f"--max_train_steps={newest + 2}", "--resume_from_checkpoint=hub"]
+    done = subprocess.run([*command, *resume], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    hub._faults.clear()
+    assert done.returncode == 0, done.stderr
+    assert f"resumed run/checkpoint-{newest}, step {newest}" in done.stderr
+    assert "failed, training goes on" in done.stderr and saved()[-1] == newest
+    assert set(hub.files("tester/saved")) == {".gitattributes"}  # only checkpoints were asked for
+    assert_no_secrets(hub.files("tester/saved", "checkpoints") | {"said": done.stderr.encode()}, hub, tmp_path)
+    kwargs = {"lr_scheduler": "constant", "max_train_steps": newest + 2, "checkpointing_steps": 10**6}
+    straight = run(output_dir=tmp_path / "straight", **kwargs)
+    here, there = load_file(straight / WEIGHTS), load_file(tmp_path / "run" / WEIGHTS)
+    assert here.keys() == there.keys() and all(here[k].equal(there[k]) for k in here)
+
+
 # --- Single calls, in a worker ---------------------------------------------------------------------------------------
 
 
