@@ -1096,7 +1096,7 @@ def test_killed_run_resumes(flags, prepare, log, tmp_path):
     write_metadata(tmp_path / "data", [{"file_name": name, "text": name} for name in names])
     command = [sys.executable, str(ROOT / "train_ltd.py"), *flags(train_data_dir=tmp_path / "data")]
     process = subprocess.Popen(command, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, stderr=subprocess.DEVNULL)
-    entries, deadline = tmp_path / "cache" / "latents", time.monotonic() + 120
+    entries, deadline = tmp_path / "cache" / "latents", time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         if entries.is_dir() and len(list(entries.glob("*.safetensors"))) >= 5:
             break
