@@ -46,7 +46,8 @@ VBench pins transformers 4.33 and numpy 1, so it needs an environment of its own
     vbench-env/bin/pip install vbench==0.1.5
 
 and then --vbench_python vbench-env/bin/python. All dimensions but temporal_flickering fetch their weights on first use
-into ~/.cache; that takes internet, wget, unzip and git."""
+into ~/.cache; that takes internet, wget, unzip and git. A GPU newer than Hopper needs a newer torch, and then
+TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment for motion_smoothness."""
 VMBENCH_SETUP = """\
 VMBench (https://github.com/AMAP-ML/VMBench) needs an environment of its own with Python 3.10, CUDA and a dozen models.
 Its README says how to make it, and that 1,050 videos take 6 h 45 min."""
