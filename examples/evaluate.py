@@ -28,6 +28,7 @@ from score_report import (
     find_warnings,
     list_videos,
     load_scores,
+    quality_score,
     read_json,
     save_score,
     total_of_four,
@@ -90,6 +91,10 @@ def run_vbench(args):
         print(f"{dimension} FAILED: {error}", file=sys.stderr)
     if failed:
         print("The same command tries these again and keeps the others.", file=sys.stderr)
+    entries = read_json(Path(args.videos_dir, "scores", f"{source}.json"))
+    scores = {dimension: entry["score"] for dimension, entry in entries.items() if "score" in entry}
+    if len(scores) == len(DIMENSIONS):
+        print(f"{LABELS['quality_score']}: {100 * quality_score(scores):.2f}")
     return int(bool(failed))
 
 

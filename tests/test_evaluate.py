@@ -287,8 +287,11 @@ def test_vbench_survives_and_resumes_by_dimension(samples, vbench_python, capfd,
     loaded, errors = score_report.load_scores(samples)
     assert set(loaded) == set(dimensions) - {"dynamic_degree"} == set(dimensions) - set(errors)
 
+    for metric in set(score_report.DIMENSIONS) - set(loaded):
+        score_report.save_score(samples, "vbench_standard", metric, {"score": 0.5})
     (samples / "a sign-0.mp4").write_bytes(bytes(1000))  # sampled anew
     assert run(*command[:5], "temporal_flickering") == 0
+    assert "Quality Score: " in capfd.readouterr().out
     assert scores_of(samples, "vbench_standard")["temporal_flickering"]["score"] == pytest.approx(0.62)
 
 
