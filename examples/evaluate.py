@@ -28,6 +28,7 @@ from score_report import (
     find_warnings,
     list_videos,
     load_scores,
+    quality_score,
     read_json,
     save_score,
     total_of_four,
@@ -46,7 +47,8 @@ VBench pins transformers 4.33 and numpy 1, so it needs an environment of its own
     vbench-env/bin/pip install vbench==0.1.5
 
 and then --vbench_python vbench-env/bin/python. All dimensions but temporal_flickering fetch their weights on first use
-into ~/.cache; that takes internet, wget, unzip and git."""
+into ~/.cache; that takes internet, wget, unzip and git. A GPU newer than Hopper needs a newer torch, and then
+TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment for motion_smoothness."""
 VMBENCH_SETUP = """\
 VMBench (https://github.com/AMAP-ML/VMBench) needs an environment of its own with Python 3.10, CUDA and a dozen models.
 Its README says how to make it, and that 1,050 videos take 6 h 45 min."""
@@ -89,6 +91,10 @@ def run_vbench(args):
         print(f"{dimension} FAILED: {error}", file=sys.stderr)
     if failed:
         print("The same command tries these again and keeps the others.", file=sys.stderr)
+    entries = read_json(Path(args.videos_dir, "scores", f"{source}.json"))
+    scores = {dimension: entry["score"] for dimension, entry in entries.items() if "score" in entry}
+    if len(scores) == len(DIMENSIONS):
+        print(f"{LABELS['quality_score']}: {100 * quality_score(scores):.2f}")
     return int(bool(failed))
 
 

@@ -87,7 +87,7 @@ SECTIONS = {
     "Offline proxies (not VBench)": (tuple(PROXIES), {}),
 }
 LABELS = {name: value[0] for name, value in DIMENSIONS.items()} | VMBENCH | {"quality_score": "Quality Score"}
-LABELS |= {"average_of_five": "Average of five", "total_of_four": "Total as VMBench prints it (four, no PAS)"}
+LABELS |= {"average_of_five": "Average of five", "total_of_four": "VMBench's own total (no PAS)"}
 
 
 # --- Scores on disk --------------------------------------------------------------------------------------------------
@@ -175,16 +175,20 @@ def compare(models, draws=2000):
             totals = all_totals if len(part) == len(metrics) else {}
             scores = {metric: entry["score"] for metric, entry in part.items()}
             scores |= {total: function(scores) for total, function in totals.items()}
-            base_scores = base_scores or scores
+            if name == base:
+                base_scores = scores
             intervals = {}
             if name != base and (both := [metric for metric in part if metric in base_scores]):
                 videos = [{m: models[n][m]["videos"] for m in both} for n in (name, base)]
                 totals = {total: f for total, f in totals.items() if total in base_scores}
                 intervals = bootstrap_differences(*videos, totals, draws)
+            sources = {entry["source"] for entry in part.values()}
+            source = sources.pop() if len(sources) == 1 else "mixed"  # of the totals
             for metric, score in scores.items():
-                row = {"section": section, "model": name, "metric": metric, "score": score}
-                row["videos"] = len(part[metric]["videos"]) if metric in part else None
-                row["source"] = part[metric]["source"] if metric in part else None
+                entry = part.get(metric, {"source": source})
+                row = {"section": section, "model": name, "metric": metric, "score": score, "source": entry["source"]}
+                row["videos"] = len(entry["videos"]) if "videos" in entry else None
+                row |= {key: entry.get(key) for key in ("expected", "static_filter")}
                 row["difference"] = score - base_scores[metric] if metric in intervals else None
                 row["ci_low"], row["ci_high"] = intervals.get(metric, (None, None))
                 rows.append(row)
@@ -246,9 +250,9 @@ def departures(folder, entries):
     used = {metric: entries[metric] for metric in DIMENSIONS if metric in entries}
     if other := [metric for metric, entry in used.items() if entry["source"] != "vbench_standard"]:
         found.append(f"not by VBench's standard protocol, hence no leaderboard numbers: {', '.join(other)}")
-    for metric, entry in used.items():
-        if len(entry["videos"]) < entry["expected"]:
-            found.append(f"{metric} is of {len(entry['videos'])} videos instead of {entry['expected']}")
+    counts = {metric: (len(entry["videos"]), entry["expected"]) for metric, entry in used.items()}
+    if short := [f"{metric} {count} of {wanted}" for metric, (count, wanted) in counts.items() if count < wanted]:
+        found.append(f"fewer videos than the protocol asks for: {', '.join(short)}")
     if "temporal_flickering" in used and not used["temporal_flickering"].get("static_filter"):
         found.append("temporal flickering without VBench's static filter: every motion lowers it")
     return found
@@ -274,7 +278,8 @@ def markdown(rows, warnings):
         mine = [row for row in rows if row["section"] == section]
         if not mine:
             continue
-        columns = (*metrics, *totals)
+        scored = {row["metric"] for row in mine}
+        columns = [metric for metric in (*metrics, *totals) if section == "VBench" or metric in scored]
         headings = [LABELS.get(metric, f"`{metric}`") for metric in columns]
         lines += ["", f"## {section}", "", table_line("model", headings), "|---" * (len(columns) + 1) + "|"]
         for name, group in itertools.groupby(mine, key=lambda row: row["model"]):
@@ -283,9 +288,9 @@ def markdown(rows, warnings):
             if any(cell["difference"] is not None for cell in cells.values()):
                 lines.append(table_line("*difference*", [difference_text(cells.get(metric)) for metric in columns]))
         if section == "VBench":
-            lines += [table_line(f"*{name}*", [f"{value:.2f}" for value in row]) for name, row in PAPER.items()]
-            lines += ["", "Rows in italics are the paper's Tables 1 and 2 (https://huggingface.co/papers/2601.20504)."
-                      " Some of its Quality Scores do not follow from its columns:", ""]  # fmt: skip
+            lines += [table_line(f"*paper: {name}*", [f"{v:.2f}" for v in values]) for name, values in PAPER.items()]
+            lines += ["", "The paper's rows are its Tables 1 and 2 (https://huggingface.co/papers/2601.20504). Some of"
+                      " its Quality Scores do not follow from its columns:", ""]  # fmt: skip
             lines += [f"- {note}" for note in paper_notes()]
             lines += ["", "Smoothness and flickering reward still videos; the dynamic degree is a yes or no for each"
                       " video and counts camera motion."]  # fmt: skip
@@ -307,7 +312,7 @@ def difference_text(row):
 def draw_chart(rows, path):
     """Bars of the scores, and the differences with their intervals, a line of two plots for each section."""
     sections, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("section", "model"))
-    heights = [1.2 + 0.3 * sum(row["section"] == section for row in rows) for section in sections]
+    heights = [1 + 0.22 * sum(row["section"] == section for row in rows) for section in sections]
     figure, axes = plt.subplots(len(sections), 2, squeeze=False, sharey="row", height_ratios=heights,
                                 figsize=(11, sum(heights)), layout="constrained")  # fmt: skip
     for (left, right), section in zip(axes, sections, strict=True):
@@ -329,6 +334,7 @@ def draw_chart(rows, path):
         left.margins(x=0.15)
         right.axvline(0, color="gray", linewidth=0.8)
         right.set_title(f"difference to {models[0]}, 95 % interval")
+        right.set_visible(len(models) > 1)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(models))
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -351,15 +357,16 @@ def write_report(output_dir, rows, warnings, settings):
 
 def eval_result(row):
     """A row as `EvalResult`; the protocol is part of the data set's name."""
-    benchmark, source = row["section"], row["source"] or "all metrics"
+    benchmark, source = row["section"], row["source"]
     return EvalResult(
         task_type="text-to-video",
         dataset_type=benchmark.lower(),
-        dataset_name=f"{benchmark}, {source.removeprefix('vbench_').replace('_', ' ')}",
+        dataset_name=f"{benchmark} ({source.removeprefix('vbench_').replace('_', ' ')})",
         dataset_config=source,
         metric_type=row["metric"],
         metric_name=f"{LABELS[row['metric']]} (%)",
         metric_value=round(100 * row["score"], 2),
+        metric_args={key: row[key] for key in ("videos", "expected", "static_filter") if row[key] is not None} or None,
     )
 
 

@@ -287,8 +287,11 @@ def test_vbench_survives_and_resumes_by_dimension(samples, vbench_python, capfd,
     loaded, errors = score_report.load_scores(samples)
     assert set(loaded) == set(dimensions) - {"dynamic_degree"} == set(dimensions) - set(errors)
 
+    for metric in set(score_report.DIMENSIONS) - set(loaded):
+        score_report.save_score(samples, "vbench_standard", metric, {"score": 0.5})
     (samples / "a sign-0.mp4").write_bytes(bytes(1000))  # sampled anew
     assert run(*command[:5], "temporal_flickering") == 0
+    assert "Quality Score: " in capfd.readouterr().out
     assert scores_of(samples, "vbench_standard")["temporal_flickering"]["score"] == pytest.approx(0.62)
 
 
@@ -328,7 +331,7 @@ def test_vmbench_totals(tmp_path, capsys):
     assert run("vmbench", tmp_path, "--results", tmp_path / "results.json") == 0
     out = capsys.readouterr().out
     assert "PAS: 17.90 (2 videos)" in out and "Average of five: 65.74" in out
-    assert "Total as VMBench prints it (four, no PAS): 77.70" in out
+    assert "VMBench's own total (no PAS): 77.70" in out
     assert scores_of(tmp_path, "vmbench")["motion_smoothness_score"]["videos"] == {
         "0001.mp4": 0.842,
         "0002.mp4": 0.842,
@@ -403,7 +406,7 @@ def test_report_of_the_papers_table(scored, tmp_path, capsys):
     assert "| base | 64.41 | 96.26 | 70.83 | 65.06 | 97.88 | 93.49 | 99.51 | 83.76 |" in text
     assert "| ltd | 65.80 | 97.16 | 68.06 | 67.85 | 98.39 | 95.65 | 99.69 | 85.11 |" in text
     assert "| *difference* | +1.39 [+1.39, +1.39] |" in text  # every video is better by as much
-    assert "| *Hunyuan* | 65.24 | 93.08 |" in text and "Warnings" not in text
+    assert "| *paper: Hunyuan* | 65.24 | 93.08 |" in text and "Warnings" not in text
     for name, value in COMPUTED.items():
         assert f"- {name}: {score_report.PAPER[name][-1]:.2f} printed, {value:.2f} by VBench's formula" in text
 
@@ -424,10 +427,13 @@ def test_report_with_parts_missing(scored, tmp_path):
     base, _ = scored
     third = score_folder(tmp_path / "third", OURS[:3])
     score_report.save_score(third, "vbench_standard", "motion_smoothness", {"error": "no weights"})
+    proxy = {"score": 0.5, "videos": {"0.mp4": 0.5}, "expected": 1}
+    score_report.save_score(third, "offline", "dis_flow_speed", proxy)  # the base has none
     run("report", f"base={base}", f"third={third}", base.parent / "ltd", "--output_dir", tmp_path / "report")
     text = (tmp_path / "report/report.md").read_text()
     assert "| third | 65.80 | 97.16 | 68.06 |  |  |  |  |  |" in text and "| ltd | 65.80" in text
     assert "- third: motion_smoothness could not be scored (no weights)" in text
+    assert text.split("## Offline")[1].split("\n\n")[1].endswith("|---|---|\n| third | 50.00 |")
 
 
 def test_report_warns_of_unsound_comparisons(tmp_path):
@@ -457,7 +463,7 @@ def test_report_warns_of_unsound_comparisons(tmp_path):
         "have dynamic_degree by different protocols",
         "have temporal_flickering by different protocols",
         "ltd: not by VBench's standard protocol, hence no leaderboard numbers: dynamic_degree",
-        "ltd: dynamic_degree is of 5 videos instead of 360",
+        "ltd: fewer videos than the protocol asks for: dynamic_degree 5 of 360",
         "ltd: temporal flickering without VBench's static filter",
         "bare has no generation.json",
     ):
@@ -514,8 +520,10 @@ def test_card_gets_the_scores_and_keeps_the_rest(scored, tmp_path):
         assert len(data.eval_results) == len(values) == 9
         assert values["subject_consistency"] == 95.65 and values["quality_score"] == 85.11 and values["x"] == 1
         assert (data.license, data.model_name) == ("apache-2.0", "My LoRA")
-    names = {result.dataset_name for result in data.eval_results if result.dataset_type == "vbench"}
-    assert "VBench, standard" in names and card.read_text().endswith("# My LoRA\n\nText.\n")
+    assert {result.dataset_name for result in data.eval_results} == {"Own", "VBench (standard)"}
+    flickering = next(result for result in data.eval_results if result.metric_type == "temporal_flickering")
+    assert flickering.metric_args == {"videos": 6, "expected": 6, "static_filter": True}
+    assert card.read_text().endswith("# My LoRA\n\nText.\n")
     with pytest.raises(ValueError, match=r"there is no file nowhere\.md, and nowhere\.md is no Hub id"):
         run(*command, "ltd=nowhere.md")
 

@@ -134,7 +134,9 @@ def sample_start(rng, velocity, radius, path):
     """First centre `(x, y)` in px: the path fits the walls, or, with bouncing, meets one before its end."""
     low, high = walls(radius)
     travel = velocity * (FRAMES - 1)
-    start = rng.uniform(low + np.maximum(0, -travel), high - np.maximum(0, travel))
+    first = low + np.maximum(0, -travel)
+    # The fastest of the largest would miss the far wall by half a pixel.
+    start = rng.uniform(first, np.maximum(first, high - np.maximum(0, travel)))
     if path == "bouncing":
         distance = np.abs(travel) * rng.uniform(0.3, 0.6)
         at_wall = np.where(velocity > 0, high - distance, low + distance)
