@@ -12,6 +12,7 @@ about a minute, on captions without videos: every token has to know all the word
 """
 
 import argparse
+import json
 import logging
 import sys
 from pathlib import Path
@@ -154,6 +155,10 @@ def export(args):
     pipeline.transformer.half()
     pipeline.vae.half()
     pipeline.save_pretrained(args.output_dir)
+    for path in Path(args.output_dir).rglob("*.json"):  # no paths of this machine
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None):
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def parse_args(input_args=None):
