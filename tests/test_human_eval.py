@@ -256,9 +256,9 @@ class Annotator:
         for reason in reasons:
             self.page.check(f"#reasons input[value='{reason}']")
         self.seen.append((pair["file_name"], models))
-        before = self.stored()
+        item = self.page.evaluate("item.key")
         self.page.keyboard.press("Enter")
-        self.page.wait_for_function("count => localStorage.length > count", arg=before)
+        self.page.wait_for_function("key => votes.has(key) && localStorage.getItem(key)", arg=item)
 
     def vote_all(self):
         self.enter()
@@ -397,9 +397,10 @@ def test_buttons_stay_locked_until_both_were_watched_in_full(chromium, study):
     page.wait_for_function("document.getElementById('right').currentTime === 0")
     assert someone.unlocked() == [False] * 3
 
-    page.evaluate("document.getElementById('right').playbackRate = 16; document.getElementById('right').play()")
-    page.wait_for_timeout(300)
-    assert page.evaluate("document.getElementById('right').playbackRate") == 1
+    page.evaluate("document.getElementById('right').playbackRate = 1.1")
+    page.wait_for_function("document.getElementById('right').playbackRate === 1")
+    page.evaluate("sides[1].video.onratechange = null; sides[1].video.playbackRate = 16; sides[1].video.play()")
+    page.wait_for_function("document.getElementById('right').playbackRate === 1")  # the clock shows it at the end
     page.evaluate("document.getElementById('right').dispatchEvent(new Event('ended'))")
     assert someone.unlocked() == [False] * 3
     page.evaluate("[...document.querySelectorAll('[data-choice]')].forEach(b => b.click())")
@@ -458,6 +459,15 @@ def test_reload_and_pause_resume(chromium, study, tmp_path):
     page.click("#pause")
     assert page.is_visible("#start") and not page.is_visible("#task")
     assert len(someone.export(tmp_path).read_text().splitlines()) == 2
+    someone.enter()
+    assert someone.shown() == third
+    page.evaluate("localStorage.setItem(item.key, JSON.stringify({choice: 'of another tab', time: ''}))")
+    someone.vote()
+    assert page.evaluate("Object.values(localStorage).filter(vote => vote.includes('of another tab')).length") == 1
+    page.evaluate(
+        "Object.keys(localStorage).forEach(k => localStorage[k].includes('tab') && localStorage.removeItem(k))"
+    )
+    page.reload()
     someone.enter()
     assert someone.shown() == third
     while not page.is_visible("#end"):
