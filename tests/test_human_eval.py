@@ -187,6 +187,16 @@ def test_build_refuses_impossible_flags(results, tmp_path, flags, message):
     assert not (tmp_path / "study").exists() and not (tmp_path / "study_key.json").exists()
 
 
+def test_odd_folders_are_pointed_out(results, tmp_path, capsys):
+    for folder in results:
+        (folder / "a square, number 3-0.mp4").unlink()
+    (results[1] / "generation.json").unlink()
+    build_study(results, tmp_path / "study", "--practice", "0")
+    printed = capsys.readouterr().out
+    assert f"1 of {results[0] / 'generation.json'} are not there yet: a square, number 3-0.mp4" in printed
+    assert "different settings: lora, steps" in printed and "seeds" in printed
+
+
 def test_a_study_is_never_overwritten(study, results):
     folder, _, key = study
     with pytest.raises(SystemExit, match="never overwritten"):

@@ -108,7 +108,8 @@ def check_pairs(folders: list[Path], prompts: dict[str, str], records: list[dict
         prompt = prompts.get(name) or entries[0].get("prompt") or entries[1].get("prompt")
         if not prompt:
             problems.append(f"{name}: no prompt; is there a generation.json? Else pass --prompts")
-        pairs[name] = described[0] | {"prompt": prompt, "seed": entries[0].get("seed")}
+        seed = entries[0].get("seed") if "seed" in entries[1] else None  # None: nobody can say that they agree
+        pairs[name] = described[0] | {"prompt": prompt, "seed": seed}
     if not names[0] | names[1]:
         problems.append(f"no mp4 files in {folders[0]} and {folders[1]}")
     return pairs, problems
@@ -201,37 +202,51 @@ def refuse(problems: list[str]) -> None:
         raise SystemExit(f"No study was built, {len(problems)} problem(s):\n- " + "\n- ".join(problems))
 
 
-def main(args: argparse.Namespace) -> None:
-    folder, key_path = args.output_dir, args.key
-    if folder.exists() or key_path.exists():
-        raise SystemExit(f"{folder if folder.exists() else key_path} exists; a study is never overwritten")
-    if folder.resolve() in key_path.resolve().parents:
-        raise SystemExit(f"--key {key_path} lies in --output_dir, which annotators get")
+def check_arguments(args: argparse.Namespace) -> None:
+    for path in (args.output_dir, args.key):
+        if path.exists():
+            raise SystemExit(f"{path} exists; a study is never overwritten")
+    if args.output_dir.resolve() in args.key.resolve().parents:
+        raise SystemExit(f"--key {args.key} lies in --output_dir, which annotators get")
     if args.labels[0] == args.labels[1]:
         raise SystemExit(f"both models would be called {args.labels[0]}: pass two --labels")
-    for source in args.folders:
-        if not source.is_dir():
-            raise SystemExit(f"{source} is no folder")
+    for folder in args.folders:
+        if not folder.is_dir():
+            raise SystemExit(f"{folder} is no folder")
 
-    records = [read_generation(source) for source in args.folders]
+
+def read_pairs(args: argparse.Namespace) -> dict[str, dict]:
+    """The pairs of the study, see `check_pairs`; prints what is odd about them, and refuses what is wrong."""
+    records = [read_generation(folder) for folder in args.folders]
     pairs, problems = check_pairs(args.folders, read_prompts(args.prompts) if args.prompts else {}, records)
     refuse(problems)
-    if args.num_pairs is not None:
-        if not 0 < args.num_pairs <= len(pairs):
-            raise SystemExit(f"--num_pairs {args.num_pairs}: there are {len(pairs)}")
-        pairs = {name: pairs[name] for name in secrets.SystemRandom().sample(sorted(pairs), args.num_pairs)}
+    for folder, record in zip(args.folders, records, strict=True):
+        absent = [name for name in record["videos"] if name not in pairs]
+        if absent:
+            print(f"{len(absent)} of {folder / 'generation.json'} are not there yet: {', '.join(absent)}")
+    settings = [record["settings"] for record in records]
+    differing = [key for key in settings[0] | settings[1] if settings[0].get(key) != settings[1].get(key)]
+    if differing:
+        print(f"The folders were made with different settings: {', '.join(differing)}")
+    if any(pair["seed"] is None for pair in pairs.values()):
+        print("That the seeds are the same on both sides was not checked: not all are in a generation.json")
+    if args.num_pairs is None:
+        return pairs
+    if not 0 < args.num_pairs <= len(pairs):
+        raise SystemExit(f"--num_pairs {args.num_pairs}: there are {len(pairs)}")
+    return {name: pairs[name] for name in secrets.SystemRandom().sample(sorted(pairs), args.num_pairs)}
+
+
+def main(args: argparse.Namespace) -> None:
+    check_arguments(args)
+    folder, key_path = args.output_dir, args.key
+    pairs = read_pairs(args)
     counted = len(pairs) - args.practice
     if args.practice < 0 or counted < 1:
         raise SystemExit(f"--practice {args.practice}: there are {len(pairs)} pairs, and one at least must count")
     repeats = round(counted * 0.05) if args.repeats is None else args.repeats
     if not 0 <= repeats <= counted // 2:
         raise SystemExit(f"--repeats {repeats}: at most half of the {counted} pairs that count")
-    settings = [record["settings"] for record in records]
-    differing = [key for key in settings[0] | settings[1] if settings[0].get(key) != settings[1].get(key)]
-    if differing:
-        print(f"The folders were made with different settings: {', '.join(differing)}")
-    if any(pair["seed"] is None for pair in pairs.values()):
-        print("No generation.json tells the seeds: that they are the same on both sides was not checked")
 
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
