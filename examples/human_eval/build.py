@@ -4,7 +4,8 @@
 
 The folders hold mp4 files of equal names, as `examples/generate.py` makes them. Open `study/index.html` from the disk,
 give the folder to annotators, put it on any static host, or serve it with `collect.py`, which gathers the votes. Keep
-`study_key.json` to yourself: it says which video is whose, and `analyse.py` needs it.
+`study_key.json` to yourself: it says which video is whose, and `analyse.py` needs it. To try the page, add `?synthetic`
+to its address: the votes are then marked as such.
 
 Clips are encoded again with equal settings, under random names, without metadata, with one date, and padded so that
 both of a pair have as many bytes. What the pictures show cannot be hidden: a watermark, or a look that tells.
@@ -37,9 +38,14 @@ def parse_args(input_args=None) -> argparse.Namespace:
     add("--prompts", type=Path, help="where the folders have no generation.json: JSON of file name to prompt, or JSON"
         " lines of file_name and text")  # fmt: skip
     add("--num_pairs", type=int, help="take this many, drawn at random (default: all)")
-    add("--practice", type=int, default=2, help="pairs set aside to practise on, whose votes do not count")
+    add("--practice", type=int, default=2, help="pairs to practise on, that do not count (default: %(default)s)")
     add("--repeats", type=int, help="pairs that each annotator sees twice (default: 5 %% of the pairs that count)")
-    add("--crf", type=int, default=16, help="x264's CRF for the clips: lower is better and larger")
+    add(
+        "--crf",
+        type=int,
+        default=16,
+        help="x264's CRF for the clips: lower is better and larger (default: %(default)s)",
+    )
     args = parser.parse_args(input_args)
     args.labels = args.labels or [folder.resolve().name for folder in args.folders]
     args.key = args.key or args.output_dir.with_name(f"{args.output_dir.name}_key.json")

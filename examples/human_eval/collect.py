@@ -39,7 +39,7 @@ def parse_args(input_args=None) -> argparse.Namespace:
         help=f"the only ids that may vote (default: the first {MAX_ANNOTATORS})",
     )
     add("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine only)")
-    add("--port", type=int, default=8000, help="0 takes a free one")
+    add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
     return parser.parse_args(input_args)
 
 
