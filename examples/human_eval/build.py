@@ -4,8 +4,8 @@
 
 The folders hold mp4 files of equal names, as `examples/generate.py` makes them. Open `study/index.html` from the disk,
 give the folder to annotators, put it on any static host, or serve it with `collect.py`, which gathers the votes. Keep
-`study_key.json` to yourself: it says which video is whose, and `analyse.py` needs it. To try the page, add `?synthetic`
-to its address: the votes are then marked as such.
+`study_key.json` to yourself: it says which video is whose, and `analyse.py` needs it. To try the page, add
+`?synthetic` to its address: the votes are then marked as such.
 
 Clips are encoded again with equal settings, under random names, without metadata, with one date, and padded so that
 both of a pair have as many bytes. What the pictures show cannot be hidden: a watermark, or a look that tells.
