@@ -52,13 +52,16 @@ from ltd_loss import latent_temporal_discrepancy, ltd_weights
 NANO = {
     "pretrained_model_name_or_path": str(ROOT / "examples/nano/wan-nano"), "height": 96, "width": 96,
     "num_frames": 33, "fps": 16, "train_type": "full", "train_batch_size": 8, "mixed_precision": "bf16",
-    "learning_rate": 3e-4, "lr_warmup_steps": 5, "validation_split": 0.1667, "gradient_checkpointing": False,
+    "learning_rate": 3e-4, "lr_warmup_steps": 5, "flow_shift": 6.0, "validation_split": 0.1667,
+    "gradient_checkpointing": False,
 }  # fmt: skip
 NANO_CLIPS = {"mix": "dynamic", "count": 384, "seed": 1}
 LORA = {"train_type": "lora", "rank": 16}
 LORA_RATE = 5.0  # times the learning rate of full fine-tuning, as LoRA's fresh weights need it
 PRIMARY_METRICS = ("held_out/mse_object", "videos/direction_error")
 PRIMARY_CONTRASTS = (("ltd", "mse"), ("ltd", "other_clip"), ("ltd", "position_only"))
+# A run's own
+FIXED_FLAGS = ("--seed", "--loss", "--max_train_steps", "--num_train_epochs", "--resume_from_checkpoint", "--dry_run")
 VARIANCE_SIGMA = 0.5
 VARIANCE_CLIPS = 64
 
@@ -70,8 +73,8 @@ VARIANCE_CLIPS = 64
 class Arm:
     """One way to weigh the squared error.
 
-    `weights` maps latents `(B, C, F, H, W)` to weights `(B, F, H, W)`; `needs` says which of its arguments come from
-    the whole training set. With `matched` the weights are stretched linearly to the mean and spread of LTD's.
+    `weights` is a name that `raw_weights` knows. With `matched` they are stretched linearly to the mean and spread of
+    LTD's. `rate` multiplies the learning rate, `flags` go to train_ltd.py; `key` arms are those of the plan.
     """
 
     weights: str
@@ -102,7 +105,7 @@ ARMS = {
     "scale_16": Arm("scale_16", "ln(e + 16 D)", matched=True),
     "scale_64": Arm("scale_64", "ln(e + 64 D)", matched=True),
     "frame_residual": Arm("frame_residual", "pixel differences of frames, on the latent grid", matched=True),
-    "flow": Arm("flow", "DIS optical flow m, as MotiF's 1 + m^2", matched=True),
+    "flow": Arm("flow", "1 + m^2 of DIS optical flow m, in the manner of MotiF", matched=True),
     "motion_mask": Arm("motion_mask", "1 where DIS flow exceeds a pixel a frame, else 0", matched=True),
     "mse_half_rate": Arm("mse", "mse at half the learning rate", rate=0.5),
     "ltd_half_rate": Arm("ltd", "ltd at half the learning rate", rate=0.5),
@@ -164,7 +167,7 @@ def pixel_maps(frames: np.ndarray, shape: tuple[int, int, int]) -> dict[str, tor
     """Three maps of motion in pixel space, averaged onto the latent grid `shape` `(F, H, W)`.
 
     `frames` are uint8 `(F, H, W, 3)`. `frame_residual`: mean absolute difference to the frame before, over 255;
-    `flow`: 1 + m^2 as in MotiF, m being the length of DIS flow over the clip's longest; `motion_mask`: above 1 px.
+    `flow`: 1 + m^2, m being the length of DIS flow over the clip's longest; `motion_mask`: above 1 px.
     """
     import cv2
 
@@ -209,14 +212,19 @@ def training_set(args: argparse.Namespace, names: set[str]) -> dict:
 def run_flags(args: argparse.Namespace, passed: list[str], arm: Arm, seed: int, folder: Path) -> list[str]:
     """The command line of `train_ltd.py` for one run."""
     flags = {} if args.own_data else NANO | {"train_data_dir": args.output_dir / "clips"}
-    flags = flags | {"cache_dir": args.output_dir / "cache", "seed": seed, "output_dir": folder, "report_to": "none"}
-    flags |= {"max_train_steps": args.steps, "checkpointing_steps": 10**9, "checkpoints_total_limit": 1}
-    flags |= {"max_eval_clips": 1, "eval_steps": 10**9}  # this script looks at held-out clips more closely itself
-    flags |= arm.flags
+    run = {"cache_dir": args.output_dir / "cache", "seed": seed, "output_dir": folder, "report_to": "none"}
+    run |= {"max_train_steps": args.steps, "checkpointing_steps": 10**9, "checkpoints_total_limit": 1}
+    run |= {"max_eval_clips": 1, "eval_steps": 10**9}  # this script looks at held-out clips more closely itself
+    run |= arm.flags | {"loss": "ablation"}
+    # What makes the run comes last, so that no other flag can change it.
+    return command_line(flags) + passed + command_line(run)
+
+
+def command_line(flags: dict) -> list[str]:
     line = []
     for key, value in flags.items():
         line += [f"--{key}" if value else f"--no-{key}"] if isinstance(value, bool) else [f"--{key}={value}"]
-    return line + passed
+    return line
 
 
 def reset_accelerate() -> None:
@@ -225,14 +233,14 @@ def reset_accelerate() -> None:
     GradientState._reset_state()
 
 
-def time_weights(arm_name: str, dataset: train_ltd.LatentDataset, args: argparse.Namespace) -> float:
+def time_weights(dataset: train_ltd.LatentDataset, args: argparse.Namespace) -> float:
     """Median milliseconds that the weights of one batch take."""
     rows = [dataset[i] for i in range(args.train_batch_size)]
     batch = {"latents": torch.stack([row["latents"] for row in rows]), "name": [row["name"] for row in rows]}
     seconds = []
     for _ in range(20):
         started = time.perf_counter()
-        train_ltd.LOSS_WEIGHTS[arm_name](batch, args)
+        train_ltd.LOSS_WEIGHTS[args.loss](batch, args)
         seconds.append(time.perf_counter() - started)
     return 1000 * float(np.median(seconds))
 
@@ -277,7 +285,7 @@ def held_out_errors(transformer, data: dict, run_args: argparse.Namespace, args:
     result["frames/peak_over_mean"] = (profile.max() / profile.mean()).item()
     result["frames/spread_over_mean"] = (profile.std() / profile.mean()).item()
     result["frames/correlation_with_ltd"] = torch.corrcoef(torch.stack([profile, ltd]))[0, 1].item()
-    return result | {"training/variance": training_variance(transformer, data["clips"], run_args)}
+    return result | {"training/variance_over_clips": training_variance(transformer, data["clips"], run_args)}
 
 
 def clip_batch(dataset: train_ltd.LatentDataset, clip: dict, seed: int, device) -> dict:
@@ -300,7 +308,7 @@ def latent_mask(mask: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
 
 @torch.no_grad()
 def training_variance(transformer, dataset: train_ltd.LatentDataset, args: argparse.Namespace) -> float:
-    """Variance over training clips of the unweighted loss at one sigma: what the paper calls stability."""
+    """Variance over training clips of the unweighted loss at one sigma, after training."""
     losses = []
     for index, clip in enumerate(dataset.clips[:VARIANCE_CLIPS]):
         batch = clip_batch(dataset, clip, train_ltd.sample_seed("variance", args.seed, index), transformer.device)
@@ -351,7 +359,8 @@ def paired(runs: list[dict], arm: str, control: str, metric: str) -> tuple[np.nd
     """Values of two arms over the seeds that both have, in the same order."""
     values = {(run["arm"], run["seed"]): run["scores"].get(metric) for run in runs}
     seeds = sorted({s for a, s in values if a == arm} & {s for a, s in values if a == control})
-    pairs = [(values[arm, s], values[control, s]) for s in seeds if values[arm, s] is not None]
+    pairs = [(values[arm, s], values[control, s]) for s in seeds]
+    pairs = [pair for pair in pairs if None not in pair]
     return tuple(np.array(pairs, dtype=np.float64).reshape(-1, 2).T)
 
 
@@ -467,13 +476,13 @@ def run_once(arm_name: str, seed: int, args: argparse.Namespace, passed: list[st
     arm, folder = ARMS[arm_name], args.output_dir / f"{arm_name}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
     # Known to the parser before the data is there on which some weights rest
-    train_ltd.LOSS_WEIGHTS[arm_name] = train_ltd.LOSS_WEIGHTS["mse"]
-    run_args = train_ltd.parse_args([*run_flags(args, passed, arm, seed, folder), f"--loss={arm_name}"])
+    train_ltd.LOSS_WEIGHTS["ablation"] = train_ltd.LOSS_WEIGHTS["mse"]
+    run_args = train_ltd.parse_args(run_flags(args, passed, arm, seed, folder))
     run_args.learning_rate *= arm.rate
     reset_accelerate()
     data = training_set(run_args, {arm.weights} if arm.matched else set())
-    train_ltd.LOSS_WEIGHTS[arm_name] = functools.partial(arm_weights, arm=arm, data=data)
-    scores = {"weight_ms": time_weights(arm_name, data["clips"], run_args)}
+    train_ltd.LOSS_WEIGHTS["ablation"] = functools.partial(arm_weights, arm=arm, data=data)
+    scores = {"weight_ms": time_weights(data["clips"], run_args)}
     reset_accelerate()
     started = time.perf_counter()
     if arm_name != "base":
@@ -493,7 +502,8 @@ def settings(args: argparse.Namespace, passed: list[str]) -> dict:
 
 
 def parse_args(input_args: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/ablation"))
     parser.add_argument("--arms", nargs="+", default=["key"], metavar="ARM",
                         help=f"key, exploratory, or names: {', '.join(ARMS)}")  # fmt: skip
@@ -507,7 +517,21 @@ def parse_args(input_args: list[str] | None = None) -> tuple[argparse.Namespace,
     args.arms = [*dict.fromkeys(arm for name in args.arms for arm in groups.get(name, [name]))]
     if unknown := [arm for arm in args.arms if arm not in ARMS]:
         parser.error(f"--arms: {', '.join(unknown)} is not one of key, exploratory, {', '.join(ARMS)}")
-    args.own_data = any(flag.startswith(("--train_data_dir", "--dataset_name")) for flag in passed)
+    if args.seeds < 1 or args.steps < 1 or args.num_videos < 2:
+        parser.error("--seeds and --steps must be at least 1, --num_videos at least 2")
+    if fixed := [flag for flag in passed if flag.split("=")[0] in FIXED_FLAGS]:
+        parser.error(f"{', '.join(fixed)}: this script sets it; use --seeds, --first_seed, --steps, --arms")
+    trainer = train_ltd.build_parser()
+    given = trainer.parse_args(passed)
+    if given.config:
+        given = trainer.parse_args(train_ltd.recipe_flags(given.config, trainer, passed) + passed)
+    args.own_data = bool(given.dataset_name or given.train_data_dir)
+    if args.own_data and not given.validation_split:
+        parser.error("own data need --validation_split: held-out clips are what is compared")
+    if args.own_data and given.train_batch_size < 2 and "other_clip" in {ARMS[arm].weights for arm in args.arms}:
+        parser.error(
+            "other_clip takes the weights of another clip of the batch: --train_batch_size must be at least 2"
+        )
     return args, passed
 
 

@@ -178,7 +178,7 @@ def small_ablation(tiny_wan, clips, tmp_path):
     flags = {"pretrained_model_name_or_path": tiny_wan, "train_data_dir": clips, "validation_split": 0.3}
     flags |= {"height": 32, "width": 48, "num_frames": 9, "rank": 4, "learning_rate": 1e-2, "train_batch_size": 2}
     line = [f"--{key}={value}" for key, value in flags.items()]
-    return ["--output_dir", str(tmp_path / "out"), "--steps", "1", "--num_videos", "1", *line, "--skip_vae_check"]
+    return ["--output_dir", str(tmp_path / "out"), "--steps", "1", "--num_videos", "2", *line, "--skip_vae_check"]
 
 
 def test_own_model_and_data(small_ablation, tmp_path):

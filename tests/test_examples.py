@@ -19,7 +19,8 @@ ACTIONS = {a.dest: a for a in train_ltd.build_parser()._actions}
 
 
 def test_all_recipes_are_there():
-    assert {"paper_full.yaml", "lora_1.3b.yaml", "lora_14b.yaml", "nano.yaml", "nano_base.yaml", "real_clips.yaml"} <= {p.name for p in RECIPES}
+    names = {"paper_full", "lora_1.3b", "lora_14b", "nano", "nano_base", "real_clips"}
+    assert names == {path.stem for path in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

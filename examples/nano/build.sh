@@ -21,7 +21,7 @@ train() {
     --pretrained_model_name_or_path "$out/base" --train_data_dir "$out/calm" --output_dir "$out/dit" --report_to none \
     --resume_from_checkpoint latest "$@"
 }
-train --max_train_steps @@FIRST@@
-train --max_train_steps @@LAST@@ --flow_shift 6
+train --max_train_steps 5500
+train --max_train_steps 40000 --flow_shift 6
 python examples/nano/build.py export --base "$out/base" --trained "$out/dit" --output_dir "$out/wan-nano"
 python examples/nano/score_model.py "$out/wan-nano" --mix calm --count 64
