@@ -49,6 +49,7 @@ VBench pins transformers 4.33 and numpy 1, so it needs an environment of its own
 and then --vbench_python vbench-env/bin/python. All dimensions but temporal_flickering fetch their weights on first use
 into ~/.cache; that takes internet, wget, unzip and git. A GPU newer than Hopper needs a newer torch, and then
 TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 in the environment for motion_smoothness."""
+VMBENCH_PROMPTS = 1050
 VMBENCH_SETUP = """\
 VMBench (https://github.com/AMAP-ML/VMBench) needs an environment of its own with Python 3.10, CUDA and a dozen models.
 Its README says how to make it, and that 1,050 videos take 6 h 45 min."""
@@ -81,7 +82,8 @@ def run_vbench(args):
         start = time.monotonic()
         entry = score_dimension(args, dimension, inputs, static)
         entry |= {"inputs": inputs, "static_filter": static, "seconds": round(time.monotonic() - start, 1)}
-        save_score(args.videos_dir, source, dimension, entry)
+        if "error" not in entry or "score" not in old:  # a failure does not cost the score of before
+            save_score(args.videos_dir, source, dimension, entry)
         if "error" in entry:
             failed[dimension] = entry["error"]
         else:
@@ -203,10 +205,10 @@ def read_vmbench(videos_dir, path):
         raise SystemExit(f"--results {path} is not VMBench's results.json: a list of prompts with index and scores")
     scores = {}
     for metric, label in VMBENCH.items():
-        videos = {f"{row['index']}.mp4": float(row[metric]) for row in rows if metric in row}
+        videos = {f"{row['index']}.mp4": float(row[metric]) for row in rows if row.get(metric) is not None}
         if videos:
             scores[metric] = float(np.mean(list(videos.values())))
-            entry = {"score": scores[metric], "videos": videos, "expected": len(rows), "by": "VMBench"}
+            entry = {"score": scores[metric], "videos": videos, "expected": VMBENCH_PROMPTS, "by": "VMBench"}
             print(f"{label}: {100 * scores[metric]:.2f} ({len(videos)} videos)")
         else:
             entry = {"error": f"{path} has no {metric}"}
@@ -226,7 +228,9 @@ def run_report(args):
     """Compare scored folders, write the report, update a card."""
     folders = {}
     for model in args.models:
-        name, _, folder = model.rpartition("=")
+        name, _, folder = model.partition("=") if "=" in model else ("", "", model)
+        if not Path(folder).is_dir():
+            raise SystemExit(f"there is no folder {folder}; models are given as NAME=FOLDER")
         folders[name or Path(folder).name] = folder
     if len(folders) < len(args.models):
         raise SystemExit("the models' names must differ: NAME=FOLDER")

@@ -64,7 +64,7 @@ def quality_score(scores):
     """
     if missing := [name for name in DIMENSIONS if name not in scores]:
         raise ValueError(f"the Quality Score needs all seven dimensions; {', '.join(missing)} missing")
-    if high := [name for name in DIMENSIONS if np.max(scores[name]) > 1]:
+    if high := [name for name in DIMENSIONS if np.max(scores[name]) > 1.5]:  # a still video may be 1 + 1e-7
         raise ValueError(f"scores are fractions of 1; {high[0]} is {np.max(scores[high[0]]):g}")
     parts = [weight * (scores[name] - low) / (top - low) for name, (_, low, top, weight) in DIMENSIONS.items()]
     return sum(parts) / sum(weight for *_, weight in DIMENSIONS.values())
@@ -248,9 +248,10 @@ def departures(folder, entries):
     if stale := [m for m, entry in entries.items() if videos and entry.get("inputs", videos) != videos]:
         found.append(f"videos have changed (or were copied) since these were scored: {', '.join(stale)}")
     used = {metric: entries[metric] for metric in DIMENSIONS if metric in entries}
+    benchmarks = used | {metric: entries[metric] for metric in VMBENCH if metric in entries}
     if other := [metric for metric, entry in used.items() if entry["source"] != "vbench_standard"]:
         found.append(f"not by VBench's standard protocol, hence no leaderboard numbers: {', '.join(other)}")
-    counts = {metric: (len(entry["videos"]), entry["expected"]) for metric, entry in used.items()}
+    counts = {metric: (len(entry["videos"]), entry["expected"]) for metric, entry in benchmarks.items()}
     if short := [f"{metric} {count} of {wanted}" for metric, (count, wanted) in counts.items() if count < wanted]:
         found.append(f"fewer videos than the protocol asks for: {', '.join(short)}")
     if "temporal_flickering" in used and not used["temporal_flickering"].get("static_filter"):
@@ -381,6 +382,8 @@ def update_card(where, rows):
         raise ValueError(f"--card: there is no file {path}, and {where} is no Hub id such as user/model")
     card = ModelCard.load(where if on_hub else path)
     results = [eval_result(row) for row in rows if row["section"] in ("VBench", "VMBench")]
+    if not results:
+        raise ValueError(f"--card {where}: this model has no VBench or VMBench scores to put there")
     new = {(result.unique_identifier, result.metric_type) for result in results}
     old = [r for r in card.data.eval_results or [] if (r.unique_identifier, r.metric_type) not in new]
     card.data.eval_results = old + results

@@ -489,7 +489,7 @@ def test_report_warns_of_files_that_differ(golden, clips, tmp_path):
     ("models", "message"),
     [
         (["a=base", "a=ltd"], "names must differ"),
-        (["base", "empty"], "empty has no scores yet: python examples/evaluate.py vbench"),
+        (["base", "empty"], "there is no folder empty"),
         (["base", "ltd", "--card", "other=README.md"], "--card wants NAME=README.md with a NAME of base, ltd"),
     ],
 )

@@ -585,7 +585,8 @@ def test_a_vote_sent_twice_counts_once_also_after_a_crash(server):
     address, path, page = server
     assert post(address, a_vote(page)) == (200, b"1")
     assert post(address, a_vote(page), a_vote(page, 1), a_vote(page, 1)) == (200, b"1")
-    assert post(address, a_vote(page, choice="right")) == (200, b"0")  # the first stands
+    status, message = post(address, a_vote(page, choice="right"))  # the first stands
+    assert status == 400 and b"voted otherwise on this pair" in message
     whole = path.read_bytes()
     assert [json.loads(line)["choice"] for line in whole.splitlines()] == ["left", "left"]
     path.write_bytes(whole[:-20])  # the second line is cut off
@@ -677,8 +678,9 @@ def test_votes_are_on_the_disk_before_they_are_confirmed(tmp_path, monkeypatch):
     synced = []
     votes = collect.VoteFile(tmp_path / "votes.jsonl")
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append((handle, (tmp_path / "votes.jsonl").read_bytes())))
-    assert votes.append([{"annotator": "a", "kind": "main", "pair": "p"}]) == 1
-    assert synced == [(votes.file.fileno(), b'{"annotator": "a", "kind": "main", "pair": "p"}\n')]
+    vote = {"annotator": "a", "kind": "main", "pair": "p", "choice": "left"}
+    assert votes.append([vote]) == 1
+    assert synced == [(votes.file.fileno(), json.dumps(vote).encode() + b"\n")]
     votes.file.close()
 
 
@@ -810,6 +812,16 @@ def test_what_is_wrong_with_votes_is_said(small_key, tmp_path):
             run_analysis(small_key, [cast("a", 0, "new"), wrong])
     with pytest.raises(SystemExit, match="no votes that count"):
         run_analysis(small_key, [cast("a", 4, "new", "practice")])
+
+
+def test_a_demo_does_not_replace_a_report(small_key, tmp_path):
+    there = tmp_path / "report" / "report.json"
+    there.parent.mkdir()
+    there.write_text('{"synthetic": false}')
+    command = ["--key", str(small_key), "--demo", "3", "--output_dir", str(there.parent)]
+    with pytest.raises(SystemExit, match="another --output_dir"):
+        analyse.main(analyse.parse_args(command))
+    assert there.read_text() == '{"synthetic": false}'
 
 
 def test_demo_votes_are_called_synthetic_everywhere(small_key, capsys):

@@ -97,10 +97,11 @@ class VoteFile:
         lines = self.file.read().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):  # cut off by a crash: not confirmed, so the page sends it again
             self.file.write(b"\n")
-        self.known = set()
+        self.known = {}  # what identifies a vote -> the choice
         for line in lines:
             try:
-                self.known.add(vote_id(json.loads(line)))
+                vote = json.loads(line)
+                self.known.setdefault(vote_id(vote), vote["choice"])
             except (ValueError, KeyError, TypeError):
                 print(f"{path}: a line that is no vote is left as it is: {line[:60]!r}")
 
@@ -109,15 +110,17 @@ class VoteFile:
         with self.lock:
             fresh = {}
             for vote in votes:
+                if self.known.get(vote_id(vote), vote["choice"]) != vote["choice"]:
+                    raise ValueError(f"{vote['annotator']} voted otherwise on this pair before: two people, one name?")
                 if vote_id(vote) not in self.known:
                     fresh.setdefault(vote_id(vote), vote)
-            if len({who for who, *_ in self.known | set(fresh)}) > MAX_ANNOTATORS:
+            if len({who for who, *_ in [*self.known, *fresh]}) > MAX_ANNOTATORS:
                 raise ValueError(f"there are {MAX_ANNOTATORS} annotators already")
             if fresh:
                 self.file.write("".join(json.dumps(vote) + "\n" for vote in fresh.values()).encode())
                 self.file.flush()
                 os.fsync(self.file.fileno())
-                self.known |= set(fresh)
+                self.known |= {who: vote["choice"] for who, vote in fresh.items()}
         return len(fresh)
 
 
