@@ -109,7 +109,7 @@ def read_records(folders: list[str]) -> list[dict]:
 def settings_table(records: list[dict], labels: list[str]) -> str:
     """A column a folder. Warns of differences that are not the model's, since then the comparison is not of models."""
     rows = ["<tr><th>" + "".join(f"<th>{html.escape(label)}" for label in labels)]
-    for key in records[0]["settings"] | {"versions": None}:
+    for key in records[0]["settings"] | {"versions": None, "earlier_versions": None}:
         values = [json.dumps((record["settings"] | record).get(key), ensure_ascii=False) for record in records]
         differs = len(set(values)) > 1
         if differs and key not in MODEL:

@@ -342,12 +342,14 @@ def prepare_folder(args, settings: dict, videos: dict[str, dict], accelerator: A
     versions = {"python": platform.python_version()} | {name: version(name) for name in VERSIONS}
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"videos": {}}
     made = {name: entry for name, entry in old["videos"].items() if (folder / name).is_file()}
+    earlier = old.get("earlier_versions", []) if made else []
     if made:
         pairs = {key: (old["settings"].get(key), settings.get(key)) for key in old["settings"] | settings}
         pairs |= {name: (made[name], videos[name]) for name in videos if name in made}
         differences = [f"{key}: {then!r} then, {now!r} now" for key, (then, now) in pairs.items() if then != now]
         if old["versions"] != versions:
             logger.warning(f"videos so far were made with {old['versions']}, those to come with {versions}")
+            earlier.append(old["versions"])
     elif any(folder.glob("*.mp4")):
         differences = ["it holds videos, but no generation.json that says how they were made"]
     if differences:
@@ -357,7 +359,7 @@ def prepare_folder(args, settings: dict, videos: dict[str, dict], accelerator: A
         folder.mkdir(parents=True, exist_ok=True)
         for left_by_a_kill in folder.glob(".partial-*"):
             left_by_a_kill.unlink()
-        record = {"settings": settings, "versions": versions, "videos": made | videos}
+        record = {"settings": settings, "versions": versions, "earlier_versions": earlier, "videos": made | videos}
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(partial, path)

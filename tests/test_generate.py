@@ -636,3 +636,13 @@ def test_gallery_plays_in_a_browser_and_prompts_stay_text(run, pair, chromium, t
     page.get_by_role("searchbox").fill("CAT")
     assert page.locator("h2:visible").all_text_contents() == [PROMPTS[1]]
     assert not errors
+
+
+def test_versions_of_an_earlier_start_are_kept(run):
+    folder = run(prompt=PROMPTS[:2])
+    record = record_of(folder)
+    assert record["earlier_versions"] == []
+    (folder / "generation.json").write_text(json.dumps(record | {"versions": {"torch": "1.0"}}))
+    (folder / f"{PROMPTS[0]}-0.mp4").unlink()
+    again = record_of(run(prompt=PROMPTS[:2]))
+    assert again["versions"] == record["versions"] and again["earlier_versions"] == [{"torch": "1.0"}]
