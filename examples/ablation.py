@@ -60,6 +60,7 @@ LORA = {"train_type": "lora", "rank": 16}
 LORA_RATE = 5.0  # times the learning rate of full fine-tuning, as LoRA's fresh weights need it
 PRIMARY_METRICS = ("held_out/mse_object", "videos/direction_error")
 PRIMARY_CONTRASTS = (("ltd", "mse"), ("ltd", "other_clip"), ("ltd", "position_only"))
+PIXEL_MAPS = {"frame_residual", "flow", "motion_mask"}
 # A run's own
 FIXED_FLAGS = ("--seed", "--loss", "--max_train_steps", "--num_train_epochs", "--resume_from_checkpoint", "--dry_run")
 VARIANCE_SIGMA = 0.5
@@ -194,7 +195,7 @@ def training_set(args: argparse.Namespace, names: set[str]) -> dict:
     rows = [dataset.load(clip, clip["captions"][0], torch.Generator())["latents"] for clip in clips]
     ltd = torch.cat([ltd_weights(row[None]) for row in rows])  # (N, F, H, W)
     data |= {"ltd_mean": ltd.mean().item(), "ltd_std": ltd.std().item(), "ltd_profile": ltd.mean(dim=(0, 2, 3))}
-    if names & {"frame_residual", "flow", "motion_mask"}:
+    if names & PIXEL_MAPS:
         folder = Path(args.train_data_dir)
         for clip in clips:
             for name, value in pixel_maps(read_video(folder / clip["name"])[: args.num_frames], ltd.shape[1:]).items():
@@ -526,6 +527,11 @@ def parse_args(input_args: list[str] | None = None) -> tuple[argparse.Namespace,
     if given.config:
         given = trainer.parse_args(train_ltd.recipe_flags(given.config, trainer, passed) + passed)
     args.own_data = bool(given.dataset_name or given.train_data_dir)
+    if other := [name for name in ("transformer_path", "init_lora", "revision", "variant") if getattr(given, name)]:
+        parser.error(f"--{', --'.join(other)}: not supported here; give a pipeline as --pretrained_model_name_or_path")
+    if args.own_data and (pixels := [arm for arm in args.arms if ARMS[arm].weights in PIXEL_MAPS]):
+        # Their maps are made from a file's own frames, which are other ones at another rate, size or window.
+        parser.error(f"--arms {' '.join(pixels)}: only for the nano Wan's clips")
     if args.own_data and not given.validation_split:
         parser.error("own data need --validation_split: held-out clips are what is compared")
     if args.own_data and given.train_batch_size < 2 and "other_clip" in {ARMS[arm].weights for arm in args.arms}:
@@ -542,13 +548,16 @@ def main(args: argparse.Namespace, passed: list[str]) -> None:
         raise ValueError(f"{path} holds runs of other settings; choose another --output_dir")
     if not args.own_data and not (args.output_dir / "clips" / "metadata.jsonl").is_file():
         write_dataset(args.output_dir / "clips", **NANO_CLIPS)
-    # Seeds outside, arms inside: stopped early, all arms have equally many.
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        for arm in args.arms:
-            if (arm, seed) not in {(run["arm"], run["seed"]) for run in read_runs(path)}:
-                line = json.dumps(run_once(arm, seed, args, passed))
-                with open(path, "a") as file:
-                    file.write(line + "\n")
+    try:
+        # Seeds outside, arms inside: stopped early, all arms have equally many.
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            for arm in args.arms:
+                if (arm, seed) not in {(run["arm"], run["seed"]) for run in read_runs(path)}:
+                    line = json.dumps(run_once(arm, seed, args, passed))
+                    with open(path, "a") as file:
+                        file.write(line + "\n")
+    finally:
+        train_ltd.LOSS_WEIGHTS.pop("ablation", None)  # the script's own choices again
     results = summarise(read_runs(path))
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.output_dir / "table.md").write_text(write_table(results))

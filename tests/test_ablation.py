@@ -149,6 +149,12 @@ def test_contrast_without_seeds_in_common_says_nothing():
     assert row["seeds"] == 0 and math.isnan(row["p"])
 
 
+def test_a_missing_value_leaves_its_pair_out():
+    runs = runs_of({"ltd": [1.0, 2.0, 3.0], "mse": [1.5, 2.2, None]})
+    row = ablation.contrast(runs, "ltd", "mse", "held_out/mse_object")
+    assert row["seeds"] == 2 and row["difference"][0] == pytest.approx(-0.35)
+
+
 def test_the_table_shows_what_results_hold(tmp_path):
     values = {"mse": [1.0, 1.1, 1.2], "ltd": [0.9, 1.05, 1.0], "other_clip": [1, 1, 1], "position_only": [1, 1, 2]}
     results = ablation.summarise(runs_of(values))
@@ -172,6 +178,37 @@ def test_arms_by_group_and_by_name():
         ablation.parse_args(["--arms", "nothing"])
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seeds=0"], "--seeds and --steps must be at least 1"),
+        (["--seed=42"], "--seed=42: this script sets it"),
+        (["--max_train_steps", "9"], "--max_train_steps: this script sets it"),
+        (["--train_data_dir=x"], "own data need --validation_split"),
+        (["--train_data_dir=x", "--validation_split=0.1", "--arms", "other_clip"], "--train_batch_size"),
+        (["--train_data_dir=x", "--validation_split=0.1", "--arms", "flow"], "only for the nano Wan's clips"),
+        (["--transformer_path=x"], "--transformer_path: not supported here"),
+        (["--learning_rat=1"], "unrecognized"),
+    ],
+)
+def test_flags_are_checked_before_anything_runs(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        ablation.parse_args(flags)
+    assert message in capsys.readouterr().err
+
+
+def test_data_in_a_recipe_are_own_data(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("train_data_dir: my_clips\nvalidation_split: '0.1'\n")
+    args, _ = ablation.parse_args(["--config", str(tmp_path / "recipe.yaml"), "--arms", "mse"])
+    assert args.own_data
+
+
+def test_a_run_cannot_be_bent_by_other_flags(tmp_path):
+    args, passed = ablation.parse_args(["--max_grad_norm=5", f"--output_dir={tmp_path}"])
+    line = ablation.run_flags(args, passed, ablation.ARMS["ltd_no_clipping"], 3, tmp_path / "run")
+    assert line.index("--max_grad_norm=5") < line.index("--max_grad_norm=0") and "--loss=ablation" in line
+
+
 @pytest.fixture
 def small_ablation(tiny_wan, clips, tmp_path):
     """Command line of an ablation of a tiny model on real clips, as users have them."""
@@ -183,9 +220,9 @@ def small_ablation(tiny_wan, clips, tmp_path):
 
 def test_own_model_and_data(small_ablation, tmp_path):
     pytest.importorskip("cv2", reason="the DIS dynamic degree needs opencv-python-headless")
-    ablation.main(*ablation.parse_args([*small_ablation, "--arms", "base", "mse", "ltd", "flow", "--seeds", "1"]))
+    ablation.main(*ablation.parse_args([*small_ablation, "--arms", "base", "mse", "ltd", "scale_16", "--seeds", "1"]))
     runs = ablation.read_runs(tmp_path / "out" / "runs.jsonl")
-    assert [run["arm"] for run in runs] == ["base", "mse", "ltd", "flow"]
+    assert [run["arm"] for run in runs] == ["base", "mse", "ltd", "scale_16"]
     scores = {run["arm"]: run["scores"] for run in runs}
     assert all(np.isfinite(scores[arm]["held_out/mse"]) for arm in scores)
     assert len({scores[arm]["held_out/mse"] for arm in scores}) == 4  # one weight, one result
