@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import threading
 from contextlib import suppress
 from functools import partial
@@ -216,6 +217,8 @@ def main(args: argparse.Namespace) -> None:
         print("\n".join(f"{address}?annotator={annotator}" for annotator in annotators or ["ID"]), flush=True)
         if args.host not in ("127.0.0.1", "localhost"):
             print("Whoever reaches this address can vote: there is no password and no encryption.", flush=True)
+        # Also where a shell started this in the background and has it ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
