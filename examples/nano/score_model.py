@@ -17,7 +17,7 @@ from motion_metrics import dis_dynamic_degree, mean_scores, measure, round_trip
 from sprites import FRAMES, SIZE, caption, clip_spec, render_clip, write_video
 from tqdm.auto import tqdm
 
-# Steps and guidance were chosen on the base model and calm captions.
+# Guidance 4 did a little better than 7 on 32 calm captions; the steps are not tuned.
 NANO_SAMPLING = {"num_inference_steps": 20, "guidance_scale": 4.0, "height": SIZE, "width": SIZE, "num_frames": FRAMES}
 
 
