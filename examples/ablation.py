@@ -13,15 +13,18 @@ the same question can be asked of any Wan model and data:
 A seed fixes the order of the clips, every noise and timestep, the held-out clips and the noise of generated videos, so
 arms of one seed differ in the weight alone: differences are paired by seed, and the seed is the unit that is counted.
 Every finished run is a line in `runs.jsonl`; the same command goes on where it stopped. `results.json`, `table.md` and
-`ablation.png` are made from that file. Several processes, each with its own `--first_seed`, may share a folder.
+`ablation.png` are made from that file. Several processes, each with its own `--first_seed`, may share a folder; give
+them different seeds, for two that run the same one would get into each other's way.
 """
 
 import argparse
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -41,9 +44,9 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "nano")]
 
-from motion_metrics import dis_dynamic_degree, mean_scores, read_video, temporal_flickering
+from motion_metrics import dis_dynamic_degree, mean_scores, read_video, round_trip, temporal_flickering
 from score_model import NANO_SAMPLING, generate, held_out_specs, score
-from sprites import caption, write_dataset
+from sprites import caption, render_clip, write_dataset
 
 import train_ltd
 from ltd_loss import latent_temporal_discrepancy, ltd_weights
@@ -60,6 +63,8 @@ LORA = {"train_type": "lora", "rank": 16}
 LORA_RATE = 5.0  # times the learning rate of full fine-tuning, as LoRA's fresh weights need it
 PRIMARY_METRICS = ("held_out/mse_object", "videos/direction_error")
 PRIMARY_CONTRASTS = (("ltd", "mse"), ("ltd", "other_clip"), ("ltd", "position_only"))
+OTHER_RATES = ("_half_rate", "_double_rate")
+UNTRAINED = ("base", "vae_round_trip")
 PIXEL_MAPS = {"frame_residual", "flow", "motion_mask"}
 # A run's own
 FIXED_FLAGS = ("--seed", "--loss", "--max_train_steps", "--num_train_epochs", "--resume_from_checkpoint", "--dry_run")
@@ -88,6 +93,7 @@ class Arm:
 
 ARMS = {
     "base": Arm("mse", "where we start: the base model, not trained", key=True),
+    "vae_round_trip": Arm("mse", "the ceiling: true clips of the same captions through the VAE", key=True),
     "mse": Arm("mse", "the paper's w/o LTD", key=True),
     "ltd": Arm("ltd", "the paper's: 1 + ln(e + D)", key=True),
     "ltd_unit_mean": Arm("ltd_unit_mean", "is it only a bigger loss? divided by its mean over the data", key=True),
@@ -235,7 +241,7 @@ def reset_accelerate() -> None:
 
 
 def time_weights(dataset: train_ltd.LatentDataset, args: argparse.Namespace) -> float:
-    """Median milliseconds that the weights of one batch take."""
+    """Median milliseconds that the weights of one batch take (of pixel maps, made beforehand, the lookup alone)."""
     rows = [dataset[i] for i in range(args.train_batch_size)]
     batch = {"latents": torch.stack([row["latents"] for row in rows]), "name": [row["name"] for row in rows]}
     seconds = []
@@ -250,10 +256,10 @@ def load_model(arm_name: str, args: argparse.Namespace) -> WanTransformer3DModel
     """The tuned transformer of a run, in float32; of the arm "base" the one that all start from."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = args.pretrained_model_name_or_path
-    if arm_name != "base" and args.train_type == "full":
+    if arm_name not in UNTRAINED and args.train_type == "full":
         base = args.output_dir
     transformer = WanTransformer3DModel.from_pretrained(base, subfolder="transformer", dtype=torch.float32)
-    if arm_name != "base" and args.train_type == "lora":
+    if arm_name not in UNTRAINED and args.train_type == "lora":
         transformer.load_lora_adapter(args.output_dir, weight_name=train_ltd.LORA_FILE)
     return transformer.to(device).eval()
 
@@ -326,8 +332,11 @@ def video_scores(arm_name: str, seed: int, data: dict, run_args: argparse.Namesp
     Scores of videos generated for held-out captions: on the nano Wan against their captions, dynamic ones of one
     sprite, and half as many calm ones for what was forgotten; of another model only what needs no ground truth.
     """
-    pipeline = WanPipeline.from_pretrained(run_args.pretrained_model_name_or_path, dtype=torch.float32)
+    # The text encoder of a real Wan takes 11 GB in bfloat16 and twice that in float32.
+    dtype = torch.bfloat16 if args.own_data else torch.float32
+    pipeline = WanPipeline.from_pretrained(run_args.pretrained_model_name_or_path, transformer=None, dtype=dtype)
     pipeline.register_modules(transformer=load_model(arm_name, run_args))
+    pipeline.vae.float()
     pipeline.to(pipeline.transformer.device)
     if args.own_data:
         prompts = [clip["captions"][0] for clip in data["held_out"].clips[: args.num_videos]]
@@ -343,7 +352,10 @@ def video_scores(arm_name: str, seed: int, data: dict, run_args: argparse.Namesp
     for prefix, mix, count in (("videos/", "dynamic", args.num_videos), ("calm/", "calm", args.num_videos // 2)):
         specs = held_out_specs(mix, (seed + 1) * count, single_sprite=True)[seed * count :]
         prompts = [caption(spec) for spec in specs]
-        videos = generate(pipeline, prompts, [1000 * seed + i for i in range(count)], **NANO_SAMPLING)
+        if arm_name == "vae_round_trip":
+            videos = [round_trip(pipeline.vae, render_clip(spec)[0]) for spec in specs]
+        else:
+            videos = generate(pipeline, prompts, [1000 * seed + i for i in range(count)], **NANO_SAMPLING)
         rows = [score(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
         result |= {prefix + key: value for key, value in mean_scores(rows).items()}
     return result
@@ -353,7 +365,15 @@ def video_scores(arm_name: str, seed: int, data: dict, run_args: argparse.Namesp
 
 
 def read_runs(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The finished runs, one of each arm and seed; a line that a crash cut short does not count."""
+    runs = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            run = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        runs.setdefault((run["arm"], run["seed"]), run)
+    return list(runs.values())
 
 
 def paired(runs: list[dict], arm: str, control: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -406,12 +426,13 @@ def summarise(runs: list[dict]) -> dict:
     primary = [row for row in primary if row["seeds"] > 1]
     for row, corrected in zip(primary, holm([row["p"] for row in primary]), strict=True):
         row["p_holm"] = corrected
-    controls = {"mse": [arm for arm in arms if arm not in ("base", "mse")]}
-    controls |= {arm: [arm.replace("mse", "ltd")] for arm in arms if arm.startswith("mse_")}
-    differences = [
-        contrast(runs, arm, control, metric)
-        for control, others in controls.items() for arm in others for metric in metrics if arm in arms
-    ]  # fmt: skip
+    pairs = [(arm, "mse") for arm in arms if arm not in (*UNTRAINED, "mse")]
+    pairs += [(arm.replace("mse", "ltd"), arm) for arm in arms if arm.startswith("mse_")]
+    pairs += [(arm + rate, control + rate) for rate in ("", *OTHER_RATES) for arm, control in PRIMARY_CONTRASTS]
+    pairs = [pair for pair in dict.fromkeys(pairs) if set(pair) <= set(arms)]
+    differences = [contrast(runs, *pair, metric) for pair in pairs for metric in metrics]
+    for row in differences:  # a p value would invite to pick the smallest of hundreds
+        del row["p"]
     return {
         "settings": runs[0]["settings"],
         "questions": {arm: ARMS[arm].question for arm in arms},
@@ -425,8 +446,19 @@ def summarise(runs: list[dict]) -> dict:
 
 def interval(values: list[float], digits: int = 3) -> str:
     """`mean ± half width` of what `confidence` returned."""
+    if math.isnan(values[0]):
+        return "-"
     half = "" if math.isnan(values[1]) else f" ± {(values[2] - values[1]) / 2:.{digits}f}"
     return f"{values[0]:.{digits}f}{half}"
+
+
+def without_nan(value):
+    """`value` with None for NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def write_table(results: dict) -> str:
@@ -437,6 +469,15 @@ def write_table(results: dict) -> str:
         cells = [f"{row['arm']} - {row['control']}", row["metric"], f"{row['seeds']}"]
         cells += [f"{mean:+.4f} ({low:+.4f} to {high:+.4f})", f"{row['relative'][0]:+.2%}"]
         lines.append("| " + " | ".join([*cells, f"{row['p']:.3f}", f"{row['p_holm']:.3f}"]) + " |")
+    rates = [row for row in results["differences"] if row["arm"].endswith(OTHER_RATES)]
+    lines += (
+        ["", "| at other learning rates | metric | seeds | difference (95 % CI) |", "|---" * 4 + "|"] if rates else []
+    )
+    for row in rates:
+        if row["metric"] in PRIMARY_METRICS:
+            mean, low, high = row["difference"]
+            cells = [f"{row['arm']} - {row['control']}", row["metric"], f"{row['seeds']}"]
+            lines.append("| " + " | ".join([*cells, f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"]) + " |")
     arms = list(results["means"])
     lines += ["", "| mean ± half of the 95 % CI | " + " | ".join(arms) + " |", "|---" * (len(arms) + 1) + "|"]
     lines.append("| seeds | " + " | ".join(str(results["seeds"][arm]) for arm in arms) + " |")
@@ -452,7 +493,7 @@ def draw(results: dict, path: Path) -> None:
     size = (8, 1.2 + 0.3 * len(results["means"]))
     figure, axes = plt.subplots(1, len(metrics), figsize=size, sharey=True, squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=True):
-        rows = [row for row in results["differences"] if row["metric"] == metric and row["seeds"]][::-1]
+        rows = [row for row in results["differences"] if row["metric"] == metric and row["seeds"] > 1][::-1]
         for number, row in enumerate(rows):
             mean, low, high = (100 * value for value in row["relative"])
             color = "#0072B2" if ARMS[row["arm"]].key else "#999999"
@@ -483,13 +524,15 @@ def run_once(arm_name: str, seed: int, args: argparse.Namespace, passed: list[st
     reset_accelerate()
     data = training_set(run_args, {arm.weights} if arm.matched else set())
     train_ltd.LOSS_WEIGHTS["ablation"] = functools.partial(arm_weights, arm=arm, data=data)
-    scores = {"weight_ms": time_weights(data["clips"], run_args)}
+    scores = {}
     reset_accelerate()
-    started = time.perf_counter()
-    if arm_name != "base":
+    if arm_name not in UNTRAINED:
+        scores["weight_ms"] = time_weights(data["clips"], run_args)
+        started = time.perf_counter()
         train_ltd.main(run_args)
-    scores["seconds"] = time.perf_counter() - started
-    scores |= held_out_errors(load_model(arm_name, run_args), data, run_args, args)
+        scores["seconds"] = time.perf_counter() - started
+    if arm_name != "vae_round_trip":
+        scores |= held_out_errors(load_model(arm_name, run_args), data, run_args, args)
     scores |= video_scores(arm_name, seed, data, run_args, args)
     if not args.keep_weights:
         shutil.rmtree(folder, ignore_errors=True)
@@ -499,7 +542,13 @@ def run_once(arm_name: str, seed: int, args: argparse.Namespace, passed: list[st
 
 def settings(args: argparse.Namespace, passed: list[str]) -> dict:
     """What all runs of one file must share."""
-    return {"steps": args.steps, "num_videos": args.num_videos, "flags": passed} | ({} if args.own_data else NANO)
+    shared = {"steps": args.steps, "num_videos": args.num_videos, "flags": passed, "recipe": args.recipe}
+    if not args.own_data:
+        base = Path(NANO["pretrained_model_name_or_path"])
+        weights = (base / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+        shared |= NANO | {"pretrained_model_name_or_path": str(base.relative_to(ROOT)), "clips": NANO_CLIPS}
+        shared |= {"sampling": NANO_SAMPLING, "transformer_sha256": hashlib.sha256(weights).hexdigest()}
+    return json.loads(json.dumps(shared))
 
 
 def parse_args(input_args: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -526,9 +575,17 @@ def parse_args(input_args: list[str] | None = None) -> tuple[argparse.Namespace,
     given = trainer.parse_args(passed)
     if given.config:
         given = trainer.parse_args(train_ltd.recipe_flags(given.config, trainer, passed) + passed)
+    args.recipe = Path(given.config).read_text(encoding="utf-8") if given.config else ""
     args.own_data = bool(given.dataset_name or given.train_data_dir)
+    ltd_flags = [name for name in vars(given) if name.startswith("ltd_")]
+    if bent := [name for name in ltd_flags if getattr(given, name) != trainer.get_default(name)]:
+        parser.error(
+            f"--{', --'.join(bent)}: the arms set LTD's form; take one of scale_4, normalized, ... or add one"
+        )
     if other := [name for name in ("transformer_path", "init_lora", "revision", "variant") if getattr(given, name)]:
         parser.error(f"--{', --'.join(other)}: not supported here; give a pipeline as --pretrained_model_name_or_path")
+    if args.own_data:
+        args.arms = [arm for arm in args.arms if arm != "vae_round_trip"]  # a ceiling of scores that need the truth
     if args.own_data and (pixels := [arm for arm in args.arms if ARMS[arm].weights in PIXEL_MAPS]):
         # Their maps are made from a file's own frames, which are other ones at another rate, size or window.
         parser.error(f"--arms {' '.join(pixels)}: only for the nano Wan's clips")
@@ -541,13 +598,25 @@ def parse_args(input_args: list[str] | None = None) -> tuple[argparse.Namespace,
     return args, passed
 
 
+def write_clips(folder: Path) -> None:
+    """The nano Wan's training clips, complete or not at all; several processes may ask for them at once."""
+    if folder.is_dir():
+        return
+    partial = folder.with_name(f"{folder.name}-{os.getpid()}")
+    write_dataset(partial, **NANO_CLIPS)
+    try:
+        partial.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(partial)
+
+
 def main(args: argparse.Namespace, passed: list[str]) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / "runs.jsonl"
-    if any(run["settings"] != json.loads(json.dumps(settings(args, passed))) for run in read_runs(path)):
+    if any(run["settings"] != settings(args, passed) for run in read_runs(path)):
         raise ValueError(f"{path} holds runs of other settings; choose another --output_dir")
-    if not args.own_data and not (args.output_dir / "clips" / "metadata.jsonl").is_file():
-        write_dataset(args.output_dir / "clips", **NANO_CLIPS)
+    if not args.own_data:
+        write_clips(args.output_dir / "clips")
     try:
         # Seeds outside, arms inside: stopped early, all arms have equally many.
         for seed in range(args.first_seed, args.first_seed + args.seeds):
@@ -555,12 +624,12 @@ def main(args: argparse.Namespace, passed: list[str]) -> None:
                 if (arm, seed) not in {(run["arm"], run["seed"]) for run in read_runs(path)}:
                     line = json.dumps(run_once(arm, seed, args, passed))
                     with open(path, "a") as file:
-                        file.write(line + "\n")
+                        file.write("\n" + line + "\n")  # on a line of its own, even after one that was cut short
     finally:
         train_ltd.LOSS_WEIGHTS.pop("ablation", None)  # the script's own choices again
     results = summarise(read_runs(path))
     table = write_table(results)
-    (args.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.output_dir / "results.json").write_text(json.dumps(without_nan(results), indent=1, allow_nan=False) + "\n")
     (args.output_dir / "table.md").write_text(table)
     draw(results, args.output_dir / "ablation.png")
     print(table)

@@ -167,12 +167,45 @@ def test_the_table_shows_what_results_hold(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 5000
 
 
+def test_the_contrasts_at_other_rates_stand_beside(tmp_path):
+    arms = [arm + rate for rate in ("", *ablation.OTHER_RATES) for arm in ("mse", "ltd", "other_clip", "position_only")]
+    results = ablation.summarise(runs_of({arm: [1.0 + i, 2.0 - 0.1 * i] for i, arm in enumerate(arms)}))
+    table = ablation.write_table(results)
+    for rate in ablation.OTHER_RATES:
+        for control in ("mse", "other_clip", "position_only"):
+            assert f"| ltd{rate} - {control}{rate} | held_out/mse_object | 2 |" in table
+    assert ("ltd", "other_clip") in {(row["arm"], row["control"]) for row in results["differences"]}
+    assert not any("p" in row for row in results["differences"])
+    assert len(results["primary_contrasts"]) == 3  # other rates are no further chances
+
+
+def test_a_line_that_a_crash_cut_short_does_not_count(tmp_path):
+    first, second = runs_of({"mse": [1.0, 2.0]})
+    path = tmp_path / "runs.jsonl"
+    path.write_text(f"{json.dumps(first)}\n{json.dumps(second)[:20]}\n{json.dumps(second)}\n{json.dumps(first)}\n")
+    assert ablation.read_runs(path) == [first, second]
+
+
+def test_results_are_json_that_others_can_read():
+    results = ablation.without_nan(ablation.summarise(runs_of({"mse": [1.0], "ltd": [2.0]})))
+    assert json.loads(json.dumps(results, allow_nan=False))["means"]["ltd"]["held_out/mse_object"] == [2.0, None, None]
+
+
 # ------------------------------------------------------------------------------------------------ runs
 
 
 def test_arms_by_group_and_by_name():
     args, passed = ablation.parse_args(["--arms", "key", "scale_16", "--learning_rate=1e-3"])
-    assert args.arms == ["base", "mse", "ltd", "ltd_unit_mean", "other_clip", "position_only", "scale_16"]
+    assert args.arms == [
+        "base",
+        "vae_round_trip",
+        "mse",
+        "ltd",
+        "ltd_unit_mean",
+        "other_clip",
+        "position_only",
+        "scale_16",
+    ]
     assert passed == ["--learning_rate=1e-3"] and not args.own_data
     with pytest.raises(SystemExit):
         ablation.parse_args(["--arms", "nothing"])
@@ -188,6 +221,7 @@ def test_arms_by_group_and_by_name():
         (["--train_data_dir=x", "--validation_split=0.1", "--arms", "other_clip"], "--train_batch_size"),
         (["--train_data_dir=x", "--validation_split=0.1", "--arms", "flow"], "only for the nano Wan's clips"),
         (["--transformer_path=x"], "--transformer_path: not supported here"),
+        (["--ltd_scale=4"], "--ltd_scale: the arms set LTD's form"),
         (["--learning_rat=1"], "unrecognized"),
     ],
 )
