@@ -55,13 +55,14 @@ from ltd_loss import latent_temporal_discrepancy, ltd_weights
 NANO = {
     "pretrained_model_name_or_path": str(ROOT / "examples/nano/wan-nano"), "height": 96, "width": 96,
     "num_frames": 33, "fps": 16, "train_type": "full", "train_batch_size": 8, "mixed_precision": "bf16",
-    "learning_rate": 3e-4, "lr_warmup_steps": 5, "flow_shift": 6.0, "validation_split": 0.1667,
+    "learning_rate": 3e-4, "lr_warmup_steps": 5, "flow_shift": 4.0, "validation_split": 0.1667,
     "gradient_checkpointing": False,
 }  # fmt: skip
 NANO_CLIPS = {"mix": "dynamic", "count": 384, "seed": 1}
 LORA = {"train_type": "lora", "rank": 16}
 LORA_RATE = 5.0  # times the learning rate of full fine-tuning, as LoRA's fresh weights need it
 PRIMARY_METRICS = ("held_out/mse_object", "videos/direction_error")
+SECONDARY_METRICS = ("held_out/mse", "held_out/mse_motion", "held_out/mse_static", "videos/dis_dynamic_degree")
 PRIMARY_CONTRASTS = (("ltd", "mse"), ("ltd", "other_clip"), ("ltd", "position_only"))
 OTHER_RATES = ("_half_rate", "_double_rate")
 UNTRAINED = ("base", "vae_round_trip")
@@ -462,7 +463,7 @@ def without_nan(value):
 
 
 def write_table(results: dict) -> str:
-    """Markdown: the primary contrasts, then all means."""
+    """Markdown: the primary contrasts, those at other learning rates, then all means."""
     lines = ["| contrast | metric | seeds | difference (95 % CI) | relative | p | p (Holm) |", "|---" * 7 + "|"]
     for row in results["primary_contrasts"]:
         mean, low, high = row["difference"]
@@ -470,20 +471,23 @@ def write_table(results: dict) -> str:
         cells += [f"{mean:+.4f} ({low:+.4f} to {high:+.4f})", f"{row['relative'][0]:+.2%}"]
         lines.append("| " + " | ".join([*cells, f"{row['p']:.3f}", f"{row['p_holm']:.3f}"]) + " |")
     rates = [row for row in results["differences"] if row["arm"].endswith(OTHER_RATES)]
-    lines += (
-        ["", "| at other learning rates | metric | seeds | difference (95 % CI) |", "|---" * 4 + "|"] if rates else []
-    )
-    for row in rates:
-        if row["metric"] in PRIMARY_METRICS:
-            mean, low, high = row["difference"]
-            cells = [f"{row['arm']} - {row['control']}", row["metric"], f"{row['seeds']}"]
-            lines.append("| " + " | ".join([*cells, f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"]) + " |")
-    arms = list(results["means"])
-    lines += ["", "| mean ± half of the 95 % CI | " + " | ".join(arms) + " |", "|---" * (len(arms) + 1) + "|"]
-    lines.append("| seeds | " + " | ".join(str(results["seeds"][arm]) for arm in arms) + " |")
-    for metric in results["means"][arms[0]]:
-        cells = [interval(results["means"][arm][metric]) for arm in arms]
-        lines.append(f"| {metric} | " + " | ".join(cells) + " |")
+    if rates:
+        lines += ["", "| at other learning rates | metric | seeds | difference (95 % CI) |", "|---" * 4 + "|"]
+    for row in [row for row in rates if row["metric"] in PRIMARY_METRICS]:
+        mean, low, high = row["difference"]
+        cells = [f"{row['arm']} - {row['control']}", row["metric"], f"{row['seeds']}"]
+        lines.append("| " + " | ".join([*cells, f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"]) + " |")
+    means, exploratory = results["means"], results["exploratory"]
+    if arms := [arm for arm in means if arm not in exploratory]:
+        lines += ["", "| mean ± half of the 95 % CI | " + " | ".join(arms) + " |", "|---" * (len(arms) + 1) + "|"]
+        lines.append("| seeds | " + " | ".join(str(results["seeds"][arm]) for arm in arms) + " |")
+        lines += [f"| {m} | " + " | ".join(interval(means[arm][m]) for arm in arms) + " |" for m in means[arms[0]]]
+    metrics = [metric for metric in (*PRIMARY_METRICS, *SECONDARY_METRICS) if metric in next(iter(means.values()))]
+    if exploratory:
+        lines += ["", "| exploratory | seeds | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 2) + "|"]
+        for arm in exploratory:
+            cells = [arm, str(results["seeds"][arm]), *(interval(means[arm][metric]) for metric in metrics)]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

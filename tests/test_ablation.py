@@ -168,7 +168,8 @@ def test_the_table_shows_what_results_hold(tmp_path):
 
 
 def test_the_contrasts_at_other_rates_stand_beside(tmp_path):
-    arms = [arm + rate for rate in ("", *ablation.OTHER_RATES) for arm in ("mse", "ltd", "other_clip", "position_only")]
+    names = ("mse", "ltd", "other_clip", "position_only")
+    arms = [arm + rate for rate in ("", *ablation.OTHER_RATES) for arm in names]
     results = ablation.summarise(runs_of({arm: [1.0 + i, 2.0 - 0.1 * i] for i, arm in enumerate(arms)}))
     table = ablation.write_table(results)
     for rate in ablation.OTHER_RATES:
@@ -283,3 +284,30 @@ def test_equal_seeds_see_equal_noise_whatever_the_weight(small_ablation, tmp_pat
     train_ltd.main(train_ltd.parse_args([*line, "--max_train_steps=1", "--seed=0", "--report_to=none"]))
     theirs = train_ltd.load_file(tmp_path / "plain" / train_ltd.LORA_FILE)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+# ------------------------------------------------------------------------------------------------ what is reported
+
+
+def table_rows(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
+
+
+def test_the_readme_says_what_the_runs_say():
+    """From the runs to `results.json`, the table, and the rows of it in the README."""
+    folder = ROOT / "examples" / "nano" / "ablation"
+    results = ablation.summarise(ablation.read_runs(folder / "runs.jsonl"))
+    kept = json.loads((folder / "results.json").read_text())
+    assert kept["seeds"] == results["seeds"] and kept["settings"] == results["settings"]
+    for arm, means in kept["means"].items():
+        for metric, (mean, low, _) in means.items():
+            if low is not None:
+                assert mean == pytest.approx(results["means"][arm][metric][0])
+                assert low == pytest.approx(results["means"][arm][metric][1])
+    table = table_rows(ablation.write_table(results))
+    assert table_rows((folder / "table.md").read_text()) == table
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = table_rows(readme.split("<!-- ablation -->")[1].split("<!-- /ablation -->")[0])
+    assert shown and set(shown) <= set(table)
+    for number in range(1 + len(results["primary_contrasts"])):  # all of them, whatever they say
+        assert table[number] in shown

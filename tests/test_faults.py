@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import random
 import resource
 import signal
 import subprocess
@@ -142,10 +143,15 @@ POINTS = {
 }
 
 
-def killed_run(line: list[str], point: str) -> None:
-    """In a process of its own."""
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_in_a_process(line: list[str], point: str | None = None) -> None:
+    """With SIGKILL at `point`, if one is given."""
     torch.set_num_threads(1)
-    strike(pytest.MonkeyPatch(), *POINTS[point], lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if point:
+        strike(pytest.MonkeyPatch(), *POINTS[point], kill)
     train_ltd.main(train_ltd.parse_args(line))
 
 
@@ -159,7 +165,7 @@ def forks():
 
 @pytest.mark.parametrize("point", POINTS)
 def test_kill_at(run, flags, forks, straight, tmp_path, point):
-    process = forks.Process(target=killed_run, args=(flags(**STEPS), point))
+    process = forks.Process(target=run_in_a_process, args=(flags(**STEPS), point))
     process.start()
     process.join(300)
     assert process.exitcode == -signal.SIGKILL
@@ -167,6 +173,32 @@ def test_kill_at(run, flags, forks, straight, tmp_path, point):
     assert all(train_ltd.is_intact(c) for c in train_ltd.list_checkpoints(folder))
     assert same(run(**STEPS, resume_from_checkpoint="latest"), straight)
     assert checkpoints(folder)[-1] == "checkpoint-3" and not list(folder.glob(".checkpoint-*"))
+
+
+def test_kill_at_random_moments(run, flags, forks, tmp_path):
+    """Again and again, wherever it strikes."""
+    moments, folder, killed = random.Random(0), tmp_path / "run", 0
+    kwargs = STEPS | {"max_train_steps": 12}
+    for _ in range(8):
+        process = forks.Process(target=run_in_a_process, args=(flags(**kwargs, resume_from_checkpoint="latest"),))
+        process.start()
+        process.join(moments.uniform(0.2, 2))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        assert all(train_ltd.is_intact(c) for c in train_ltd.list_checkpoints(folder))
+    assert killed
+    straight = run(output_dir=tmp_path / "straight", **kwargs)
+    assert same(run(**kwargs, resume_from_checkpoint="latest"), straight)
+    assert not list(folder.glob(".checkpoint-*"))
+
+
+def test_loader_process_that_dies(run, straight, monkeypatch):
+    with monkeypatch.context() as patch:
+        strike(patch, train_ltd.LatentDataset, "__getitem__", 5, kill)
+        with pytest.raises(RuntimeError, match=r"DataLoader worker .* is killed by signal: Killed"):
+            run(**STEPS, dataloader_num_workers=1)
+    assert same(run(**STEPS, dataloader_num_workers=1, resume_from_checkpoint="latest"), straight)
 
 
 # --- Damage ----------------------------------------------------------------------------------------------------------

@@ -311,6 +311,21 @@ def test_checkpoints_go_to_the_hub_and_come_back(hub, run, tmp_path):
     assert here.keys() == there.keys() and all(here[k].equal(there[k]) for k in here)
 
 
+@pytest.mark.parametrize(("fault", "times"), [(401, 10_000), ("cut", 1)])
+def test_upload_of_a_checkpoint_meets_a_fault(hub, tmp_path, fault, times):
+    """A token revoked in the middle, or a connection that breaks: training does not wait, and the rest is uploaded."""
+    repo = f"tester/fault-{fault}"
+    hub.fail(f"/api/models/{repo}/commit/checkpoints", fault, times=times)
+    flags = ["--output_dir=run", "--rank=4", f"--hub_model_id={repo}", "--push_checkpoints_to_hub", "--report_to=none"]
+    done = train(hub, tmp_path, *flags, "--max_train_steps=2", "--checkpointing_steps=2")
+    hub._faults.clear()
+    assert done.returncode == 0, done.stderr
+    assert WEIGHTS in hub.files(repo)
+    assert ("failed, training goes on" in done.stderr) == (fault == 401)
+    there = "checkpoint-2/SHA256SUMS" in hub.files(repo, "checkpoints")
+    assert there == (fault == "cut")
+
+
 # --- Single calls, in a worker ---------------------------------------------------------------------------------------
 
 

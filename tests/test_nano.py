@@ -56,7 +56,7 @@ def find_clip(mix, wanted):
 # ------------------------------------------------------------------------------------------------ sprites
 
 
-@pytest.mark.parametrize("mix", sprites.MIXES)
+@pytest.mark.parametrize("mix", ["calm", "dynamic"])
 def test_captions_can_be_read_back(mix):
     seen = set()
     for index in range(400):

@@ -50,13 +50,16 @@ PAN_SPEED = 1.0  # px per frame
 MIDDLE = 16.0
 SPLITS = {"train": 0, "heldout": 1}
 
-# Probabilities: speed (still, slowly, steadily, quickly), path (straight, bouncing, speeding up, slowing down),
-# spin, dynamics, pan. Every word occurs in both mixes; the base model learns the words where little moves.
+# Probabilities: number of sprites (1, 2, 3), speed (still, slowly, steadily, quickly), path (straight, bouncing,
+# speeding up, slowing down), spin, dynamics, pan. Every word occurs in calm and dynamic; the base model learns the words
+# where little moves. "lesson" is what taught it directions first: in calm clips they show too little to be noticed.
 MIXES = {
-    "calm": {"speed": (0.15, 0.40, 0.30, 0.15), "path": (0.79, 0.07, 0.07, 0.07), "spin": 0.08, "dynamics": 0.20,
-             "pan": 0.05},
-    "dynamic": {"speed": (0.05, 0.10, 0.30, 0.55), "path": (0.49, 0.21, 0.15, 0.15), "spin": 0.30, "dynamics": 0.40,
-                "pan": 0.20},
+    "calm": {"sprites": (0.8, 0.14, 0.06), "speed": (0.15, 0.40, 0.30, 0.15), "path": (0.79, 0.07, 0.07, 0.07),
+             "spin": 0.08, "dynamics": 0.20, "pan": 0.05},
+    "dynamic": {"sprites": (0.8, 0.14, 0.06), "speed": (0.05, 0.10, 0.30, 0.55), "path": (0.49, 0.21, 0.15, 0.15),
+                "spin": 0.30, "dynamics": 0.40, "pan": 0.20},
+    "lesson": {"sprites": (1, 0, 0), "speed": (0, 0, 0.3, 0.7), "path": (1, 0, 0, 0), "spin": 0, "dynamics": 0,
+               "pan": 0},
 }  # fmt: skip
 
 
@@ -152,13 +155,13 @@ def walls(radius):
 
 
 def sample_spec(rng, mix):
-    """Draw a `Clip` from `mix`, "calm" or "dynamic"; `rng` is a numpy Generator."""
+    """Draw a `Clip` from `mix`, a key of `MIXES`; `rng` is a numpy Generator."""
     if mix not in MIXES:
         raise ValueError(f"mix must be one of {', '.join(MIXES)}, not {mix!r}")
     background, pattern = choose(rng, tuple(BACKGROUNDS)), choose(rng, PATTERNS)
     # Distinct colours, none the background's: "the red one" then has one meaning in a caption.
     colors = rng.permutation([color for color in COLORS if color != background])
-    count = choose(rng, (1, 2, 3), (0.8, 0.14, 0.06))
+    count = choose(rng, (1, 2, 3), MIXES[mix]["sprites"])
     sprites = tuple(sample_sprite(rng, mix, str(color), background) for color in colors[:count])
     pan = choose(rng, tuple(DIRECTIONS)) if rng.random() < MIXES[mix]["pan"] else ""
     return Clip(sprites, background, pattern, pan, sample_waves(rng, pattern))
