@@ -333,7 +333,6 @@ def test_the_shipped_pipeline_draws_what_is_asked(generated):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the transformer's training is not finished: directions are near chance")
 def test_the_shipped_pipeline_moves_where_it_is_asked(generated):
     assert generated["direction_within_45"] >= 0.6
 
