@@ -51,8 +51,8 @@ MIDDLE = 16.0
 SPLITS = {"train": 0, "heldout": 1}
 
 # Probabilities: number of sprites (1, 2, 3), speed (still, slowly, steadily, quickly), path (straight, bouncing,
-# speeding up, slowing down), spin, dynamics, pan. Every word occurs in calm and dynamic; the base model learns the words
-# where little moves. "lesson" is what taught it directions first: in calm clips they show too little to be noticed.
+# speeding up, slowing down), spin, dynamics, pan. Every word occurs in calm and dynamic; the base model learns the
+# words where little moves. "lesson" taught it directions first: in calm clips they show too little to be noticed.
 MIXES = {
     "calm": {"sprites": (0.8, 0.14, 0.06), "speed": (0.15, 0.40, 0.30, 0.15), "path": (0.79, 0.07, 0.07, 0.07),
              "spin": 0.08, "dynamics": 0.20, "pan": 0.05},
