@@ -298,6 +298,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     near = {k: max(16, round(values[k] / 16) * 16) for k in ("height", "width")}
     count, window, low, high = args.num_frames, args.ltd_window, args.min_sigma, args.max_sigma
     frames = max(1, round((count - 1) / 4) * 4 + 1)
+    single_file = (path or "").endswith(".safetensors")
     of_lora, fsdp = ("init_lora", "quantization"), os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
     packages = [args.report_to] * (args.report_to != "none") + ["bitsandbytes"] * (args.optimizer == "adamw8bit")
     packages += ["torchao"] * bool(args.quantization)
@@ -318,7 +319,8 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         (not 0 <= low < high <= 1, f"--min_sigma {low} and --max_sigma {high}: 0 <= min < max <= 1 is needed"),
         *((args.train_type == "full" and values[k], f"--{k} goes with --train_type lora") for k in of_lora),
         (args.quantization and fsdp, "--quantization goes with one GPU or DDP, not with FSDP"),
-        ((path or "").endswith("tensors") and not os.path.isfile(path), f"--transformer_path {path} does not exist"),
+        (args.quantization and single_file, "--quantization: diffusers leaves a single file in floats, give a folder"),
+        (single_file and not os.path.isfile(path), f"--transformer_path {path} does not exist"),
         (not complete, f"--resume_from_checkpoint {resume} is not a complete checkpoint (it has no settings.json)"),
         *((not importlib.util.find_spec(p), f"a package is missing: pip install {p}") for p in packages),
         (resume == "hub" and not args.push_checkpoints_to_hub, "hub goes with --push_checkpoints_to_hub"),
