@@ -20,6 +20,7 @@ import contextlib
 import ctypes
 import difflib
 import fcntl
+import functools
 import hashlib
 import html
 import importlib.util
@@ -70,6 +71,8 @@ from huggingface_hub.utils import HfHubHTTPError, HFValidationError, httpx, vali
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from tqdm.auto import tqdm
 
 from ltd_loss import latent_temporal_discrepancy, ltd_weights
@@ -78,6 +81,8 @@ check_min_version("0.42.0")
 logger = get_logger(__name__)
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+# diffusers' kernels that have a backward pass and are torch's own or of the package flash-attn
+ATTENTION_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flash")
 LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "lora_comfyui.safetensors"
 # diffusers' module names -> those of the original Wan code, which ComfyUI expects
 # fmt: off
@@ -117,9 +122,9 @@ CHECKPOINT_BRANCH = "checkpoints"  # of the Hub's repository
 SUMS_FILE = "SHA256SUMS"  # in a checkpoint, as `sha256sum -c` reads it
 DAMAGE = (SafetensorError, ValueError, KeyError, TypeError)  # what reading a damaged cache entry raises
 RETRY_DELAYS = (1, 2, 4, 8, 16)  # seconds between tries at the Hub
-CARD_SETTINGS = """pretrained_model_name_or_path transformer_path init_lora train_type rank lora_alpha dataset_name
-    width height num_frames fps loss ltd_window ltd_scale ltd_normalize weighting_scheme flow_shift min_sigma max_sigma
-    learning_rate lr_scheduler optimizer mixed_precision seed"""
+CARD_SETTINGS = """pretrained_model_name_or_path transformer_path init_lora train_type quantization rank lora_alpha
+    dataset_name width height num_frames fps loss ltd_window ltd_scale ltd_normalize weighting_scheme flow_shift
+    min_sigma max_sigma learning_rate lr_scheduler optimizer mixed_precision seed"""
 CITATION = """@article{wu2026ltd, title={Latent Temporal Discrepancy as Motion Prior}, year={2026},
   author={Wu, Meiqi and Song, Bingze and Lin, Ruimin and Zhu, Chen and Feng, Xiaokun and Wu, Jiahong and others},
   journal={arXiv preprint arXiv:2601.20504}}"""
@@ -144,6 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--transformer_path", help="other transformer: diffusers folder, Hub id, .safetensors in original Wan keys")
     add("--init_lora", help="go on training this LoRA (file, folder or Hub id; diffusers or ComfyUI keys)")
     add("--train_type", choices=["lora", "full"], default="lora", help="train an adapter, or all weights of the DiT")
+    add("--quantization", choices=["int8"], help="a LoRA's frozen base in 8 bits, by torchao; use checkpointing too")
     add("--rank", type=int, help="LoRA rank (default: 32, enough for motion; 175 MB for 1.3B, 613 MB for 14B)")
     add("--lora_alpha", type=float, help="LoRA alpha (default: the rank, so that every program applies the scale 1)")
     add("--lora_dropout", type=float, default=0.0, help="dropout on the adapter's input")
@@ -180,8 +186,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ltd_scale", type=float, default=1.0, help="s in 1 + ln(e + s D); 1 is the paper's")
     add("--ltd_normalize", action=switch, default=False, help="divide each sample's weights by their mean")
     add("--weighting_scheme", choices=["none", "logit_normal"], default="logit_normal", help="density of timesteps")
-    add("--logit_mean", type=float, default=0.0, help="mean of the logit-normal density")
-    add("--logit_std", type=float, default=1.0, help="standard deviation of the logit-normal density")
     add("--flow_shift", type=float, default=3.0, help="shift of training sigmas; 3 trains motion at 480p, 1 detail")
     add("--min_sigma", type=float, default=0.0, help="train on noise levels from here, 0 is clean,")
     add("--max_sigma", type=float, default=1.0, help="to here, 1 is pure noise")
@@ -199,8 +203,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit needs bitsandbytes")
     add("--adam_weight_decay", type=float, default=1e-2, help="decoupled weight decay")
     add("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm, 0 = never; LTD doubles the norm")
-    add("--gradient_checkpointing", action=switch, default=True, help="recompute activations: slow, but 81 frames fit")
-    add("--mixed_precision", choices=["no", "bf16"], help="default: bf16 on a GPU, no on a CPU")
+    add("--gradient_checkpointing", nargs="?", const="full", choices=["none", "selective", "full"], default="full",
+        help="recompute activations (81 frames fit); selective keeps attention's, the costliest to recompute")
+    add("--attention_backend", choices=ATTENTION_BACKENDS, help="diffusers' name of a kernel (default: torch chooses)")
+    add("--mixed_precision", choices=["no", "bf16"], help="default: bf16 on a GPU, where no is TF32; no on a CPU")
     add("--torch_compile", action=switch, default=False, help="compile the transformer's repeated block")
     add("--use_ema", action=switch, default=False, help="keep, validate and publish an average of the weights")
     add("--ema_decay", type=float, default=0.999, help="decay of that average, reached gradually")
@@ -284,7 +290,7 @@ def recipe_flags(path: str, parser: argparse.ArgumentParser, command_line: list[
 def find_problems(args: argparse.Namespace) -> list[str]:
     """Everything wrong with the flags, each with its remedy; looks at files, packages and the GPU, loads nothing."""
     values, path, resume, split = vars(args), args.transformer_path, args.resume_from_checkpoint, args.validation_split
-    positive = """rank lora_alpha fps clips_per_video logit_std flow_shift train_batch_size gradient_accumulation_steps
+    positive = """rank lora_alpha fps clips_per_video flow_shift train_batch_size gradient_accumulation_steps
         num_train_epochs max_train_steps max_train_hours learning_rate checkpointing_steps checkpoints_total_limit
         eval_steps max_eval_clips validation_steps validation_num_inference_steps logging_steps""".split()
     not_negative = "ltd_scale max_grad_norm lr_warmup_steps dataloader_num_workers adam_weight_decay".split()
@@ -292,7 +298,10 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     near = {k: max(16, round(values[k] / 16) * 16) for k in ("height", "width")}
     count, window, low, high = args.num_frames, args.ltd_window, args.min_sigma, args.max_sigma
     frames = max(1, round((count - 1) / 4) * 4 + 1)
+    single_file = (path or "").endswith(".safetensors")
+    of_lora, fsdp = ("init_lora", "quantization"), os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
     packages = [args.report_to] * (args.report_to != "none") + ["bitsandbytes"] * (args.optimizer == "adamw8bit")
+    packages += ["torchao"] * bool(args.quantization)
     complete = resume in (None, "latest", "hub") or Path(resume, "settings.json").is_file()
     no_bf16 = args.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False)
     checks = [
@@ -308,8 +317,10 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         (isinstance(split, float) and not 0 < split < 1, f"--validation_split must be in (0, 1), got {split}"),
         ((args.min_ltd or 0) > (args.max_ltd or math.inf), "--min_ltd must not be above --max_ltd"),
         (not 0 <= low < high <= 1, f"--min_sigma {low} and --max_sigma {high}: 0 <= min < max <= 1 is needed"),
-        (args.train_type == "full" and args.init_lora, "--init_lora goes with --train_type lora"),
-        ((path or "").endswith("tensors") and not os.path.isfile(path), f"--transformer_path {path} does not exist"),
+        *((args.train_type == "full" and values[k], f"--{k} goes with --train_type lora") for k in of_lora),
+        (args.quantization and fsdp, "--quantization goes with one GPU or DDP, not with FSDP"),
+        (args.quantization and single_file, "--quantization: diffusers leaves a single file in floats, give a folder"),
+        (single_file and not os.path.isfile(path), f"--transformer_path {path} does not exist"),
         (not complete, f"--resume_from_checkpoint {resume} is not a complete checkpoint (it has no settings.json)"),
         *((not importlib.util.find_spec(p), f"a package is missing: pip install {p}") for p in packages),
         (resume == "hub" and not args.push_checkpoints_to_hub, "hub goes with --push_checkpoints_to_hub"),
@@ -318,6 +329,11 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     problems = [message for wrong, message in checks if wrong]
     if not problems and len(sigmas_in_range(args, torch.Generator().manual_seed(0))) < 0.02 * SIGMA_DRAWS:
         problems.append("--min_sigma, --max_sigma leave under 2 % of the timesteps: widen them, or use --flow_shift")
+    try:
+        with diffusers.attention_backend(args.attention_backend or "native"):
+            pass  # it looks for the kernel's package
+    except RuntimeError as error:
+        problems.append(f"--attention_backend {args.attention_backend}: {error}")
     try:
         validate_repo_id(args.hub_model_id or (Path(args.output_dir).resolve().name if args.push_to_hub else "none"))
     except HFValidationError as error:
@@ -795,7 +811,7 @@ def sample_seed(*parts: int | str) -> int:
 
 def sigmas_in_range(args: argparse.Namespace, generator: torch.Generator) -> torch.Tensor:
     """Draws from the shifted density of timesteps, truncated to `--min_sigma` .. `--max_sigma`."""
-    u = sample_density(args.weighting_scheme, SIGMA_DRAWS, args.logit_mean, args.logit_std, generator=generator)
+    u = sample_density(args.weighting_scheme, SIGMA_DRAWS, 0.0, 1.0, generator=generator)
     sigmas = args.flow_shift * u / (1 + (args.flow_shift - 1) * u)
     return sigmas[(sigmas >= args.min_sigma) & (sigmas <= args.max_sigma)]
 
@@ -877,6 +893,9 @@ def load_transformer(args: argparse.Namespace) -> WanTransformer3DModel:
     """Float32 weights to train in full; under a LoRA the frozen base in bfloat16, where autocast works in it."""
     base, path, kwargs = args.pretrained_model_name_or_path, args.transformer_path, {"subfolder": "transformer"}
     kwargs["dtype"] = torch.bfloat16 if args.train_type == "lora" and args.mixed_precision == "bf16" else torch.float32
+    if args.quantization:
+        int8 = importlib.import_module("torchao.quantization").Int8WeightOnlyConfig()
+        kwargs["quantization_config"] = diffusers.TorchAoConfig(int8)
     if path and path.endswith(".safetensors"):
         # Without the base's config it would guess one by the width, and go to the Hub for it.
         transformer = WanTransformer3DModel.from_single_file(path, config=base, revision=args.revision, **kwargs)
@@ -884,9 +903,24 @@ def load_transformer(args: argparse.Namespace) -> WanTransformer3DModel:
         base_only = {"revision": args.revision, "variant": args.variant}
         kwargs |= {"subfolder": transformer_subfolder(path)} if path else base_only
         transformer = WanTransformer3DModel.from_pretrained(path or base, **kwargs)
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    if args.gradient_checkpointing != "none":
+        selective = args.gradient_checkpointing == "selective"
+        transformer.enable_gradient_checkpointing(checkpoint_all_but_attention if selective else None)
+    if args.attention_backend:
+        transformer.set_attention_backend(args.attention_backend)
     return transformer.train().requires_grad_(args.train_type == "full")
+
+
+def checkpoint_all_but_attention(block: torch.nn.Module, *inputs) -> torch.Tensor:
+    """Selective activation checkpointing: the outputs of attention are kept, all else in the block is recomputed."""
+    contexts = functools.partial(create_selective_checkpoint_contexts, keep_attention)
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def keep_attention(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    """By name, which covers torch's attention kernels and those of the flash-attn package."""
+    kept = "attention" in str(operator) or "flash_attn" in str(operator)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def add_lora(transformer: WanTransformer3DModel, args: argparse.Namespace) -> None:
@@ -907,6 +941,9 @@ def add_lora(transformer: WanTransformer3DModel, args: argparse.Namespace) -> No
     config = {"r": args.rank, "lora_alpha": args.lora_alpha, "target_modules": args.lora_target_modules}
     transformer.add_adapter(LoraConfig(**config, lora_dropout=args.lora_dropout))
     cast_training_params(transformer, dtype=torch.float32)
+    if args.quantization:  # DDP cannot send such weights, and need not: each rank has read the base itself
+        frozen = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
     if state_dict:
         set_lora(transformer, state_dict)
 
@@ -1420,7 +1457,7 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_plugin=accumulation,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed, non_blocking=True),
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, "logs")),
         step_scheduler_with_optimizer=False,  # the schedule counts updates, whatever the number of processes
@@ -1428,6 +1465,8 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and accelerator.distributed_type != "FSDP":
         raise ValueError(f"FSDP was asked for, but accelerate set up {accelerator.distributed_type}")
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
     # accelerate would save and load the whole model, frozen base and all: save_weights does that part.
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
@@ -1532,7 +1571,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> S
         run.ema = EMAModel(trainable(run.transformer), decay=args.ema_decay)
     # What a checkpoint and the run that resumes it must agree on
     names = ["train_type", "seed", "use_ema"]
-    names += ["rank", "lora_alpha", "lora_target_modules"] if args.train_type == "lora" else []
+    names += ["rank", "lora_alpha", "lora_target_modules", "quantization"] if args.train_type == "lora" else []
     run.settings = {"clips": len(run.dataset), "samples_per_update": run.update} | {k: getattr(args, k) for k in names}
     patches = math.prod(accelerator.unwrap_model(run.transformer).config.patch_size)
     shape = read_cached(args, clips[0]["path"], "latents", slice(1)).shape[1:]

@@ -56,7 +56,7 @@ NANO = {
     "pretrained_model_name_or_path": str(ROOT / "examples/nano/wan-nano"), "height": 96, "width": 96,
     "num_frames": 33, "fps": 16, "train_type": "full", "train_batch_size": 8, "mixed_precision": "bf16",
     "learning_rate": 2e-4, "lr_warmup_steps": 5, "lr_scheduler": "cosine", "flow_shift": 3.0,
-    "validation_split": 0.1667, "gradient_checkpointing": False,
+    "validation_split": 0.1667, "gradient_checkpointing": "none",
 }  # fmt: skip
 NANO_CLIPS = {"mix": "dynamic", "count": 384, "seed": 1}
 LORA = {"train_type": "lora", "rank": 16}

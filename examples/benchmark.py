@@ -1,7 +1,7 @@
 """Measure a training step of `train_ltd.py`, LTD's share of it, caching and start-up, on random weights of true shape.
 
     python examples/benchmark.py --model nano
-    python examples/benchmark.py --model 1.3b --train_type full --no-gradient_checkpointing
+    python examples/benchmark.py --model 1.3b --train_type full --gradient_checkpointing none
     python examples/benchmark.py --model 1.3b --sweep
 
 Nothing is downloaded. Flags that are not listed below go to `train_ltd.py`, so any setting of a run can be measured;
@@ -69,7 +69,8 @@ SHAPES = {
 SIZES = {"nano": (33, 96, 96), "1.3b": (81, 480, 832), "14b": (81, 480, 832)}  # frames, height, width
 NUM_CLIPS = 8
 LTD_SHAPES = [(1, 16, 21, 60, 104), (1, 16, 21, 90, 160), (4, 16, 21, 60, 104)]  # 480p, 720p and four clips; 81 frames
-SWEEP = ["gradient_checkpointing=true,false", "torch_compile=false,true", "train_batch_size=1,2,4"]
+SWEEP = ["gradient_checkpointing=none,selective,full", "attention_backend=native,_native_cudnn"]
+SWEEP += ["torch_compile=false,true", "train_batch_size=1,2"]
 WORK = ["forward", "backward", "clipping", "optimizer"]
 LABELS = [*WORK, "data wait", "LTD weights", "noise and loss", "rest of loop"]  # seconds each
 
@@ -333,7 +334,8 @@ def training_flops(settings: argparse.Namespace, latents_shape: tuple[int, ...])
         forward += flops
         blocks += flops * name.startswith("blocks.")
         useful += flops * (1 + (not frozen_input) + layer.weight.requires_grad)
-    hardware = useful + blocks * settings.gradient_checkpointing
+    recomputed = {"none": 0.0, "selective": blocks - attention, "full": blocks}
+    hardware = useful + recomputed[settings.gradient_checkpointing]
     flops = {"forward": forward, "attention": attention, "useful": useful, "hardware": hardware}
     return {name: latents_shape[0] * value for name, value in flops.items()}
 

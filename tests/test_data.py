@@ -1448,10 +1448,10 @@ def test_noise_is_standard_normal(latent_dataset):
     assert abs((flat[:, 1:] * flat[:, :-1]).mean()) < 4 / math.sqrt(draws)
 
 
-def sigma_cdf(sigma: np.ndarray, scheme: str, shift: float, mean: float = 0.0, std: float = 1.0) -> np.ndarray:
+def sigma_cdf(sigma: np.ndarray, scheme: str, shift: float) -> np.ndarray:
     """`sigma = shift u / (1 + (shift - 1) u)`, solved for `u`, whose density is uniform or logit-normal."""
     u = torch.from_numpy(np.clip(sigma / (shift - (shift - 1) * sigma), 1e-12, 1 - 1e-12))
-    return (u if scheme == "none" else torch.special.ndtr((torch.logit(u) - mean) / std)).numpy()
+    return (u if scheme == "none" else torch.special.ndtr(torch.logit(u))).numpy()
 
 
 @pytest.mark.usefixtures("one_text_encoder")
@@ -1461,7 +1461,7 @@ def sigma_cdf(sigma: np.ndarray, scheme: str, shift: float, mean: float = 0.0, s
         {"weighting_scheme": "none", "flow_shift": 1.0},
         {"weighting_scheme": "none", "flow_shift": 5.0},
         {"weighting_scheme": "logit_normal", "flow_shift": 3.0},
-        {"weighting_scheme": "logit_normal", "flow_shift": 1.0, "logit_mean": -0.5, "logit_std": 0.7},
+        {"weighting_scheme": "logit_normal", "flow_shift": 1.0},
         {"weighting_scheme": "none", "flow_shift": 1.0, "min_sigma": 0.2, "max_sigma": 0.5},
         {"weighting_scheme": "logit_normal", "flow_shift": 3.0, "min_sigma": 0.875},
         {"weighting_scheme": "logit_normal", "flow_shift": 3.0, "max_sigma": 0.3},
@@ -1478,8 +1478,7 @@ def test_sigma_density(latent_dataset, settings):
     low, high = settings.get("min_sigma", 0.0), settings.get("max_sigma", 1.0)
     sigmas = np.sort(sigmas)
     assert low <= sigmas[0] and sigmas[-1] <= high
-    shape = [settings["weighting_scheme"], settings["flow_shift"], settings.get("logit_mean", 0.0)]
-    shape.append(settings.get("logit_std", 1.0))
+    shape = (settings["weighting_scheme"], settings["flow_shift"])
     ends = sigma_cdf(np.array([low, high]), *shape)
     cdf = (sigma_cdf(sigmas, *shape) - ends[0]) / (ends[1] - ends[0])
     steps = np.arange(len(sigmas) + 1) / len(sigmas)

@@ -654,12 +654,12 @@ def test_defaults_by_train_type(flags):
 def test_recipe_is_overridden_by_the_command_line(flags, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "learning_rate: 3.0e-5\nltd_window: 5\nuse_ema: true\ngradient_checkpointing: false\n"
+        "learning_rate: 3.0e-5\nltd_window: 5\nuse_ema: true\ngradient_checkpointing: none\n"
         "validation_prompt: [one, two]\nlora_target_modules: [to_q, to_k]\nmax_train_steps: null\n"
     )
     base = flags(learning_rate=None, config=recipe)
     args = train_ltd.parse_args(base)
-    assert (args.learning_rate, args.ltd_window, args.use_ema, args.gradient_checkpointing) == (3e-5, 5, True, False)
+    assert (args.learning_rate, args.ltd_window, args.use_ema, args.gradient_checkpointing) == (3e-5, 5, True, "none")
     assert (args.validation_prompt, args.lora_target_modules) == (["one", "two"], ["to_q", "to_k"])
     args = train_ltd.parse_args([*base, "--ltd_window", "7", "--no-use_ema", "--validation_prompt", "three"])
     assert (args.ltd_window, args.use_ema, args.validation_prompt) == (7, False, ["three"])
