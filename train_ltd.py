@@ -56,8 +56,10 @@ import torch.nn.functional as F
 import transformers
 import yaml
 from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
+from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from accelerate.logging import get_logger
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils.fsdp_utils import load_fsdp_optimizer, save_fsdp_optimizer
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
@@ -70,6 +72,9 @@ from huggingface_hub.utils import HfHubHTTPError, HFValidationError, httpx, vali
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ltd_loss import latent_temporal_discrepancy, ltd_weights
@@ -932,6 +937,10 @@ def set_lora(transformer: WanTransformer3DModel, state_dict: dict[str, torch.Ten
 
 
 def trainable(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Of FSDP a rank's shards: a forward pass without a backward one leaves some parameters gathered."""
+    for module in transformer.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return [p for p in transformer.parameters() if p.requires_grad]
 
 
@@ -981,18 +990,24 @@ def motion_means(rows: torch.Tensor) -> dict[str, float]:
 
 
 # --- Held-out errors and sample videos; neither touches the random state of training ---------------------------------
+def shared_work(accelerator: Accelerator, count: int) -> list[tuple[int, bool]]:
+    """A rank's part of `count` items, and if it counts: with sharded weights each must run as many as the others."""
+    rounds = range(0, count, accelerator.num_processes)
+    return [((i := start + accelerator.process_index) % count, i < count) for start in rounds]
+
+
 @torch.no_grad()
 def evaluate(accelerator, transformer, dataset: LatentDataset, thresholds, args) -> dict[str, float]:
     """Error on fixed clips at fixed noise and sigmas, with their first captions; the ranks share the clips."""
-    model, rows = accelerator.unwrap_model(transformer).eval(), []
-    for index in range(accelerator.process_index, min(len(dataset), args.max_eval_clips), accelerator.num_processes):
+    model, rows, count = accelerator.unwrap_model(transformer).eval(), [], min(len(dataset), args.max_eval_clips)
+    for index, mine in shared_work(accelerator, count):
         clip, generator = dataset.clips[index], torch.Generator().manual_seed(sample_seed("eval", args.seed, index))
         batch = dataset.load(clip, clip["captions"][0], generator)
         batch = {k: v[None].to(accelerator.device) for k, v in batch.items()}
         for sigma in EVAL_SIGMAS:
             batch["sigmas"] = torch.tensor([sigma], device=accelerator.device)
             sums = motion_sums(flow_matching_error(model, batch), batch["latents"], thresholds)
-            rows.append([index, sigma, *torch.stack(sums).tolist()])
+            rows += [[index, sigma, *torch.stack(sums).tolist()]] * mine
     model.train()
     rows = torch.tensor(sorted(gather_object(rows)), dtype=torch.float64)
     values = {f"val/{k}": v for k, v in motion_means(rows[:, 2:]).items()}
@@ -1012,12 +1027,13 @@ def sample_videos(accelerator, transformer, captions: dict[str, str], index: dic
     settings |= {"num_inference_steps": args.validation_num_inference_steps}
     paths = [Path(args.output_dir, "samples", f"step-{step:06d}-{i}.mp4") for i in range(len(args.validation_prompt))]
     paths[0].parent.mkdir(exist_ok=True)
-    for i in range(accelerator.process_index, len(paths), accelerator.num_processes):
+    for i, mine in shared_work(accelerator, len(paths)):
         texts = (captions[text] for text in (args.validation_prompt[i], args.validation_negative_prompt))
         prompt, negative = (load_prompt(args, file)[None].to(accelerator.device) for file in texts)
         generator = torch.Generator().manual_seed(args.seed)
         video = pipeline(prompt_embeds=prompt, negative_prompt_embeds=negative, generator=generator, **settings)
-        export_to_video(video.frames[0], str(paths[i]), fps=args.fps)
+        if mine:
+            export_to_video(video.frames[0], str(paths[i]), fps=args.fps)
     model.train()
     del pipeline, vae
     free_memory()
@@ -1052,31 +1068,42 @@ def comfyui_state_dict(state_dict: dict[str, torch.Tensor], rank: int, alpha: fl
     return converted
 
 
+def gathered_weights(accelerator: Accelerator, transformer: torch.nn.Module, args) -> dict[str, torch.Tensor]:
+    """What is trained, gathered from all ranks by all of them: whole on the main one's CPU, a LoRA in peft's keys."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    state_dict = get_model_state_dict(transformer, options=options)
+    if args.train_type == "lora":
+        state_dict = get_peft_model_state_dict(accelerator.unwrap_model(transformer), state_dict=state_dict)
+    return state_dict
+
+
 def save_weights(accelerator: Accelerator, transformer: torch.nn.Module, folder: Path, args) -> None:
     """What others load: a LoRA in diffusers' keys, with adapter metadata, and in ComfyUI's; or `transformer/`."""
-    model = accelerator.unwrap_model(transformer, keep_torch_compile=False)
-    state_dict = accelerator.get_state_dict(transformer)  # on all ranks: sharded weights are gathered
+    model, state_dict = accelerator.unwrap_model(transformer), gathered_weights(accelerator, transformer, args)
     if not accelerator.is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
     if args.train_type == "lora":
-        lora = {k: v.cpu().contiguous() for k, v in get_peft_model_state_dict(model, state_dict=state_dict).items()}
-        WanPipeline.save_lora_weights(folder, lora, **_collate_lora_metadata({"transformer": model}))
-        save_file(comfyui_state_dict(lora, args.rank, args.lora_alpha), folder / COMFYUI_FILE, {"format": "pt"})
+        WanPipeline.save_lora_weights(folder, state_dict, **_collate_lora_metadata({"transformer": model}))
+        save_file(comfyui_state_dict(state_dict, args.rank, args.lora_alpha), folder / COMFYUI_FILE, {"format": "pt"})
     else:
         with torch.device("meta"):
             copy = WanTransformer3DModel.from_config({k: v for k, v in model.config.items() if k != "_name_or_path"})
-        copy.load_state_dict({k: v.cpu() for k, v in state_dict.items()}, assign=True)
+        copy.load_state_dict(state_dict, assign=True)
         copy.save_pretrained(folder / "transformer")
 
 
-def load_weights(accelerator: Accelerator, transformer: torch.nn.Module, folder: Path, args) -> None:
-    """The inverse of `save_weights`, into the live model."""
-    model = accelerator.unwrap_model(transformer, keep_torch_compile=False)
+def load_weights(transformer: torch.nn.Module, folder: Path, args) -> None:
+    """The inverse of `save_weights`, into the live model, sharded or not."""
     if args.train_type == "lora":
-        set_lora(model, {k.removeprefix("transformer."): v for k, v in load_file(folder / LORA_FILE).items()})
+        state_dict = {k.removeprefix("transformer."): v for k, v in load_file(folder / LORA_FILE).items()}
+        state_dict = {k.replace(".weight", ".default.weight"): v for k, v in state_dict.items()}  # peft's adapter name
     else:
-        model.load_state_dict(WanTransformer3DModel.from_pretrained(folder / "transformer").state_dict())
+        state_dict = WanTransformer3DModel.from_pretrained(folder / "transformer").state_dict()
+    options = StateDictOptions(full_state_dict=True, strict=args.train_type == "full")
+    result = set_model_state_dict(transformer, state_dict, options=options)
+    if odd := [*result.unexpected_keys, *(k for k in result.missing_keys if ".lora_" in k)]:
+        raise ValueError(f"the weights in {folder} do not fit this model; they differ in {odd[0]}")
 
 
 def list_checkpoints(output_dir: str) -> list[Path]:
@@ -1130,7 +1157,14 @@ def save_checkpoint(run: SimpleNamespace, args: argparse.Namespace) -> None:
             shutil.rmtree(stale)
     accelerator.wait_for_everyone()
     with writing(folder):
-        accelerator.save_state(str(partial))
+        optimizer = [] if accelerator.is_fsdp2 else [run.optimizer]
+        partial.mkdir(parents=True, exist_ok=True)
+        # Not `save_state`, which writes the whole model too, frozen base and all: save_weights does that part.
+        parts = optimizer, [run.lr_scheduler], [run.dataloader], accelerator.process_index, accelerator.step
+        save_accelerator_state(partial, [], *parts)
+        if accelerator.is_fsdp2:
+            plugin = accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, accelerator, run.optimizer, run.transformer, partial)
         if run.ema:
             save_weights(accelerator, run.transformer, partial / "live", args)
             run.state["ema_step"] = run.ema.optimization_step
@@ -1214,12 +1248,16 @@ def resume(run: SimpleNamespace, args: argparse.Namespace) -> None:
         raise ValueError(f"--resume_from_checkpoint {folder} was made with other settings: {'; '.join(odd)}")
     run.state = saved["state"]
     if run.ema:
-        load_weights(run.accelerator, run.transformer, folder, args)
+        load_weights(run.transformer, folder, args)
         run.ema.shadow_params = [p.detach().clone() for p in trainable(run.transformer)]
         run.ema.optimization_step = run.state["ema_step"]
-    load_weights(run.accelerator, run.transformer, folder / ("live" if run.ema else ""), args)
-    run.accelerator.load_state(str(folder))
-    run.accelerator.step = 0  # micro-batches so far: a checkpoint of a stopped run was written between two updates
+    load_weights(run.transformer, folder / ("live" if run.ema else ""), args)
+    accelerator = run.accelerator
+    optimizer = [] if accelerator.is_fsdp2 else [run.optimizer]
+    load_accelerator_state(folder, [], optimizer, [run.lr_scheduler], [run.dataloader], accelerator.process_index)
+    if accelerator.is_fsdp2:
+        plugin = accelerator.state.fsdp_plugin
+        load_fsdp_optimizer(plugin, accelerator, run.optimizer, run.transformer, folder)
     logger.info(f"resumed {folder}, step {run.state['step']}")
 
 
@@ -1426,11 +1464,13 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         step_scheduler_with_optimizer=False,  # the schedule counts updates, whatever the number of processes
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # ranks wait for each other's encoding
     )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and accelerator.distributed_type != "FSDP":
-        raise ValueError(f"FSDP was asked for, but accelerate set up {accelerator.distributed_type}")
-    # accelerate would save and load the whole model, frozen base and all: save_weights does that part.
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        if not accelerator.is_fsdp2:
+            raise ValueError(f"FSDP2 was asked for, but accelerate set up {accelerator.distributed_type}")
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.state_dict_type.name != "FULL_STATE_DICT" or plugin.cpu_ram_efficient_loading:
+            raise ValueError("FSDP2 needs fsdp_state_dict_type: FULL_STATE_DICT (a sharded one is a pickle)")
+        plugin.mixed_precision_policy = None  # accelerate's would round timesteps and sums of gradients to bfloat16
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for noisy in ("httpx", "httpx2", "accelerate.checkpointing", "accelerate.accelerator"):
@@ -1515,10 +1555,14 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> S
         add_lora(transformer, args)
     if args.torch_compile:
         transformer.compile_repeated_blocks()
-    for parameter in transformer.parameters():
-        # A copy also on a CPU: memory-mapped weights are unaligned, and then round otherwise than what DDP aligns.
-        parameter.data = parameter.data.to(accelerator.device, copy=True)
-    transformer.to(accelerator.device)
+    if accelerator.is_fsdp2:  # it moves block by block what it shards, and leaves autocast to its caller
+        autocast = {"dtype": torch.bfloat16, "enabled": args.mixed_precision == "bf16", "cache_enabled": False}
+        transformer.forward = torch.autocast(accelerator.device.type, **autocast)(transformer.forward)
+    else:
+        for parameter in transformer.parameters():
+            # A copy also on a CPU: memory-mapped weights are unaligned, and then round otherwise than what DDP aligns.
+            parameter.data = parameter.data.to(accelerator.device, copy=True)
+        transformer.to(accelerator.device)
     kwargs = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
     if args.optimizer == "adamw8bit":
         optimizer = importlib.import_module("bitsandbytes").optim.AdamW8bit(trainable(transformer), **kwargs)
@@ -1571,6 +1615,8 @@ def train(run: SimpleNamespace, args: argparse.Namespace) -> None:
                 if not accelerator.sync_gradients:
                     continue
                 grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm or math.inf)
+                if isinstance(grad_norm, DTensor):
+                    grad_norm = grad_norm.full_tensor()
                 finite = bool(torch.isfinite(grad_norm))  # of averaged gradients: all ranks agree
                 if finite:
                     run.optimizer.step()
@@ -1631,12 +1677,12 @@ def look(run: SimpleNamespace, args: argparse.Namespace) -> None:
 
 def dry_run(run: SimpleNamespace, args: argparse.Namespace) -> None:
     """One update, a LoRA round trip in memory, and a table of what the whole run would need."""
-    batch, model = next(iter(run.dataloader)), run.accelerator.unwrap_model(run.transformer, keep_torch_compile=False)
+    batch = next(iter(run.dataloader))
     loss, row = training_loss(run.transformer, batch, run.thresholds, args)
     run.accelerator.backward(loss)
     run.optimizer.step()
-    if args.train_type == "lora":
-        lora = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(model).items()}
+    lora = gathered_weights(run.accelerator, run.transformer, args)
+    if args.train_type == "lora" and run.accelerator.is_main_process:
         comfyui = comfyui_state_dict(lora, args.rank, args.lora_alpha)
         loaded = WanPipeline.lora_state_dict({k: v.clone() for k, v in comfyui.items()})  # it scales in place
         for down in (k for k in lora if k.endswith("lora_A.weight")):
