@@ -1157,12 +1157,12 @@ def save_checkpoint(run: SimpleNamespace, args: argparse.Namespace) -> None:
             shutil.rmtree(stale)
     accelerator.wait_for_everyone()
     with writing(folder):
-        optimizer = [] if accelerator.is_fsdp2 else [run.optimizer]
-        partial.mkdir(parents=True, exist_ok=True)
         # Not `save_state`, which writes the whole model too, frozen base and all: save_weights does that part.
-        parts = optimizer, [run.lr_scheduler], [run.dataloader], accelerator.process_index, accelerator.step
+        partial.mkdir(parents=True, exist_ok=True)
+        optimizers = [] if accelerator.is_fsdp2 else [run.optimizer]
+        parts = optimizers, [run.lr_scheduler], [run.dataloader], accelerator.process_index, accelerator.step
         save_accelerator_state(partial, [], *parts)
-        if accelerator.is_fsdp2:
+        if accelerator.is_fsdp2 and run.optimizer.state:  # empty before the first update
             plugin = accelerator.state.fsdp_plugin
             save_fsdp_optimizer(plugin, accelerator, run.optimizer, run.transformer, partial)
         if run.ema:
@@ -1253,9 +1253,9 @@ def resume(run: SimpleNamespace, args: argparse.Namespace) -> None:
         run.ema.optimization_step = run.state["ema_step"]
     load_weights(run.transformer, folder / ("live" if run.ema else ""), args)
     accelerator = run.accelerator
-    optimizer = [] if accelerator.is_fsdp2 else [run.optimizer]
-    load_accelerator_state(folder, [], optimizer, [run.lr_scheduler], [run.dataloader], accelerator.process_index)
-    if accelerator.is_fsdp2:
+    optimizers = [] if accelerator.is_fsdp2 else [run.optimizer]
+    load_accelerator_state(folder, [], optimizers, [run.lr_scheduler], [run.dataloader], accelerator.process_index)
+    if accelerator.is_fsdp2 and (folder / "optimizer.bin").is_file():
         plugin = accelerator.state.fsdp_plugin
         load_fsdp_optimizer(plugin, accelerator, run.optimizer, run.transformer, folder)
     logger.info(f"resumed {folder}, step {run.state['step']}")
@@ -1473,7 +1473,7 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         plugin.mixed_precision_policy = None  # accelerate's would round timesteps and sums of gradients to bfloat16
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    for noisy in ("httpx", "httpx2", "accelerate.checkpointing", "accelerate.accelerator"):
+    for noisy in ("httpx", "httpx2", "accelerate.checkpointing", "accelerate.accelerator", "accelerate.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return accelerator
 
