@@ -1466,7 +1466,8 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
         if not accelerator.is_fsdp2:
-            raise ValueError(f"FSDP2 was asked for, but accelerate set up {accelerator.distributed_type}")
+            remedy = "it takes GPUs and a file like examples/accelerate/fsdp2.yaml"
+            raise ValueError(f"FSDP was asked for, but accelerate set up {accelerator.distributed_type}; {remedy}")
         plugin = accelerator.state.fsdp_plugin
         if plugin.state_dict_type.name != "FULL_STATE_DICT" or plugin.cpu_ram_efficient_loading:
             raise ValueError("FSDP2 needs fsdp_state_dict_type: FULL_STATE_DICT (a sharded one is a pickle)")
