@@ -60,6 +60,7 @@ from accelerate.checkpointing import load_accelerator_state, save_accelerator_st
 from accelerate.logging import get_logger
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, gather_object, set_seed
 from accelerate.utils.fsdp_utils import load_fsdp_optimizer, save_fsdp_optimizer
+from datasets.distributed import split_dataset_by_node
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
@@ -621,6 +622,19 @@ def latent_statistics(latents: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+def stream_rows(dataset: datasets.IterableDataset, rank: int, world: int) -> Iterator[tuple[tuple[int, int], dict]]:
+    """
+    A rank's rows with their numbers `(shard, row)`, which sort into the dataset's order whatever the ranks. They are
+    whole shards, of which nobody else downloads anything, unless those are too few to share evenly.
+    """
+    shards = dataset.num_shards
+    if shards % world and shards < 8 * world:
+        yield from (((0, n), row) for n, row in itertools.islice(enumerate(dataset), rank, None, world))
+    else:
+        for shard in range(rank, shards, world):
+            yield from (((shard, n), row) for n, row in enumerate(split_dataset_by_node(dataset, shard, shards)))
+
+
 def cache_videos(args: argparse.Namespace, accelerator: Accelerator, split: str, limit: int | None) -> list[dict]:
     """
     Encode each video of a split that is not in the cache yet; the ranks share the work. Returns on every rank a
@@ -630,7 +644,7 @@ def cache_videos(args: argparse.Namespace, accelerator: Accelerator, split: str,
     dataset, folder = open_dataset(args, split)
     rank, world = accelerator.process_index, accelerator.num_processes
     if isinstance(dataset, datasets.IterableDataset):
-        numbers, rows = None, itertools.islice(enumerate(dataset), rank, limit, world)
+        numbers, rows = None, itertools.islice(stream_rows(dataset, rank, world), limit and math.ceil(limit / world))
     else:
         numbers = range(rank, min(len(dataset), limit or len(dataset)), world)
         rows = ((number, dataset[number]) for number in numbers)
