@@ -1,4 +1,4 @@
-"""Data that does not fit one disk, one machine or one day: streams split by rank, many entries, a cache that travels."""
+"""Data too big for one disk, machine or day: streams split by rank, many entries, a cache that travels."""
 
 import gc
 import json
