@@ -94,7 +94,7 @@ def test_sharded_files_in_checkpoints_are_refused(flags, tmp_path):
     text = FSDP_FILE.read_text()
     file.write_text(text.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT"))
     result = launch_fsdp(flags(), file)
-    assert result.returncode != 0 and "FSDP2 needs fsdp_state_dict_type: FULL_STATE_DICT" in result.stderr
+    assert result.returncode != 0 and "fsdp_state_dict_type: FULL_STATE_DICT on GPUs is needed" in result.stderr
 
 
 def test_four_processes_equal_accumulation_of_four(run, flags, tmp_path):
