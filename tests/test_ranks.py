@@ -43,6 +43,7 @@ def launch_fsdp(command_line: list[str], file: Path = FSDP_FILE, env: dict | Non
 def test_sharded_weights_train_resume_and_publish_as_whole_ones(flags, tmp_path, train_type):
     """EMA, clipping, one held-out clip and one sample for two ranks, accumulation; stopped after 2 of 3 updates."""
     kwargs = {"train_type": train_type, "rank": 4 if train_type == "lora" else None, "max_train_steps": 3}
+    kwargs |= {"learning_rate": 1e-3}  # Adam magnifies rounding by it
     kwargs |= {"checkpointing_steps": 2, "use_ema": True, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1}
     kwargs |= {"validation_split": 0.3, "eval_steps": 1, "max_eval_clips": 1, "validation_prompt": "a square"}
     kwargs |= {"validation_steps": 100, "validation_num_inference_steps": 2}
@@ -70,7 +71,7 @@ def test_sharded_weights_train_resume_and_publish_as_whole_ones(flags, tmp_path,
         with safe_open(whole / name, "pt") as one, safe_open(sharded / name, "pt") as two:
             assert one.metadata().keys() == two.metadata().keys()
         for key in a:
-            torch.testing.assert_close(a[key], b[key], rtol=0, atol=2e-5)
+            torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-5)
     for a, b in zip(losses(whole), losses(sharded), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
     weights = train_ltd.LORA_FILE if train_type == "lora" else FULL_FILE
