@@ -1586,7 +1586,8 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> S
     # What a checkpoint and the run that resumes it must agree on
     names = ["train_type", "seed", "use_ema"]
     names += ["rank", "lora_alpha", "lora_target_modules"] if args.train_type == "lora" else []
-    run.settings = {"clips": len(run.dataset), "samples_per_update": run.update} | {k: getattr(args, k) for k in names}
+    run.settings = {"clips": len(run.dataset), "samples_per_update": run.update, "fsdp": accelerator.is_fsdp2}
+    run.settings |= {k: getattr(args, k) for k in names}
     patches = math.prod(accelerator.unwrap_model(run.transformer).config.patch_size)
     shape = read_cached(args, clips[0]["path"], "latents", slice(1)).shape[1:]
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"{platform.machine()} CPU"

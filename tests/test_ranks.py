@@ -40,7 +40,7 @@ def launch_fsdp(command_line: list[str], file: Path = FSDP_FILE, env: dict | Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("train_type", ["lora", "full"])
-def test_sharded_weights_train_resume_and_publish_as_whole_ones(flags, tmp_path, train_type):
+def test_sharded_weights_train_resume_and_publish_as_whole_ones(run, flags, tmp_path, train_type):
     """EMA, clipping, one held-out clip and one sample for two ranks, accumulation; stopped after 2 of 3 updates."""
     kwargs = {"train_type": train_type, "rank": 4 if train_type == "lora" else None, "max_train_steps": 3}
     kwargs |= {"learning_rate": 1e-3}  # Adam magnifies rounding by it
@@ -86,6 +86,8 @@ def test_sharded_weights_train_resume_and_publish_as_whole_ones(flags, tmp_path,
     a, b = (torch.load(f / "checkpoint-3/optimizer.bin", weights_only=True)["state"] for f in (sharded, resumed))
     assert a.keys() == b.keys() and all(torch.equal(a[p][k], b[p][k]) for p in a for k in a[p])
     assert losses(resumed) == losses(sharded)[-2:]
+    with pytest.raises(ValueError, match="fsdp True there, False here"):  # its optimizer's file is another
+        run(**kwargs | {"resume_from_checkpoint": resumed / "checkpoint-3", "gradient_accumulation_steps": 4})
 
 
 @pytest.mark.slow
