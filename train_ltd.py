@@ -57,8 +57,11 @@ import torch.nn.functional as F
 import transformers
 import yaml
 from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
+from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from accelerate.logging import get_logger
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils.fsdp_utils import load_fsdp_optimizer, save_fsdp_optimizer
+from datasets.distributed import split_dataset_by_node
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
@@ -71,6 +74,9 @@ from huggingface_hub.utils import HfHubHTTPError, HFValidationError, httpx, vali
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from tqdm.auto import tqdm
@@ -632,6 +638,19 @@ def latent_statistics(latents: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+def stream_rows(dataset: datasets.IterableDataset, rank: int, world: int) -> Iterator[tuple[tuple[int, int], dict]]:
+    """
+    A rank's rows with their numbers `(shard, row)`, which sort into the dataset's order whatever the ranks. They are
+    whole shards, of which nobody else downloads anything, unless those are too few to share evenly.
+    """
+    shards = dataset.num_shards
+    if shards % world and shards < 8 * world:
+        yield from (((0, n), row) for n, row in itertools.islice(enumerate(dataset), rank, None, world))
+    else:
+        for shard in range(rank, shards, world):
+            yield from (((shard, n), row) for n, row in enumerate(split_dataset_by_node(dataset, shard, shards)))
+
+
 def cache_videos(args: argparse.Namespace, accelerator: Accelerator, split: str, limit: int | None) -> list[dict]:
     """
     Encode each video of a split that is not in the cache yet; the ranks share the work. Returns on every rank a
@@ -641,7 +660,7 @@ def cache_videos(args: argparse.Namespace, accelerator: Accelerator, split: str,
     dataset, folder = open_dataset(args, split)
     rank, world = accelerator.process_index, accelerator.num_processes
     if isinstance(dataset, datasets.IterableDataset):
-        numbers, rows = None, itertools.islice(enumerate(dataset), rank, limit, world)
+        numbers, rows = None, itertools.islice(stream_rows(dataset, rank, world), limit and math.ceil(limit / world))
     else:
         numbers = range(rank, min(len(dataset), limit or len(dataset)), world)
         rows = ((number, dataset[number]) for number in numbers)
@@ -969,6 +988,10 @@ def set_lora(transformer: WanTransformer3DModel, state_dict: dict[str, torch.Ten
 
 
 def trainable(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Of FSDP a rank's shards: a forward pass without a backward one leaves some parameters gathered."""
+    for module in transformer.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return [p for p in transformer.parameters() if p.requires_grad]
 
 
@@ -1018,18 +1041,24 @@ def motion_means(rows: torch.Tensor) -> dict[str, float]:
 
 
 # --- Held-out errors and sample videos; neither touches the random state of training ---------------------------------
+def shared_work(accelerator: Accelerator, count: int) -> list[tuple[int, bool]]:
+    """A rank's part of `count` items, and if it counts: with sharded weights each must run as many as the others."""
+    rounds = range(0, count, accelerator.num_processes)
+    return [((i := start + accelerator.process_index) % count, i < count) for start in rounds]
+
+
 @torch.no_grad()
 def evaluate(accelerator, transformer, dataset: LatentDataset, thresholds, args) -> dict[str, float]:
     """Error on fixed clips at fixed noise and sigmas, with their first captions; the ranks share the clips."""
-    model, rows = accelerator.unwrap_model(transformer).eval(), []
-    for index in range(accelerator.process_index, min(len(dataset), args.max_eval_clips), accelerator.num_processes):
+    model, rows, count = accelerator.unwrap_model(transformer).eval(), [], min(len(dataset), args.max_eval_clips)
+    for index, mine in shared_work(accelerator, count):
         clip, generator = dataset.clips[index], torch.Generator().manual_seed(sample_seed("eval", args.seed, index))
         batch = dataset.load(clip, clip["captions"][0], generator)
         batch = {k: v[None].to(accelerator.device) for k, v in batch.items()}
         for sigma in EVAL_SIGMAS:
             batch["sigmas"] = torch.tensor([sigma], device=accelerator.device)
             sums = motion_sums(flow_matching_error(model, batch), batch["latents"], thresholds)
-            rows.append([index, sigma, *torch.stack(sums).tolist()])
+            rows += [[index, sigma, *torch.stack(sums).tolist()]] * mine
     model.train()
     rows = torch.tensor(sorted(gather_object(rows)), dtype=torch.float64)
     values = {f"val/{k}": v for k, v in motion_means(rows[:, 2:]).items()}
@@ -1049,12 +1078,13 @@ def sample_videos(accelerator, transformer, captions: dict[str, str], index: dic
     settings |= {"num_inference_steps": args.validation_num_inference_steps}
     paths = [Path(args.output_dir, "samples", f"step-{step:06d}-{i}.mp4") for i in range(len(args.validation_prompt))]
     paths[0].parent.mkdir(exist_ok=True)
-    for i in range(accelerator.process_index, len(paths), accelerator.num_processes):
+    for i, mine in shared_work(accelerator, len(paths)):
         texts = (captions[text] for text in (args.validation_prompt[i], args.validation_negative_prompt))
         prompt, negative = (load_prompt(args, file)[None].to(accelerator.device) for file in texts)
         generator = torch.Generator().manual_seed(args.seed)
         video = pipeline(prompt_embeds=prompt, negative_prompt_embeds=negative, generator=generator, **settings)
-        export_to_video(video.frames[0], str(paths[i]), fps=args.fps)
+        if mine:
+            export_to_video(video.frames[0], str(paths[i]), fps=args.fps)
     model.train()
     del pipeline, vae
     free_memory()
@@ -1089,31 +1119,40 @@ def comfyui_state_dict(state_dict: dict[str, torch.Tensor], rank: int, alpha: fl
     return converted
 
 
+def gathered_weights(accelerator: Accelerator, transformer: torch.nn.Module, args) -> dict[str, torch.Tensor]:
+    """What is trained, gathered from all ranks by all of them: whole on the main one's CPU, a LoRA in peft's keys."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    state_dict = get_model_state_dict(transformer, options=options)
+    if args.train_type == "lora":
+        state_dict = get_peft_model_state_dict(accelerator.unwrap_model(transformer), state_dict=state_dict)
+    return state_dict
+
+
 def save_weights(accelerator: Accelerator, transformer: torch.nn.Module, folder: Path, args) -> None:
     """What others load: a LoRA in diffusers' keys, with adapter metadata, and in ComfyUI's; or `transformer/`."""
-    model = accelerator.unwrap_model(transformer, keep_torch_compile=False)
-    state_dict = accelerator.get_state_dict(transformer)  # on all ranks: sharded weights are gathered
+    model, state_dict = accelerator.unwrap_model(transformer), gathered_weights(accelerator, transformer, args)
     if not accelerator.is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
     if args.train_type == "lora":
-        lora = {k: v.cpu().contiguous() for k, v in get_peft_model_state_dict(model, state_dict=state_dict).items()}
-        WanPipeline.save_lora_weights(folder, lora, **_collate_lora_metadata({"transformer": model}))
-        save_file(comfyui_state_dict(lora, args.rank, args.lora_alpha), folder / COMFYUI_FILE, {"format": "pt"})
+        WanPipeline.save_lora_weights(folder, state_dict, **_collate_lora_metadata({"transformer": model}))
+        save_file(comfyui_state_dict(state_dict, args.rank, args.lora_alpha), folder / COMFYUI_FILE, {"format": "pt"})
     else:
         with torch.device("meta"):
             copy = WanTransformer3DModel.from_config({k: v for k, v in model.config.items() if k != "_name_or_path"})
-        copy.load_state_dict({k: v.cpu() for k, v in state_dict.items()}, assign=True)
+        copy.load_state_dict(state_dict, assign=True)
         copy.save_pretrained(folder / "transformer")
 
 
-def load_weights(accelerator: Accelerator, transformer: torch.nn.Module, folder: Path, args) -> None:
-    """The inverse of `save_weights`, into the live model."""
-    model = accelerator.unwrap_model(transformer, keep_torch_compile=False)
+def load_weights(transformer: torch.nn.Module, folder: Path, args) -> None:
+    """The inverse of `save_weights`, into the live model, sharded or not."""
     if args.train_type == "lora":
-        set_lora(model, {k.removeprefix("transformer."): v for k, v in load_file(folder / LORA_FILE).items()})
+        state_dict = {k.removeprefix("transformer."): v for k, v in load_file(folder / LORA_FILE).items()}
+        state_dict = {k.replace(".weight", ".default.weight"): v for k, v in state_dict.items()}  # peft's adapter name
     else:
-        model.load_state_dict(WanTransformer3DModel.from_pretrained(folder / "transformer").state_dict())
+        state_dict = WanTransformer3DModel.from_pretrained(folder / "transformer").state_dict()
+    options = StateDictOptions(full_state_dict=True, strict=args.train_type == "full")
+    set_model_state_dict(transformer, state_dict, options=options)
 
 
 def list_checkpoints(output_dir: str) -> list[Path]:
@@ -1167,7 +1206,12 @@ def save_checkpoint(run: SimpleNamespace, args: argparse.Namespace) -> None:
             shutil.rmtree(stale)
     accelerator.wait_for_everyone()
     with writing(folder):
-        accelerator.save_state(str(partial))
+        # Not `save_state`, which writes the whole model too, frozen base and all: save_weights does that part.
+        partial.mkdir(parents=True, exist_ok=True)
+        optimizers = [] if accelerator.is_fsdp2 else [run.optimizer]
+        save_accelerator_state(partial, [], optimizers, [run.lr_scheduler], [], accelerator.process_index, step=0)
+        if accelerator.is_fsdp2 and run.optimizer.state:  # empty before the first update
+            save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, run.optimizer, run.transformer, partial)
         if run.ema:
             save_weights(accelerator, run.transformer, partial / "live", args)
             run.state["ema_step"] = run.ema.optimization_step
@@ -1251,12 +1295,15 @@ def resume(run: SimpleNamespace, args: argparse.Namespace) -> None:
         raise ValueError(f"--resume_from_checkpoint {folder} was made with other settings: {'; '.join(odd)}")
     run.state = saved["state"]
     if run.ema:
-        load_weights(run.accelerator, run.transformer, folder, args)
+        load_weights(run.transformer, folder, args)
         run.ema.shadow_params = [p.detach().clone() for p in trainable(run.transformer)]
         run.ema.optimization_step = run.state["ema_step"]
-    load_weights(run.accelerator, run.transformer, folder / ("live" if run.ema else ""), args)
-    run.accelerator.load_state(str(folder))
-    run.accelerator.step = 0  # micro-batches so far: a checkpoint of a stopped run was written between two updates
+    load_weights(run.transformer, folder / ("live" if run.ema else ""), args)
+    accelerator = run.accelerator
+    optimizers = [] if accelerator.is_fsdp2 else [run.optimizer]
+    load_accelerator_state(folder, [], optimizers, [run.lr_scheduler], [], accelerator.process_index)
+    if accelerator.is_fsdp2 and (folder / "optimizer.bin").is_file():
+        load_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, run.optimizer, run.transformer, folder)
     logger.info(f"resumed {folder}, step {run.state['step']}")
 
 
@@ -1463,16 +1510,18 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         step_scheduler_with_optimizer=False,  # the schedule counts updates, whatever the number of processes
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # ranks wait for each other's encoding
     )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and accelerator.distributed_type != "FSDP":
-        raise ValueError(f"FSDP was asked for, but accelerate set up {accelerator.distributed_type}")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        # A sharded state dict would be pickles; examples/accelerate/fsdp2.yaml has all that is needed.
+        if not accelerator.is_fsdp2 or accelerator.state.fsdp_plugin.state_dict_type.name != "FULL_STATE_DICT":
+            needed = "fsdp_version: 2 with fsdp_state_dict_type: FULL_STATE_DICT on GPUs is needed"
+            raise ValueError(f"FSDP was asked for, but accelerate set up {accelerator.distributed_type}; {needed}")
+        # Its own one would round timesteps and sums of gradients to bfloat16.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
-    # accelerate would save and load the whole model, frozen base and all: save_weights does that part.
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    for noisy in ("httpx", "httpx2", "accelerate.checkpointing", "accelerate.accelerator"):
+    for noisy in ("httpx", "httpx2", "accelerate.checkpointing", "accelerate.accelerator", "accelerate.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return accelerator
 
@@ -1554,10 +1603,14 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> S
         add_lora(transformer, args)
     if args.torch_compile:
         transformer.compile_repeated_blocks()
-    for parameter in transformer.parameters():
-        # A copy also on a CPU: memory-mapped weights are unaligned, and then round otherwise than what DDP aligns.
-        parameter.data = parameter.data.to(accelerator.device, copy=True)
-    transformer.to(accelerator.device)
+    if accelerator.is_fsdp2:  # it moves block by block what it shards, and leaves autocast to its caller
+        autocast = {"dtype": torch.bfloat16, "enabled": args.mixed_precision == "bf16", "cache_enabled": False}
+        transformer.forward = torch.autocast(accelerator.device.type, **autocast)(transformer.forward)
+    else:
+        for parameter in transformer.parameters():
+            # A copy also on a CPU: memory-mapped weights are unaligned, and then round otherwise than what DDP aligns.
+            parameter.data = parameter.data.to(accelerator.device, copy=True)
+        transformer.to(accelerator.device)
     kwargs = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
     if args.optimizer == "adamw8bit":
         optimizer = importlib.import_module("bitsandbytes").optim.AdamW8bit(trainable(transformer), **kwargs)
@@ -1572,7 +1625,8 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> S
     # What a checkpoint and the run that resumes it must agree on
     names = ["train_type", "seed", "use_ema"]
     names += ["rank", "lora_alpha", "lora_target_modules", "quantization"] if args.train_type == "lora" else []
-    run.settings = {"clips": len(run.dataset), "samples_per_update": run.update} | {k: getattr(args, k) for k in names}
+    run.settings = {"clips": len(run.dataset), "samples_per_update": run.update, "fsdp": accelerator.is_fsdp2 or None}
+    run.settings |= {k: getattr(args, k) for k in names}
     patches = math.prod(accelerator.unwrap_model(run.transformer).config.patch_size)
     shape = read_cached(args, clips[0]["path"], "latents", slice(1)).shape[1:]
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"{platform.machine()} CPU"
@@ -1610,6 +1664,8 @@ def train(run: SimpleNamespace, args: argparse.Namespace) -> None:
                 if not accelerator.sync_gradients:
                     continue
                 grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm or math.inf)
+                if isinstance(grad_norm, DTensor):
+                    grad_norm = grad_norm.full_tensor()
                 finite = bool(torch.isfinite(grad_norm))  # of averaged gradients: all ranks agree
                 if finite:
                     run.optimizer.step()
@@ -1670,12 +1726,12 @@ def look(run: SimpleNamespace, args: argparse.Namespace) -> None:
 
 def dry_run(run: SimpleNamespace, args: argparse.Namespace) -> None:
     """One update, a LoRA round trip in memory, and a table of what the whole run would need."""
-    batch, model = next(iter(run.dataloader)), run.accelerator.unwrap_model(run.transformer, keep_torch_compile=False)
+    batch = next(iter(run.dataloader))
     loss, row = training_loss(run.transformer, batch, run.thresholds, args)
     run.accelerator.backward(loss)
     run.optimizer.step()
-    if args.train_type == "lora":
-        lora = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(model).items()}
+    lora = gathered_weights(run.accelerator, run.transformer, args)
+    if args.train_type == "lora" and run.accelerator.is_main_process:
         comfyui = comfyui_state_dict(lora, args.rank, args.lora_alpha)
         loaded = WanPipeline.lora_state_dict({k: v.clone() for k, v in comfyui.items()})  # it scales in place
         for down in (k for k in lora if k.endswith("lora_A.weight")):

@@ -186,3 +186,7 @@ def test_int8_in_two_processes_equals_accumulation_bitwise(run, flags, tmp_path)
 def test_int8_dry_run(run, capsys):
     run(dry_run=True, **INT8)
     assert "passed" in capsys.readouterr().out
+
+
+def test_the_bare_switch_of_diffusers_scripts(flags):
+    assert train_ltd.parse_args([*flags(), "--gradient_checkpointing"]).gradient_checkpointing == "full"
