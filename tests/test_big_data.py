@@ -19,7 +19,7 @@ from transformers import UMT5EncoderModel
 
 import train_ltd
 
-ENTRIES = 100_000
+ENTRIES = 10_000
 
 
 @pytest.fixture
