@@ -6,8 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=outputs/figures images=examples/images
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} OMP_WAIT_POLICY=passive
-# The very weights of the table's seed 0, but for rounding on another machine
-python examples/ablation.py --output_dir $out/runs --arms mse ltd --seeds 1 --num_videos 2 --keep_weights
+lora=outputs/quickstart/lora  # what the quickstart trains
+[ -d $lora ] || { echo "first: bash examples/quickstart.sh"; exit 1; }
 [ -f $out/heldout/metadata.jsonl ] ||
   python examples/nano/sprites.py $out/heldout --mix dynamic --count 64 --seed 0 --split heldout
 draw() {  # command, flags
@@ -15,12 +15,11 @@ draw() {  # command, flags
     --num_frames 33 --fps 16 --output_dir $out "${@:2}"
 }
 draw report --train_data_dir $out/heldout
-draw curves --train_data_dir $out/heldout --max_eval_clips 64 --transformer $out/runs/mse-0 --transformer $out/runs/ltd-0
+draw curves --train_data_dir $out/heldout --max_eval_clips 64 --lora $lora
 caption() { python -c "import json, sys; print(json.loads(open('$out/heldout/metadata.jsonl').readlines()[$1])['text'])"; }
-draw maps --video $out/heldout/dynamic-h0-00003.mp4 --prompt "$(caption 3)" --transformer $out/runs/ltd-0
+draw maps --video $out/heldout/dynamic-h0-00003.mp4 --prompt "$(caption 3)" --lora $lora
 for i in 3 4 5 7; do caption $i; done > $out/prompts.txt
 generate() { python examples/generate.py --preset nano --prompt_file $out/prompts.txt --output_dir $out/videos/"$1" "${@:2}"; }
 generate base
-generate mse --transformer $out/runs/mse-0
-generate ltd --transformer $out/runs/ltd-0
-python examples/generate.py --compare $out/videos/{base,mse,ltd} --output_dir $out/compare
+generate ltd --lora $lora
+python examples/generate.py --compare $out/videos/{base,ltd} --labels base LTD --output_dir $out/compare
