@@ -1757,6 +1757,13 @@ def dry_run(run: SimpleNamespace, args: argparse.Namespace) -> None:
         print("\n".join(f"{name:22}{value}" for name, value in table.items()))
 
 
+def end(run: SimpleNamespace) -> None:
+    """The interpreter, once it shuts down, starts no more threads, which an upload under way would need."""
+    if run.upload:
+        run.upload.join()
+    run.accelerator.end_training()
+
+
 def main(args: argparse.Namespace) -> None:
     started, accelerator = time.monotonic(), build_accelerator(args)
     with lock_folder(accelerator, args.output_dir):
@@ -1784,16 +1791,16 @@ def main(args: argparse.Namespace) -> None:
                 train(run, args)
         if run.state["step"] < run.max_steps:
             logger.warning(f"stopped at step {run.state['step']}; to go on, add --resume_from_checkpoint latest")
-            if run.checkpoint_repo and run.upload.is_alive():
+            if run.upload and run.upload.is_alive():
                 run.upload.join()  # now there is nothing to hold up: the newest one follows
                 push_checkpoint(run, list_checkpoints(args.output_dir)[-1], args)
-            accelerator.end_training()
+            end(run)
             sys.exit(EXIT_STOPPED)
 
         # 5. Weights, card, Hub
         run.facts["hardware"] += f", {(time.monotonic() - started) / 3600:.2f} h"
         finish(run, repo_id if args.push_to_hub else None, args)
-        accelerator.end_training()
+        end(run)
         logger.info(f"done; look into {args.output_dir}")
 
 
