@@ -445,7 +445,7 @@ def summarise(runs: list[dict]) -> dict:
     }
 
 
-def interval(values: list[float], digits: int = 3) -> str:
+def interval(values: list[float], digits: int = 4) -> str:
     """`mean ± half width` of what `confidence` returned."""
     if math.isnan(values[0]):
         return "-"

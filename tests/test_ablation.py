@@ -162,7 +162,7 @@ def test_the_table_shows_what_results_hold(tmp_path):
     table = ablation.write_table(results)
     for row in results["primary_contrasts"]:
         assert f"| {row['arm']} - {row['control']} | {row['metric']} | 3 | {row['difference'][0]:+.4f}" in table
-    assert "| held_out/mse_object | 1.100 ± 0.248 |" in table
+    assert "| held_out/mse_object | 1.1000 ± 0.2484 |" in table
     ablation.draw(results, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
 
