@@ -74,7 +74,7 @@ def test_readme_has_both_commands_and_only_files_that_exist():
         for f in re.findall(r"train_ltd\.py[^\n]*(?:\n[^\n]*)?", text)
         for f in re.findall(r"--(\w+)", f)
     }
-    launcher = {"multi_gpu", "num_processes"}
+    launcher = {"config_file", "num_processes"}
     assert sorted(flags - launcher - set(ACTIONS)) == []
 
 
