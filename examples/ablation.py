@@ -469,7 +469,8 @@ def write_table(results: dict) -> str:
         mean, low, high = row["difference"]
         cells = [f"{row['arm']} - {row['control']}", row["metric"], f"{row['seeds']}"]
         cells += [f"{mean:+.4f} ({low:+.4f} to {high:+.4f})", f"{row['relative'][0]:+.2%}"]
-        lines.append("| " + " | ".join([*cells, f"{row['p']:.3f}", f"{row['p_holm']:.3f}"]) + " |")
+        cells += ["< 0.001" if p < 0.001 else f"{p:.3f}" for p in (row["p"], row["p_holm"])]
+        lines.append("| " + " | ".join(cells) + " |")
     rates = [row for row in results["differences"] if row["arm"].endswith(OTHER_RATES)]
     if rates:
         lines += ["", "| at other learning rates | metric | seeds | difference (95 % CI) |", "|---" * 4 + "|"]
