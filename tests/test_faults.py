@@ -176,18 +176,21 @@ def test_kill_at(run, flags, forks, straight, tmp_path, point):
 
 
 def test_kill_at_random_moments(run, flags, forks, tmp_path):
-    """Again and again, wherever it strikes."""
+    """Again and again, wherever it strikes: while it starts, or soon after one of the next steps."""
     moments, folder, killed = random.Random(0), tmp_path / "run", 0
-    kwargs = STEPS | {"max_train_steps": 12}
-    for _ in range(8):
+    kwargs = STEPS | {"max_train_steps": 24}
+    for steps in (0, 1, 2, 3, 0, 4):
         process = forks.Process(target=run_in_a_process, args=(flags(**kwargs, resume_from_checkpoint="latest"),))
         process.start()
-        process.join(moments.uniform(0.2, 2))
+        wanted = len(checkpoints(folder)) + steps
+        while steps and len(checkpoints(folder)) < wanted and process.is_alive():
+            time.sleep(0.001)
+        process.join(moments.uniform(0, 0.05 if steps else 0.5))
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
         assert all(train_ltd.is_intact(c) for c in train_ltd.list_checkpoints(folder))
-    assert killed
+    assert killed == 6 and 10 <= len(checkpoints(folder)) < 24
     straight = run(output_dir=tmp_path / "straight", **kwargs)
     assert same(run(**kwargs, resume_from_checkpoint="latest"), straight)
     assert not list(folder.glob(".checkpoint-*"))
