@@ -40,7 +40,8 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,7 +60,13 @@ import yaml
 from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from accelerate.logging import get_logger
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from accelerate.utils.fsdp_utils import load_fsdp_optimizer, save_fsdp_optimizer
 from datasets.distributed import split_dataset_by_node
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
@@ -78,7 +85,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm.auto import tqdm
 
 from ltd_loss import latent_temporal_discrepancy, ltd_weights
@@ -87,8 +94,9 @@ check_min_version("0.42.0")
 logger = get_logger(__name__)
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
-# diffusers' kernels that have a backward pass and are torch's own or of the package flash-attn
-ATTENTION_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flash")
+# diffusers' names of torch's kernels, all of which have a backward pass, and torch's operators in which they end
+ATTENTION_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
+ATTENTION_KERNELS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
 LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "lora_comfyui.safetensors"
 # diffusers' module names -> those of the original Wan code, which ComfyUI expects
 # fmt: off
@@ -121,6 +129,7 @@ MIN_VAE_PSNR = 20.0  # dB; Wan's VAE gives 30 and more, frames in [0, 1] instead
 SIGMA_DRAWS = 1024
 EVAL_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 MAX_BAD_STEPS = 10
+EMA_DECAY = 0.999  # reached gradually
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # spot notice, Slurm, Ctrl-C
 SAME_NOTICE = 3.0  # seconds in which a launcher and a process group may both deliver one notice
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped early with a checkpoint, start again
@@ -214,8 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--attention_backend", choices=ATTENTION_BACKENDS, help="diffusers' name of a kernel (default: torch chooses)")
     add("--mixed_precision", choices=["no", "bf16"], help="default: bf16 on a GPU, where no is TF32; no on a CPU")
     add("--torch_compile", action=switch, default=False, help="compile the transformer's repeated block")
-    add("--use_ema", action=switch, default=False, help="keep, validate and publish an average of the weights")
-    add("--ema_decay", type=float, default=0.999, help="decay of that average, reached gradually")
+    add("--use_ema", action=switch, default=False, help="keep, validate and publish an average (decay 0.999)")
     add("--dataloader_num_workers", type=int, default=0, help="processes that read clips and draw noise ahead")
     add("--seed", type=int, default=0, help="of everything random")
 
@@ -278,6 +286,8 @@ def recipe_flags(path: str, parser: argparse.ArgumentParser, command_line: list[
         raise ValueError(f"--config {path} must hold lines of `flag: value` ({error})") from error
     actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
     given = {a.split("=")[0].removeprefix("--").removeprefix("no-") for a in command_line if a.startswith("--")}
+    lengths = {"num_train_epochs", "max_train_steps"}  # of a run: one overrides the other
+    given |= lengths if given & lengths else set()
     flags = []
     for key, value in recipe.items():
         if key not in actions:
@@ -300,7 +310,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         num_train_epochs max_train_steps max_train_hours learning_rate checkpointing_steps checkpoints_total_limit
         eval_steps max_eval_clips validation_steps validation_num_inference_steps logging_steps""".split()
     not_negative = "ltd_scale max_grad_norm lr_warmup_steps dataloader_num_workers adam_weight_decay".split()
-    shares = "lora_dropout max_skipped caption_dropout ema_decay".split()
+    shares = "lora_dropout max_skipped caption_dropout".split()
     near = {k: max(16, round(values[k] / 16) * 16) for k in ("height", "width")}
     count, window, low, high = args.num_frames, args.ltd_window, args.min_sigma, args.max_sigma
     frames = max(1, round((count - 1) / 4) * 4 + 1)
@@ -336,11 +346,6 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     if not problems and len(sigmas_in_range(args, torch.Generator().manual_seed(0))) < 0.02 * SIGMA_DRAWS:
         problems.append("--min_sigma, --max_sigma leave under 2 % of the timesteps: widen them, or use --flow_shift")
     try:
-        with diffusers.attention_backend(args.attention_backend or "native"):
-            pass  # it looks for the kernel's package
-    except RuntimeError as error:
-        problems.append(f"--attention_backend {args.attention_backend}: {error}")
-    try:
         validate_repo_id(args.hub_model_id or (Path(args.output_dir).resolve().name if args.push_to_hub else "none"))
     except HFValidationError as error:
         problems.append(f"--hub_model_id: {error}")
@@ -364,7 +369,8 @@ def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset
     one_table = any((root / name).is_file() for name in METADATA_FILES)
     local = root / split if (root / split).is_dir() and not one_table else root
     table = next((local / name for name in METADATA_FILES if (local / name).is_file()), local)
-    pairs = local.is_dir() and any(local.rglob("*.txt"))
+    clips = (p for p in local.rglob("*") if p.suffix.lower() in MEDIA_SUFFIXES)
+    pairs = local.is_dir() and any(clip.with_suffix(".txt").is_file() for clip in clips)
     if local == root and split != args.dataset_split and (table.is_file() or pairs):
         raise ValueError(f"--validation_split {split}: {root} has no such folder; a fraction such as 0.1 works")
     if table.is_file():
@@ -407,21 +413,25 @@ def pair_clips_with_captions(folder: Path) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
-def clip_source(value: str | dict | bytes | None, folder: Path) -> str | bytes:
+def clip_source(value: str | dict | bytes | None, folder: Path, args: argparse.Namespace) -> str | bytes:
     """
-    Path or bytes of a clip from whatever the video column holds. Rows may be hostile: those of a folder's metadata
-    must stay in that folder, those of a Hub's dataset on the Hub or in its caches. A table of one's own is trusted.
+    Path or bytes of a clip from whatever the video column holds. Rows may be hostile: those of a folder must stay in
+    that folder, those of a Hub's dataset on the Hub, or in its caches. A table that the user names is trusted.
     """
     value = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
     if not value:
         raise ClipError("no video in this row")
     if isinstance(value, bytes):
         return value
-    path, remote, roots = folder / value, "://" in value, () if folder.is_dir() else HUB_CACHES
-    if any((folder / name).is_file() for name in METADATA_FILES):
-        roots = (folder,)
-    inside = not remote and any(path.resolve().is_relative_to(Path(root).resolve()) for root in roots)
-    if roots and not inside and not value.split("::")[-1].startswith("hf://"):
+    if not (folder.is_dir() or "://" in value or os.path.isabs(value)):
+        value = f"hf://datasets/{args.dataset_name}@{args.dataset_revision or 'main'}/{value}"
+    *archives, target = value.split("::")  # as in zip://clip.mp4::hf://datasets/user/clips/all.zip
+    path, remote = folder / value, "://" in value
+    if remote:
+        inside = target.startswith("hf://") and all(a.startswith(("zip://", "tar://", "gzip://")) for a in archives)
+    else:
+        inside = any(path.resolve().is_relative_to(Path(root).resolve()) for root in (folder, *HUB_CACHES))
+    if not inside and not Path(args.train_data_dir or "").is_file():
         raise ClipError("leads out of the dataset's folder")
     if remote:
         with fsspec.open(value, "rb") as file:
@@ -651,6 +661,40 @@ def stream_rows(dataset: datasets.IterableDataset, rank: int, world: int) -> Ite
             yield from (((shard, n), row) for n, row in enumerate(split_dataset_by_node(dataset, shard, shards)))
 
 
+def load_video(row: tuple[int, dict], folder: Path, key: str, args: argparse.Namespace) -> tuple[dict, tuple | None]:
+    """A row's `video`, as `cache_videos` returns it; and if it is neither cached nor skipped, what to encode."""
+    number, row = row
+    value, captions = row["video"], row["text"] if isinstance(row["text"], list) else [row["text"]]
+    name = value.get("path") if isinstance(value, dict) else value
+    video = {"number": number, "file": name if isinstance(name, str) else f"row {number}", "encoded": False}
+    captions = ["" if c is None else str(c) for c in captions or [""]]
+    if max(map(len, captions)) > MAX_CHARACTERS:
+        logger.warning(f"{video['file']}: caption cut to {MAX_CHARACTERS} characters", main_process_only=False)
+    video["captions"] = [with_trigger(args, c[:MAX_CHARACTERS]) for c in captions]
+    try:
+        source = clip_source(value, folder, args)
+        video["identity"] = content_hash(source)
+        video["path"] = f"latents/{digest(key, video['identity'])}.safetensors"
+        video["statistics"] = read_statistics(Path(args.cache_dir, video["path"]))
+        return video, None if video["statistics"] else read_clips(source, args)
+    except (ClipError, OSError, av.FFmpegError) as error:
+        video["reason"] = str(error) if isinstance(error, ClipError) else f"cannot be read: {error}"
+        video["num_frames"] = getattr(error, "num_frames", None)
+        return video, None
+
+
+def ahead(function, items: Iterable) -> Iterator:
+    """`map` that works on the next item, in a thread, while its caller is busy with the last result."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = []
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 1:
+                yield waiting.pop(0).result()
+        for last in waiting:
+            yield last.result()
+
+
 def cache_videos(args: argparse.Namespace, accelerator: Accelerator, split: str, limit: int | None) -> list[dict]:
     """
     Encode each video of a split that is not in the cache yet; the ranks share the work. Returns on every rank a
@@ -660,31 +704,14 @@ def cache_videos(args: argparse.Namespace, accelerator: Accelerator, split: str,
     dataset, folder = open_dataset(args, split)
     rank, world = accelerator.process_index, accelerator.num_processes
     if isinstance(dataset, datasets.IterableDataset):
-        numbers, rows = None, itertools.islice(stream_rows(dataset, rank, world), limit and math.ceil(limit / world))
+        rows, total = itertools.islice(stream_rows(dataset, rank, world), limit and math.ceil(limit / world)), None
     else:
         numbers = range(rank, min(len(dataset), limit or len(dataset)), world)
-        rows = ((number, dataset[number]) for number in numbers)
+        rows, total = ((number, dataset[number]) for number in numbers), len(numbers)
     settings = [args.height, args.width, args.num_frames, args.fps, args.clips_per_video, args.cache_dtype]
     vae, key, videos = None, digest(model_identity(args, "vae"), *settings), []
-    bar = {"desc": f"caching {split}", "unit": "video", "total": numbers and len(numbers), "disable": rank > 0}
-    for number, row in tqdm(rows, **bar):
-        value, captions = row["video"], row["text"] if isinstance(row["text"], list) else [row["text"]]
-        name = value.get("path") if isinstance(value, dict) else value
-        video = {"number": number, "file": name if isinstance(name, str) else f"row {number}", "encoded": False}
-        captions = ["" if c is None else str(c) for c in captions or [""]]
-        if max(map(len, captions)) > MAX_CHARACTERS:
-            logger.warning(f"{video['file']}: caption cut to {MAX_CHARACTERS} characters", main_process_only=False)
-        video["captions"] = [with_trigger(args, c[:MAX_CHARACTERS]) for c in captions]
-        videos.append(video)
-        try:
-            source = clip_source(value, folder)
-            video["identity"] = content_hash(source)
-            video["path"] = f"latents/{digest(key, video['identity'])}.safetensors"
-            video["statistics"] = read_statistics(Path(args.cache_dir, video["path"]))
-            decoded = None if video["statistics"] else read_clips(source, args)
-        except (ClipError, OSError, av.FFmpegError) as error:
-            video["reason"] = str(error) if isinstance(error, ClipError) else f"cannot be read: {error}"
-            video["num_frames"], decoded = getattr(error, "num_frames", None), None
+    load = functools.partial(load_video, folder=folder, key=key, args=args)
+    for video, decoded in tqdm(ahead(load, rows), f"caching {split}", total, unit="video", disable=rank > 0):
         if decoded:
             frames, cropped, turned = decoded
             vae = vae or load_vae(args, accelerator.device)
@@ -697,9 +724,10 @@ def cache_videos(args: argparse.Namespace, accelerator: Accelerator, split: str,
                 save_entry(tensors, Path(args.cache_dir, video["path"]))
                 video |= {"statistics": {k: v.tolist() for k, v in tensors.items() if k != "latents"}, "encoded": True}
             else:
-                video |= {"reason": "the VAE returned values that are not finite", "num_frames": None}
+                video["reason"] = "the VAE returned values that are not finite"
         if "reason" in video:
             logger.warning(f"skipped {video['file']}: {video['reason']}", main_process_only=False)
+        videos.append(video)
     del vae
     free_memory()
     return sorted(gather_object(videos), key=lambda video: video["number"])
@@ -739,10 +767,12 @@ def usable_videos(args: argparse.Namespace, accelerator: Accelerator, split: str
         with open(Path(args.output_dir, "skipped.jsonl"), "a", encoding="utf-8") as file:
             for v in skipped:
                 file.write(json.dumps({"file": v["file"], "reason": v["reason"]}, ensure_ascii=False) + "\n")
-    if len(skipped) == len(videos) or len(skipped) > args.max_skipped * len(videos):
+    too_many = len(skipped) > args.max_skipped * len(videos) and not args.dry_run  # which looks at a few videos only
+    if len(skipped) == len(videos) or too_many:
         message = "; ".join(f"{v['file']}: {v['reason']}" for v in skipped[:3])
         message = f"{len(skipped)} of {len(videos)} videos cannot be used ({message}; all in skipped.jsonl). "
-        lengths = sorted((v.get("num_frames", args.num_frames) or 0 for v in videos), reverse=True)
+        lengths = [v.get("num_frames", 0) or 0 if "reason" in v else args.num_frames for v in videos]
+        lengths.sort(reverse=True)
         shortest = lengths[math.ceil(0.9 * len(lengths)) - 1] if lengths else 0
         if 0 < shortest < args.num_frames:
             message += f"--num_frames {(shortest - 1) // 4 * 4 + 1} would keep 90 % of them. "
@@ -922,24 +952,17 @@ def load_transformer(args: argparse.Namespace) -> WanTransformer3DModel:
         base_only = {"revision": args.revision, "variant": args.variant}
         kwargs |= {"subfolder": transformer_subfolder(path)} if path else base_only
         transformer = WanTransformer3DModel.from_pretrained(path or base, **kwargs)
-    if args.gradient_checkpointing != "none":
-        selective = args.gradient_checkpointing == "selective"
-        transformer.enable_gradient_checkpointing(checkpoint_all_but_attention if selective else None)
+    if args.gradient_checkpointing == "full":
+        transformer.enable_gradient_checkpointing()
+    if args.gradient_checkpointing == "selective":
+        kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in ATTENTION_KERNELS]
+        contexts = functools.partial(create_selective_checkpoint_contexts, kept)
+        transformer.enable_gradient_checkpointing(
+            functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
+        )
     if args.attention_backend:
         transformer.set_attention_backend(args.attention_backend)
     return transformer.train().requires_grad_(args.train_type == "full")
-
-
-def checkpoint_all_but_attention(block: torch.nn.Module, *inputs) -> torch.Tensor:
-    """Selective activation checkpointing: the outputs of attention are kept, all else in the block is recomputed."""
-    contexts = functools.partial(create_selective_checkpoint_contexts, keep_attention)
-    return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
-
-
-def keep_attention(context, operator, *args, **kwargs) -> CheckpointPolicy:
-    """By name, which covers torch's attention kernels and those of the flash-attn package."""
-    kept = "attention" in str(operator) or "flash_attn" in str(operator)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def add_lora(transformer: WanTransformer3DModel, args: argparse.Namespace) -> None:
@@ -1048,49 +1071,58 @@ def shared_work(accelerator: Accelerator, count: int) -> list[tuple[int, bool]]:
 
 
 @torch.no_grad()
-def evaluate(accelerator, transformer, dataset: LatentDataset, thresholds, args) -> dict[str, float]:
+def evaluate(run: SimpleNamespace, args: argparse.Namespace) -> dict[str, float]:
     """Error on fixed clips at fixed noise and sigmas, with their first captions; the ranks share the clips."""
-    model, rows, count = accelerator.unwrap_model(transformer).eval(), [], min(len(dataset), args.max_eval_clips)
-    for index, mine in shared_work(accelerator, count):
+    accelerator, dataset, rows = run.accelerator, run.held_out, []
+    model = accelerator.unwrap_model(run.transformer).eval()
+    for index, mine in shared_work(accelerator, min(len(dataset), args.max_eval_clips)):
+        if stop_is_asked(run):
+            return {}
         clip, generator = dataset.clips[index], torch.Generator().manual_seed(sample_seed("eval", args.seed, index))
         batch = dataset.load(clip, clip["captions"][0], generator)
         batch = {k: v[None].to(accelerator.device) for k, v in batch.items()}
         for sigma in EVAL_SIGMAS:
             batch["sigmas"] = torch.tensor([sigma], device=accelerator.device)
-            sums = motion_sums(flow_matching_error(model, batch), batch["latents"], thresholds)
+            sums = motion_sums(flow_matching_error(model, batch), batch["latents"], run.thresholds)
             rows += [[index, sigma, *torch.stack(sums).tolist()]] * mine
-    model.train()
     rows = torch.tensor(sorted(gather_object(rows)), dtype=torch.float64)
     values = {f"val/{k}": v for k, v in motion_means(rows[:, 2:]).items()}
     return values | {f"val/mse_sigma_{s}": rows[rows[:, 1] == s, 2].mean().item() for s in EVAL_SIGMAS}
 
 
+def sample_paths(step: int, args: argparse.Namespace) -> list[Path]:
+    return [Path(args.output_dir, "samples", f"step-{step:06d}-{i}.mp4") for i in range(len(args.validation_prompt))]
+
+
 @torch.no_grad()
-def sample_videos(accelerator, transformer, captions: dict[str, str], index: dict, step: int, args) -> None:
+def sample_videos(run: SimpleNamespace, args: argparse.Namespace) -> None:
     """One mp4 a prompt, by the stock pipeline and its own scheduler around the live transformer; ranks share them."""
-    base, scheduler = args.pretrained_model_name_or_path, getattr(diffusers, index["scheduler"][1])
-    model, vae = accelerator.unwrap_model(transformer).eval(), load_vae(args, accelerator.device)
+    accelerator, base, step = run.accelerator, args.pretrained_model_name_or_path, run.state["step"]
+    paths = sample_paths(step, args)
+    model, vae = accelerator.unwrap_model(run.transformer).eval(), load_vae(args, accelerator.device)
+    scheduler = getattr(diffusers, run.index["scheduler"][1])
     scheduler = scheduler.from_pretrained(base, subfolder="scheduler", revision=args.revision)
     pipeline = WanPipeline(tokenizer=None, text_encoder=None, transformer=model, vae=vae, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
     settings = {"height": args.height, "width": args.width, "num_frames": args.num_frames}
     settings |= {"guidance_scale": args.validation_guidance_scale}
     settings |= {"num_inference_steps": args.validation_num_inference_steps}
-    paths = [Path(args.output_dir, "samples", f"step-{step:06d}-{i}.mp4") for i in range(len(args.validation_prompt))]
     paths[0].parent.mkdir(exist_ok=True)
     for i, mine in shared_work(accelerator, len(paths)):
-        texts = (captions[text] for text in (args.validation_prompt[i], args.validation_negative_prompt))
+        if stop_is_asked(run):
+            break
+        texts = (run.captions[text] for text in (args.validation_prompt[i], args.validation_negative_prompt))
         prompt, negative = (load_prompt(args, file)[None].to(accelerator.device) for file in texts)
         generator = torch.Generator().manual_seed(args.seed)
         video = pipeline(prompt_embeds=prompt, negative_prompt_embeds=negative, generator=generator, **settings)
         if mine:
             export_to_video(video.frames[0], str(paths[i]), fps=args.fps)
-    model.train()
     del pipeline, vae
     free_memory()
     accelerator.wait_for_everyone()
-    for tracker, (i, path) in itertools.product(accelerator.trackers, enumerate(paths)):
-        if tracker.name == "tensorboard":  # whose own video support needs one more package
+    there = [(i, path) for i, path in enumerate(paths) if path.is_file()]
+    for tracker, (i, path) in itertools.product(accelerator.trackers, there):
+        if tracker.name == "tensorboard":  # whose own video support needs a package that is no longer kept
             from tensorboard.compat.proto.summary_pb2 import Summary
 
             frames = iio.imread(path)  # (F, H, W, 3)
@@ -1186,12 +1218,13 @@ def file_sums(folder: Path) -> dict[str, str]:
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether a checkpoint's files are those that were written; says which is not. One without sums is trusted."""
+    """Whether a checkpoint's files are those that were written; says which is not."""
     if not (folder / SUMS_FILE).is_file():
-        return True
+        logger.warning(f"{folder} is damaged and left out: it has no {SUMS_FILE}")
+        return False
     lines = (folder / SUMS_FILE).read_text(errors="replace").splitlines()
     there, wanted = file_sums(folder), {line[66:]: line[:64] for line in lines}
-    odd = sorted(name for name in there | wanted if there.get(name) != wanted.get(name))
+    odd = sorted(name for name in wanted if there.get(name) != wanted[name])
     if odd:
         logger.warning(f"{folder} is damaged and left out: {', '.join(odd)}")
     return not odd
@@ -1200,7 +1233,9 @@ def is_intact(folder: Path) -> bool:
 def save_checkpoint(run: SimpleNamespace, args: argparse.Namespace) -> None:
     """`checkpoint-STEP`, complete or absent: written beside and renamed. Holds the ready-to-load weights too."""
     accelerator, folder = run.accelerator, Path(args.output_dir, f"checkpoint-{run.state['step']}")
-    partial = folder.with_name(f".{folder.name}.partial")
+    if run.saved == folder:
+        return
+    partial, started = folder.with_name(f".{folder.name}.partial"), time.perf_counter()
     if accelerator.is_main_process:
         for stale in folder.parent.glob(".checkpoint-*.partial"):
             shutil.rmtree(stale)
@@ -1223,37 +1258,41 @@ def save_checkpoint(run: SimpleNamespace, args: argparse.Namespace) -> None:
             (partial / "settings.json").write_text(text)
             sums = file_sums(partial)
             (partial / SUMS_FILE).write_text("".join(f"{value}  {name}\n" for name, value in sums.items()))
-            shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
-            for old in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
-                shutil.rmtree(old)
+            drop_checkpoints(run, args)
+    run.saved = folder
+    logger.info(f"{folder} written in {time.perf_counter() - started:.1f} s")
     if run.checkpoint_repo:
         push_checkpoint(run, folder, args)
     accelerator.wait_for_everyone()
 
 
+def drop_checkpoints(run: SimpleNamespace, args: argparse.Namespace) -> None:
+    """Beyond the limit, but not what is being uploaded. Renamed first: half a one that is left must not look whole."""
+    for old in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
+        if not (old == run.pushed and run.upload.is_alive()):
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.old.partial")))
+
+
 def push_checkpoint(run: SimpleNamespace, folder: Path, args: argparse.Namespace) -> None:
-    """In the background, from links that outlive the folder; left out while an earlier one is under way."""
+    """In the background; left out while an earlier one is under way."""
     if run.upload and run.upload.is_alive():
-        return logger.warning(f"{folder.name} is not uploaded: the network is busy with an earlier one")
-    staging = folder.with_name(f".{folder.name}.upload")
-    shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(folder, staging / folder.name, copy_function=os.link)
-    run.upload = threading.Thread(target=upload_checkpoint, args=(run.checkpoint_repo, staging, args))
+        return logger.warning(f"{folder.name} is not uploaded yet: the network is busy with {run.pushed.name}")
+    run.pushed = folder
+    run.upload = threading.Thread(target=upload_checkpoint, args=(run.checkpoint_repo, folder, args))
     run.upload.start()
 
 
-def upload_checkpoint(repo_id: str, staging: Path, args: argparse.Namespace) -> None:
+def upload_checkpoint(repo_id: str, folder: Path, args: argparse.Namespace) -> None:
     """One commit that also removes what the limit drops. Training does not die of what goes wrong here."""
     try:
-        names = hub_checkpoints(repo_id) | {path.name for path in staging.iterdir()}
-        stale = sorted(names, key=checkpoint_step)[: -(args.checkpoints_total_limit or sys.maxsize)]
-        upload = {"repo_id": repo_id, "folder_path": staging, "revision": CHECKPOINT_BRANCH}
-        upload |= {"delete_patterns": [f"{name}/*" for name in stale], "commit_message": "Checkpoint"}
-        with_retries(huggingface_hub.upload_folder, **upload)
+        names = {name for name in hub_checkpoints(repo_id) if checkpoint_step(name) < checkpoint_step(folder.name)}
+        stale = sorted(names, key=checkpoint_step)[: -(args.checkpoints_total_limit or sys.maxsize) + 1 or None]
+        upload = {"repo_id": repo_id, "folder_path": folder.parent, "allow_patterns": [f"{folder.name}/*"]}
+        upload |= {"delete_patterns": [f"{name}/*" for name in stale], "revision": CHECKPOINT_BRANCH}
+        with_retries(huggingface_hub.upload_folder, **upload, commit_message=folder.name)
     except Exception as error:
-        logger.warning(f"{staging.name} failed, training goes on: {error}")
-    shutil.rmtree(staging, ignore_errors=True)
+        logger.warning(f"the upload of {folder.name} failed, training goes on: {error}")
 
 
 def hub_checkpoints(repo_id: str) -> set[str]:
@@ -1266,40 +1305,53 @@ def fetch_checkpoint(repo_id: str, output_dir: str) -> None:
     """The newest intact one of the Hub, beside those that are there: downloaded elsewhere, then renamed."""
     kwargs = {"revision": CHECKPOINT_BRANCH, "local_dir": Path(output_dir, ".fetched")}
     for name in sorted(hub_checkpoints(repo_id), key=checkpoint_step, reverse=True):
-        if not Path(output_dir, name).exists():
+        folder = Path(output_dir, name)
+        if not is_intact(folder):
             with_retries(huggingface_hub.snapshot_download, repo_id, allow_patterns=f"{name}/*", **kwargs)
-            (kwargs["local_dir"] / name).rename(Path(output_dir, name))
-        if is_intact(Path(output_dir, name)):
+            shutil.rmtree(folder, ignore_errors=True)
+            (kwargs["local_dir"] / name).rename(folder)
+        if is_intact(folder):
             return
 
 
 def resume(run: SimpleNamespace, args: argparse.Namespace) -> None:
     """Restore weights, optimizer, schedule, EMA, random states and the position in the data."""
-    asked = args.resume_from_checkpoint
-    if not asked:
-        return
+    accelerator, asked = run.accelerator, args.resume_from_checkpoint
     if asked == "hub" and run.checkpoint_repo:
         fetch_checkpoint(run.checkpoint_repo, args.output_dir)
-    run.accelerator.wait_for_everyone()
-    by_name = asked not in ("latest", "hub")
-    candidates = [Path(asked)] if by_name else reversed(list_checkpoints(args.output_dir))
+    accelerator.wait_for_everyone()
+    by_name = asked not in (None, "latest", "hub")
+    candidates = [Path(asked)] if by_name else reversed(list_checkpoints(args.output_dir)) if asked else []
     folder = next((c for c in candidates if is_intact(c)), None)
     if not folder and by_name:
         raise ValueError(f"--resume_from_checkpoint {asked} is damaged; take an older one, or latest")
-    if not folder:
-        return logger.warning(f"no checkpoint in {args.output_dir} to resume from: starting afresh")
-    saved = json.loads((folder / "settings.json").read_text())
+    if folder:
+        load_checkpoint(run, folder, args)
+    elif asked:
+        logger.warning(f"no checkpoint in {args.output_dir} to resume from: starting afresh")
+    accelerator.wait_for_everyone()
+    for later in list_checkpoints(args.output_dir) if accelerator.is_main_process else []:
+        if not folder or checkpoint_step(later.name) > run.state["step"]:
+            # `latest` must not go back to it, nor the limit count it.
+            aside = later.rename(later.with_name(f"earlier-{int(later.stat().st_mtime)}-{later.name}"))
+            logger.warning(f"{later} is of an earlier run, or damaged: it is {aside.name} now")
+
+
+def load_checkpoint(run: SimpleNamespace, folder: Path, args: argparse.Namespace) -> None:
+    """The inverse of `save_checkpoint`; refuses one that was made with other settings."""
+    accelerator, saved = run.accelerator, json.loads((folder / "settings.json").read_text())
     there, here = saved["settings"], run.settings
     odd = [k for k in sorted(there | here) if there.get(k) != here.get(k)]
     if odd := [f"{k} {there.get(k)} there, {here.get(k)} here" for k in odd]:
         raise ValueError(f"--resume_from_checkpoint {folder} was made with other settings: {'; '.join(odd)}")
     run.state = saved["state"]
+    run.resumed = run.state["step"]
+    run.saved = folder if folder.resolve().parent == Path(args.output_dir).resolve() else None
     if run.ema:
         load_weights(run.transformer, folder, args)
         run.ema.shadow_params = [p.detach().clone() for p in trainable(run.transformer)]
         run.ema.optimization_step = run.state["ema_step"]
     load_weights(run.transformer, folder / ("live" if run.ema else ""), args)
-    accelerator = run.accelerator
     optimizers = [] if accelerator.is_fsdp2 else [run.optimizer]
     load_accelerator_state(folder, [], optimizers, [run.lr_scheduler], [], accelerator.process_index)
     if accelerator.is_fsdp2 and (folder / "optimizer.bin").is_file():
@@ -1310,10 +1362,10 @@ def resume(run: SimpleNamespace, args: argparse.Namespace) -> None:
 # --- Logs, card, Hub -------------------------------------------------------------------------------------------------
 def start_trackers(run: SimpleNamespace, args: argparse.Namespace) -> None:
     """A resumed run continues its tracker's run. `metrics.jsonl` holds the same numbers, for the card's picture."""
-    step, metrics = run.state["step"], Path(args.output_dir, "metrics.jsonl")
+    step = run.state["step"]
     if run.accelerator.is_main_process:
-        lines = metrics.read_text().splitlines(keepends=True) if step and metrics.is_file() else []
-        metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        rows = [row for row in read_metrics(args.output_dir) if run.resumed is not None and row["step"] <= step]
+        Path(args.output_dir, "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     name = {"name": run.state["name"], "resume": "allow"}
     wandb = name | {"id": name["name"], "dir": args.output_dir}
     kwargs = {"wandb": wandb, "trackio": name, "tensorboard": {"purge_step": step + 1}}
@@ -1326,6 +1378,15 @@ def log_metrics(accelerator: Accelerator, values: dict[str, float], step: int, a
     if accelerator.is_main_process:
         with open(Path(args.output_dir, "metrics.jsonl"), "a") as file:
             file.write(json.dumps({"step": step} | values) + "\n")
+
+
+def read_metrics(output_dir: str) -> list[dict]:
+    """The rows of `metrics.jsonl`, without a last one that a full disk or a fallen machine cut short."""
+    path, rows = Path(output_dir, "metrics.jsonl"), []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def peak_memory(device: torch.device) -> float:
@@ -1444,9 +1505,12 @@ def create_hub_repo(args: argparse.Namespace) -> str:
         with_retries(huggingface_hub.auth_check, url.repo_id, write=True)
         if args.push_checkpoints_to_hub:
             with_retries(huggingface_hub.create_branch, url.repo_id, branch=CHECKPOINT_BRANCH, exist_ok=True)
+        public = args.hub_private_repo and not with_retries(huggingface_hub.model_info, url.repo_id).private
     except (*HUB_ERRORS, huggingface_hub.errors.LocalTokenNotFoundError) as error:
         remedy = "Log in with `hf auth login`, or set HF_TOKEN to a token with write access, and check --hub_model_id"
         raise ValueError(f"--push_to_hub: cannot write to {name} ({error}). {remedy}.") from error
+    if public:
+        raise ValueError(f"--hub_private_repo: {url.repo_id} is there and public; change that, or --hub_model_id")
     return url.repo_id
 
 
@@ -1476,7 +1540,7 @@ def finish(run: SimpleNamespace, repo_id: str | None, args: argparse.Namespace) 
     with averaged_weights(run), writing(folder):
         save_weights(run.accelerator, run.transformer, folder, args)
     if run.accelerator.is_main_process:
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = read_metrics(args.output_dir)
         figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
         axes = figure.subplots()
         for key, colour in (("mse", "0.7"), ("val/mse", "C0"), ("val/mse_motion", "C1"), ("val/mse_static", "C2")):
@@ -1487,7 +1551,7 @@ def finish(run: SimpleNamespace, repo_id: str | None, args: argparse.Namespace) 
         figure.savefig(folder / "curves.png")
         settings = json.dumps(published_settings(args), indent=2, ensure_ascii=False)
         (folder / "training_settings.json").write_text(settings + "\n", encoding="utf-8")
-        samples = [f"samples/step-{run.state['step']:06d}-{i}.mp4" for i in range(len(args.validation_prompt))]
+        samples = [path.relative_to(folder).as_posix() for path in sample_paths(run.state["step"], args)]
         facts = run.facts | {"steps": run.state["step"]}
         model_card(args, repo_id or folder.resolve().name, samples, facts).save(folder / "README.md")
         if repo_id:
@@ -1495,11 +1559,13 @@ def finish(run: SimpleNamespace, repo_id: str | None, args: argparse.Namespace) 
             weights = [folder / LORA_FILE, folder / COMFYUI_FILE] if lora else sorted(folder.glob("transformer/*"))
             names = ["README.md", "training_settings.json", "curves.png", *samples]
             publish(args, repo_id, weights + [folder / name for name in names])
-    run.accelerator.wait_for_everyone()
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
+        # PR_SET_PDEATHSIG: accelerate's launcher of one process dies of a signal and passes nothing on.
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     accumulation = GradientAccumulationPlugin(args.gradient_accumulation_steps, sync_with_dataloader=False)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -1543,9 +1609,6 @@ class Notice:
 @contextlib.contextmanager
 def heeded_signals() -> Iterator[Notice]:
     """Training goes on to the next micro-batch before it stops; outside of this a signal ends it as ever."""
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
-        # PR_SET_PDEATHSIG: accelerate's launcher of one process dies of a signal and passes nothing on.
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     notice = Notice()
     before = {number: signal.signal(number, notice) for number in STOP_SIGNALS}
     try:
@@ -1553,6 +1616,13 @@ def heeded_signals() -> Iterator[Notice]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stop_is_asked(run: SimpleNamespace) -> bool:
+    """By a signal to any rank or by the clock; all ranks agree."""
+    if time.monotonic() > min(run.notice.at, run.deadline):
+        run.accelerator.set_trigger()
+    return run.accelerator.check_trigger()
 
 
 def ignore_signals(worker: int) -> None:
@@ -1577,7 +1647,8 @@ def lock_folder(accelerator: Accelerator, folder: str) -> io.IOBase:
 def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> SimpleNamespace:
     """What a run works with: data, model, optimizer and schedule, prepared by accelerate, and its `state`."""
     clips, held_out, captions = prepare_data(args, accelerator)
-    run = SimpleNamespace(accelerator=accelerator, index=index, captions=captions, ema=None, upload=None)
+    run = SimpleNamespace(accelerator=accelerator, index=index, captions=captions, ema=None)
+    run.resumed = run.saved = run.pushed = run.upload = None  # step, checkpoint, checkpoint, its thread
     # Goes into checkpoints; `bad_steps` are those skipped in a row, `name` is the tracker's for this run.
     run.state = {"step": 0, "skipped_steps": 0, "bad_steps": 0}
     run.state["name"] = f"{Path(args.output_dir).resolve().name}-{int(time.time())}"
@@ -1621,7 +1692,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> S
     prepared = accelerator.prepare(transformer, optimizer, dataloader, schedule)
     run.transformer, run.optimizer, run.dataloader, run.lr_scheduler = prepared
     if args.use_ema:
-        run.ema = EMAModel(trainable(run.transformer), decay=args.ema_decay)
+        run.ema = EMAModel(trainable(run.transformer), decay=EMA_DECAY)
     # What a checkpoint and the run that resumes it must agree on
     names = ["train_type", "seed", "use_ema"]
     names += ["rank", "lora_alpha", "lora_target_modules", "quantization"] if args.train_type == "lora" else []
@@ -1652,9 +1723,7 @@ def train(run: SimpleNamespace, args: argparse.Namespace) -> None:
         run.dataset.epoch = epoch
         run.dataloader.set_epoch(epoch)
         for batch in accelerator.skip_first_batches(run.dataloader, skip) if skip else run.dataloader:
-            if time.monotonic() > min(run.notice.at, run.deadline):
-                accelerator.set_trigger()
-            if accelerator.check_trigger():  # by any rank; what has accumulated is dropped
+            if stop_is_asked(run):  # what has accumulated is dropped
                 return save_checkpoint(run, args)
             torch.manual_seed(int(batch["seed"][0]))  # LoRA dropout: tied to the sample, like all that is random
             with accelerator.accumulate(transformer):
@@ -1695,7 +1764,8 @@ def train(run: SimpleNamespace, args: argparse.Namespace) -> None:
                 values |= {"weight_max": rows[:, 2].max().item()} | motion_means(rows[:, 3:])
                 values |= {"grad_norm": float(grad_norm), "lr": run.lr_scheduler.get_last_lr()[0], "epoch": epoch}
                 values |= {"seconds_per_step": seconds, "clips_per_second": run.update / seconds}
-                values |= {"skipped_steps": state["skipped_steps"], "peak_memory_gib": peak_memory(accelerator.device)}
+                values |= {"peak_memory_gib": max(gather_object([peak_memory(accelerator.device)]))}
+                values |= {"skipped_steps": state["skipped_steps"]}
                 log_metrics(accelerator, values, state["step"], args)
                 bar.set_postfix(loss=f"{values['loss']:.4f}", mse=f"{values['mse']:.4f}")
                 rows, started = [], time.perf_counter()
@@ -1710,18 +1780,24 @@ def train(run: SimpleNamespace, args: argparse.Namespace) -> None:
 
 
 def look(run: SimpleNamespace, args: argparse.Namespace) -> None:
-    """Before the first step, every so many, after the last: held-out errors and sample videos, by the EMA if any."""
-    accelerator, transformer, step = run.accelerator, run.transformer, run.state["step"]
-    evaluates = len(run.held_out) > 0 and (step % args.eval_steps == 0 or step >= run.max_steps)
-    samples = len(args.validation_prompt) > 0 and (step % args.validation_steps == 0 or step >= run.max_steps)
+    """
+    Before the first step, every so many, after the last: held-out errors and sample videos, by the EMA if any. What
+    a run that was stopped had made at this step already is not made again.
+    """
+    step, last = run.state["step"], run.state["step"] >= run.max_steps
+    there = run.resumed == step and not last and all(path.is_file() for path in sample_paths(step, args))
+    seen = any("val/mse" in row and row["step"] == step for row in read_metrics(args.output_dir))
+    evaluates = len(run.held_out) > 0 and (step % args.eval_steps == 0 or last) and not seen
+    samples = len(args.validation_prompt) > 0 and (step % args.validation_steps == 0 or last) and not there
+    evaluates, samples = broadcast_object_list([evaluates, samples])  # the main process has the files
     if evaluates or samples:
         with averaged_weights(run):
-            if evaluates:
-                values = evaluate(accelerator, transformer, run.held_out, run.thresholds, args)
-                log_metrics(accelerator, values, step, args)
+            if evaluates and (values := evaluate(run, args)):
+                log_metrics(run.accelerator, values, step, args)
                 logger.info(f"step {step}: held-out mse {values['val/mse']:.4f}")
             if samples:
-                sample_videos(accelerator, transformer, run.captions, run.index, step, args)
+                sample_videos(run, args)
+        run.accelerator.unwrap_model(run.transformer).train()
 
 
 def dry_run(run: SimpleNamespace, args: argparse.Namespace) -> None:
@@ -1757,10 +1833,17 @@ def dry_run(run: SimpleNamespace, args: argparse.Namespace) -> None:
         print("\n".join(f"{name:22}{value}" for name, value in table.items()))
 
 
-def end(run: SimpleNamespace) -> None:
-    """The interpreter, once it shuts down, starts no more threads, which an upload under way would need."""
+def end(run: SimpleNamespace, args: argparse.Namespace) -> None:
+    """
+    Waits for the upload of a checkpoint: the interpreter, once it shuts down, starts no more threads, which that
+    would need. The last one follows, if the network was busy when it was written.
+    """
     if run.upload:
         run.upload.join()
+        if run.pushed != run.saved:
+            push_checkpoint(run, run.saved, args)
+            run.upload.join()
+        drop_checkpoints(run, args)
     run.accelerator.end_training()
 
 
@@ -1775,32 +1858,26 @@ def main(args: argparse.Namespace) -> None:
         # 2. Data, model, optimizer
         run = set_up(args, accelerator, index)
         run.checkpoint_repo = repo_id if args.push_checkpoints_to_hub else None
+        run.deadline = started + 3600 * (args.max_train_hours or math.inf)
         if args.dry_run:
             return dry_run(run, args)
 
-        # 3. Where a checkpoint stopped, or a first look at the untrained model
-        resume(run, args)
-        start_trackers(run, args)
-        if run.state["step"] == 0 or run.state["step"] >= run.max_steps:
-            look(run, args)
-
-        # 4. Train
-        run.deadline = started + 3600 * (args.max_train_hours or math.inf)
+        # 3. From where a checkpoint stopped, or from a first look at the untrained model
         with heeded_signals() as run.notice:
+            resume(run, args)
+            start_trackers(run, args)
+            look(run, args)
             if run.state["step"] < run.max_steps:
                 train(run, args)
         if run.state["step"] < run.max_steps:
             logger.warning(f"stopped at step {run.state['step']}; to go on, add --resume_from_checkpoint latest")
-            if run.upload and run.upload.is_alive():
-                run.upload.join()  # now there is nothing to hold up: the newest one follows
-                push_checkpoint(run, list_checkpoints(args.output_dir)[-1], args)
-            end(run)
+            end(run, args)
             sys.exit(EXIT_STOPPED)
 
-        # 5. Weights, card, Hub
+        # 4. Weights, card, Hub
         run.facts["hardware"] += f", {(time.monotonic() - started) / 3600:.2f} h"
         finish(run, repo_id if args.push_to_hub else None, args)
-        end(run)
+        end(run, args)
         logger.info(f"done; look into {args.output_dir}")
 
 

@@ -353,7 +353,7 @@ def read_pictures(args: argparse.Namespace, clips: list[dict], indices: Iterable
     (dataset, folder), pictures = train_ltd.open_dataset(args, args.dataset_split), []
     for clip, index in zip(clips, indices, strict=True):
         row = next(iter(dataset.skip(clip["number"])))  # a stream has no other access
-        frames, *_ = train_ltd.read_clips(train_ltd.clip_source(row["video"], folder), args)
+        frames, *_ = train_ltd.read_clips(train_ltd.clip_source(row["video"], folder, args), args)
         pictures.append(frames[clip["window"], index].permute(1, 2, 0).numpy())
     return pictures
 

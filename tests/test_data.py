@@ -554,6 +554,7 @@ def test_metadata_stays_in_its_folder(flags, tmp_path):
     (folder / "up").symlink_to(tmp_path)
     good = ["clip0.mp4", "in.mp4", str(folder / "clip0.mp4"), "up/data/clip0.mp4"]
     bad = ["../private.mp4", str(outside), "out.mp4", "up/private.mp4", f"file://{outside}", "http://localhost/a.mp4"]
+    bad += [f"file://{outside}::hf://datasets/a/b.mp4", f"simplecache::file://{outside}::hf://datasets/a/b.mp4"]
     write_metadata(folder, [{"file_name": name, "text": "a"} for name in good + bad])
     args = train_ltd.parse_args(flags(train_data_dir=folder))
     videos = train_ltd.cache_videos(args, train_ltd.build_accelerator(args), "train", None)
@@ -565,12 +566,15 @@ def test_rows_of_a_hub_dataset_stay_in_its_caches(monkeypatch, tmp_path):
     (tmp_path / "datasets").mkdir()
     for path in (tmp_path / "private.mp4", tmp_path / "datasets" / "a.mp4"):
         path.write_bytes(b"a clip")
-    name = Path("somebody/clips")  # not a folder here
-    assert train_ltd.clip_source(str(tmp_path / "datasets" / "a.mp4"), name) == str(tmp_path / "datasets" / "a.mp4")
-    for value in (str(tmp_path / "private.mp4"), str(tmp_path / "hub/../private.mp4"), "http://localhost/a.mp4"):
+    name, args = Path("somebody/clips"), train_ltd.parse_args(["--dataset_name=somebody/clips", "--report_to=none"])
+    assert not name.is_dir()
+    cached = str(tmp_path / "datasets" / "a.mp4")
+    assert train_ltd.clip_source(cached, name, args) == cached
+    bad = [str(tmp_path / "private.mp4"), str(tmp_path / "hub/../private.mp4"), "http://localhost/a.mp4"]
+    for value in [*bad, f"file://{tmp_path}/private.mp4::hf://datasets/a/b.mp4"]:
         for row in (value, {"path": value, "bytes": None}):
             with pytest.raises(train_ltd.ClipError, match="leads out of the dataset's folder"):
-                train_ltd.clip_source(row, name)
+                train_ltd.clip_source(row, name, args)
 
 
 def test_limits_before_decoding(read, monkeypatch, tmp_path):

@@ -101,12 +101,6 @@ def test_training_and_sampling_use_the_attention_backend(run, tmp_path):
     assert metrics(outputs["_native_math"]) == pytest.approx(metrics(outputs[None]), rel=1e-5)
 
 
-@pytest.mark.skipif(bool(importlib.util.find_spec("flash_attn")), reason="flash-attn is installed")
-def test_attention_backend_without_its_package(flags):
-    with pytest.raises(ValueError, match=r"--attention_backend flash: .*[Pp]lease install `flash-attn"):
-        train_ltd.parse_args(flags(attention_backend="flash"))
-
-
 def test_attention_kernels_for_inference_are_no_choice(flags, capsys):
     """sage has no backward pass: the projections before it would silently get no gradient."""
     with pytest.raises(SystemExit):
