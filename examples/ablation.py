@@ -398,7 +398,7 @@ def contrast(runs: list[dict], arm: str, control: str, metric: str) -> dict:
     """Paired difference `arm - control`: its interval, the p value of a paired t test, and the number of seeds."""
     values, controls = paired(runs, arm, control, metric)
     differences = values - controls
-    varies = len(differences) > 1 and np.ptp(differences) > 0
+    varies = len(differences) > 1 and np.ptp(differences) > 0  # there is no t of differences that are all the same
     p = float(stats.ttest_rel(values, controls).pvalue) if varies else math.nan
     relative = confidence(differences / np.abs(controls).mean()) if len(controls) else [math.nan] * 3
     row = {"arm": arm, "control": control, "metric": metric, "seeds": len(differences), "p": p}
@@ -406,10 +406,11 @@ def contrast(runs: list[dict], arm: str, control: str, metric: str) -> dict:
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Holm's step-down correction of several p values."""
-    order, corrected, largest = np.argsort(p_values), np.empty(len(p_values)), 0.0
+    """Holm's step-down correction of several p values; NaN, where there was no test, stays and does not count."""
+    corrected, largest = np.full(len(p_values), math.nan), 0.0
+    order = [index for index in np.argsort(p_values) if not math.isnan(p_values[index])]
     for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[index]))
         corrected[index] = largest
     return corrected.tolist()
 
@@ -419,6 +420,10 @@ def summarise(runs: list[dict]) -> dict:
     arms = [name for name in ARMS if any(run["arm"] == name for run in runs)]
     metrics = [*dict.fromkeys(key for run in runs for key in run["scores"])]
     values = {arm: [run["scores"] for run in runs if run["arm"] == arm] for arm in arms}
+    missing = {  # how many seeds have a value, where it is fewer than the arm has
+        arm: {m: count for m in metrics if 0 < (count := sum(row.get(m) is not None for row in rows)) < len(rows)}
+        for arm, rows in values.items()
+    }
     means = {
         arm: {m: confidence(np.array([row[m] for row in rows if row.get(m) is not None])) for m in metrics}
         for arm, rows in values.items()
@@ -440,17 +445,18 @@ def summarise(runs: list[dict]) -> dict:
         "exploratory": [arm for arm in arms if not ARMS[arm].key],
         "seeds": {arm: len(rows) for arm, rows in values.items()},
         "means": means,
+        "fewer_seeds": missing,
         "primary_contrasts": primary,
         "differences": differences,
     }
 
 
-def interval(values: list[float], digits: int = 4) -> str:
-    """`mean ± half width` of what `confidence` returned."""
+def interval(values: list[float], counted: int | None = None, digits: int = 4) -> str:
+    """`mean ± half width` of what `confidence` returned; `n=` where fewer seeds have a value than the arm has."""
     if math.isnan(values[0]):
         return "-"
     half = "" if math.isnan(values[1]) else f" ± {(values[2] - values[1]) / 2:.{digits}f}"
-    return f"{values[0]:.{digits}f}{half}"
+    return f"{values[0]:.{digits}f}{half}" + (f" (n={counted})" if counted else "")
 
 
 def without_nan(value):
@@ -482,7 +488,10 @@ def write_table(results: dict) -> str:
     if arms := [arm for arm in means if arm not in exploratory]:
         lines += ["", "| mean ± half of the 95 % CI | " + " | ".join(arms) + " |", "|---" * (len(arms) + 1) + "|"]
         lines.append("| seeds | " + " | ".join(str(results["seeds"][arm]) for arm in arms) + " |")
-        lines += [f"| {m} | " + " | ".join(interval(means[arm][m]) for arm in arms) + " |" for m in means[arms[0]]]
+        fewer = results["fewer_seeds"]
+        for m in means[arms[0]]:
+            if m != "seconds":  # of the wall: on a machine that has other work they say nothing of an arm
+                lines.append(f"| {m} | " + " | ".join(interval(means[a][m], fewer[a].get(m)) for a in arms) + " |")
     metrics = [metric for metric in (*PRIMARY_METRICS, *SECONDARY_METRICS) if metric in next(iter(means.values()))]
     if exploratory:
         lines += ["", "| exploratory | seeds | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 2) + "|"]
@@ -493,7 +502,7 @@ def write_table(results: dict) -> str:
 
 
 def draw(results: dict, path: Path) -> None:
-    """Paired differences to unweighted MSE, in per cent of it, with 95 % intervals: one panel a primary metric."""
+    """Paired differences to each control, in per cent of its mean, with 95 % intervals: one panel a primary metric."""
     metrics = [m for m in PRIMARY_METRICS if m in next(iter(results["means"].values()))] or ["held_out/mse"]
     size = (8, 1.2 + 0.3 * len(results["means"]))
     figure, axes = plt.subplots(1, len(metrics), figsize=size, sharey=True, squeeze=False)
@@ -504,14 +513,15 @@ def draw(results: dict, path: Path) -> None:
             color = "#0072B2" if ARMS[row["arm"]].key else "#999999"
             axis.plot([low, high], [number, number], color=color, linewidth=2)
             axis.plot(mean, number, "o", color=color)
-        names = [row["arm"] + ("" if row["control"] == "mse" else f" - {row['control']}") for row in rows]
+        names = [f"{row['arm']} - {row['control']}" for row in rows]
         axis.set_yticks(range(len(rows)), names, fontsize=8)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_title(f"{metric}, % of mse's", fontsize=9)
+        axis.set_title(metric, fontsize=9)
         axis.grid(axis="x", alpha=0.3)
-    figure.suptitle("Differences to unweighted MSE, paired by seed, 95 % CI (left of 0 is better)", fontsize=9)
+    title = "Paired differences in % of the control, 95 % CI (left of 0 is better; gray: exploratory, 3 seeds)"
+    figure.suptitle(title, fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
@@ -566,6 +576,7 @@ def parse_args(input_args: list[str] | None = None) -> tuple[argparse.Namespace,
     parser.add_argument("--first_seed", type=int, default=0, help="for several processes that share the seeds")
     parser.add_argument("--steps", type=int, default=120, help="updates of a run")
     parser.add_argument("--num_videos", type=int, default=16, help="dynamic videos generated a run, half as many calm")
+    parser.add_argument("--report_only", action="store_true", help="make the report from runs.jsonl, run nothing")
     parser.add_argument("--keep_weights", action="store_true", help="do not delete a run's folder after scoring")
     args, passed = parser.parse_known_args(input_args)
     groups = {"key": [a for a in ARMS if ARMS[a].key], "exploratory": [a for a in ARMS if not ARMS[a].key]}
@@ -620,12 +631,12 @@ def main(args: argparse.Namespace, passed: list[str]) -> None:
     path = args.output_dir / "runs.jsonl"
     if any(run["settings"] != settings(args, passed) for run in read_runs(path)):
         raise ValueError(f"{path} holds runs of other settings; choose another --output_dir")
-    if not args.own_data:
+    if not args.own_data and not args.report_only:
         write_clips(args.output_dir / "clips")
     try:
         # Seeds outside, arms inside: stopped early, all arms have equally many.
         for seed in range(args.first_seed, args.first_seed + args.seeds):
-            for arm in args.arms:
+            for arm in () if args.report_only else args.arms:
                 if (arm, seed) not in {(run["arm"], run["seed"]) for run in read_runs(path)}:
                     line = json.dumps(run_once(arm, seed, args, passed))
                     with open(path, "a") as file:

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Draws the README's pictures of the nano Wan again, into examples/images: 4 minutes on one core, after the quickstart.
-# `ablation.png` is made by the ablation itself.
 #
 #   source .venv/bin/activate && bash examples/figures.sh
 set -euo pipefail
@@ -24,6 +23,8 @@ generate() { python examples/generate.py --preset nano --prompt_file $out/prompt
 generate base
 generate ltd --lora $lora
 python examples/generate.py --compare $out/videos/{base,ltd} --labels base LTD --output_dir $out/compare
+python examples/ablation.py --output_dir examples/nano/ablation --report_only > /dev/null
+mv examples/nano/ablation/ablation.png $images
 cp $lora/curves.png $images/quickstart_curves.png
 cp $lora/samples.png $images/quickstart_samples.png
 cp $out/ltd_report.png $out/ltd_curves.png $out/ltd_maps.png $images

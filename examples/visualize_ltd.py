@@ -317,7 +317,7 @@ def make_curves(args: argparse.Namespace, accelerator: Accelerator) -> None:
         numbers["mse"][name] = errors[name].tolist()
         Path(args.output_dir, "ltd_curves.json").write_text(json.dumps(numbers, indent=1))
         print(f"{name}: mean squared error {errors[name].mean():.4f}")
-    title = f"mean and middle half of {len(ltd)} {'held-out' if held_out else 'training'} clips; "
+    title = f"mean and middle half of {len(ltd)} {'held-out ' if held_out else ''}clips; "
     title += f"sigma {', '.join(f'{sigma:g}' for sigma in args.sigma)}; noise of seed {args.seed}"
     draw_curves(ltd, errors, title).savefig(Path(args.output_dir, "ltd_curves.png"))
     print(f"wrote {args.output_dir}/ltd_curves.png and ltd_curves.json")

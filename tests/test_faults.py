@@ -1,5 +1,6 @@
 """Machines that vanish, disks that are full, files that rot: nothing is lost, and what goes on is bit-identical."""
 
+import contextlib
 import fcntl
 import json
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +101,44 @@ def test_only_a_later_signal_ends_the_process(monkeypatch):
     assert codes == [128 + signal.SIGINT]
 
 
+@pytest.mark.parametrize("strikes_at", ["evaluation", "samples"])
+def test_notice_during_validation(run, monkeypatch, tmp_path, strikes_at):
+    """The rest of the look is left out, the checkpoint written; the resumed run looks first, and ends the same."""
+    looks = {"validation_split": 0.3, "eval_steps": 2, "validation_steps": 2, "validation_prompt": ["a", "b"]}
+    kwargs = STEPS | looks | {"max_train_steps": 4, "validation_num_inference_steps": 1}
+    whole = run(output_dir=tmp_path / "whole", **kwargs)
+    name, call = {"evaluation": ("motion_sums", 16), "samples": ("export_to_video", 3)}[strikes_at]  # both at step 2
+    with monkeypatch.context() as patch:
+        strike(patch, train_ltd, name, call, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit) as stop:
+            run(**kwargs)
+    folder = tmp_path / "run"
+    assert stop.value.code == 75 and checkpoints(folder)[-1] == "checkpoint-2"
+    looked = [row["step"] for row in train_ltd.read_metrics(folder) if "val/mse" in row]
+    assert looked == ([0] if strikes_at == "evaluation" else [0, 2])
+    assert not (folder / "samples/step-000002-1.mp4").exists()
+    run(**kwargs, resume_from_checkpoint="latest")
+    assert same(folder, whole)
+    rows = [[r for r in train_ltd.read_metrics(f) if "val/mse" in r] for f in (folder, whole)]
+    assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [0, 2, 4]
+    videos = [sorted((f / "samples").iterdir()) for f in (folder, whole)]
+    assert [v.read_bytes() for v in videos[0]] == [v.read_bytes() for v in videos[1]] and len(videos[0]) == 6
+
+
+def test_launcher_that_is_terminated_while_clips_are_cached(flags, tmp_path):
+    """Its one process ends with it, with an entry or two, and starts no training."""
+    big = {"height": 480, "width": 832, "max_train_steps": 1}
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(launcher(1) + flags(**big), env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        deadline, cached = time.monotonic() + 120, tmp_path / "cache/latents"
+        while not any(cached.glob("*.safetensors")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.terminate()
+        said = process.communicate(timeout=60)[0] or ""  # ends when the last process that holds the pipe has ended
+    assert 0 < len(list(cached.glob("*.safetensors"))) < 7
+    assert not (tmp_path / "run/metrics.jsonl").exists() and "done; look into" not in said
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_launcher_that_is_terminated(run, flags, tmp_path, processes):
     """Only the launcher gets the signal. With one process it dies of it at once, and passes nothing on."""
@@ -175,6 +215,53 @@ def test_kill_at(run, flags, forks, straight, tmp_path, point):
     assert checkpoints(folder)[-1] == "checkpoint-3" and not list(folder.glob(".checkpoint-*"))
 
 
+def test_kill_while_an_old_checkpoint_is_removed(run, flags, forks, straight, tmp_path):
+    """What is left of it must not look like a checkpoint."""
+    kwargs, folder = STEPS | {"checkpoints_total_limit": 1}, tmp_path / "run"
+    process = forks.Process(target=killed_in_removal, args=(flags(**kwargs),))
+    process.start()
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL
+    assert checkpoints(folder) == ["checkpoint-2"] and list(folder.glob(".checkpoint-1.*"))
+    assert same(run(**kwargs, resume_from_checkpoint="latest"), straight)
+    assert checkpoints(folder) == ["checkpoint-3"] and not list(folder.glob(".checkpoint-*"))
+
+
+def killed_in_removal(line: list[str]) -> None:
+    strike(pytest.MonkeyPatch(), shutil, "rmtree", 1, kill)
+    run_in_a_process(line)
+
+
+def test_checkpoints_of_an_earlier_run_are_set_aside(run, straight, caplog):
+    """A fresh run into an old folder: the limit must not drop its own for theirs, nor `latest` go back to them."""
+    caplog.set_level("INFO")
+    kwargs = STEPS | {"output_dir": straight, "checkpoints_total_limit": 1, "max_train_steps": 2}
+    run(**kwargs)
+    assert checkpoints(straight) == ["checkpoint-2"]
+    aside = sorted(path.name.split("-", 2)[2] for path in straight.glob("earlier-*"))
+    assert aside == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert sum("is of an earlier run" in r.message for r in caplog.records) == 3
+    run(**kwargs | {"max_train_steps": 3}, resume_from_checkpoint="latest")
+    assert any("checkpoint-2, step 2" in r.message for r in caplog.records)
+
+
+def test_upload_that_was_left_out_follows_at_the_end(run, monkeypatch, tmp_path):
+    """The network is busy with the first of four; in the end the last one is there, and the limit holds here."""
+    uploaded = []
+
+    def slow(repo_id, folder, args):
+        if not uploaded:
+            time.sleep(3)
+        assert train_ltd.is_intact(folder)  # was not removed meanwhile
+        uploaded.append(folder.name)
+
+    monkeypatch.setattr(train_ltd, "create_hub_repo", lambda args: "tester/run")
+    monkeypatch.setattr(train_ltd, "upload_checkpoint", slow)
+    kwargs = STEPS | {"max_train_steps": 4, "checkpoints_total_limit": 1, "push_checkpoints_to_hub": True}
+    run(**kwargs)
+    assert uploaded == ["checkpoint-1", "checkpoint-4"] and checkpoints(tmp_path / "run") == ["checkpoint-4"]
+
+
 def test_kill_at_random_moments(run, flags, forks, tmp_path):
     """Again and again, wherever it strikes: while it starts, or soon after one of the next steps."""
     moments, folder, killed = random.Random(0), tmp_path / "run", 0
@@ -244,14 +331,17 @@ class Evil:
         return os.system, ("touch executed",)
 
 
-def test_nothing_is_unpickled_from_a_checkpoint(run, straight, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl"])
+def test_nothing_is_unpickled_from_a_checkpoint(run, straight, tmp_path, monkeypatch, name):
     """Whoever writes a checkpoint can write its sums, too."""
     monkeypatch.chdir(tmp_path)
     folder = straight / "checkpoint-3"
-    (folder / "optimizer.bin").write_bytes(pickle.dumps(Evil()))
+    assert (folder / name).is_file()
+    (folder / name).write_bytes(pickle.dumps(Evil()))
     sums = train_ltd.file_sums(folder).items()
     (folder / train_ltd.SUMS_FILE).write_text("".join(f"{value}  {name}\n" for name, value in sums))
-    with pytest.raises(pickle.UnpicklingError):
+    # accelerate itself goes on without random states that it cannot read
+    with contextlib.nullcontext() if "random" in name else pytest.raises(pickle.UnpicklingError):
         run(output_dir=straight, **STEPS | {"max_train_steps": 4}, resume_from_checkpoint="latest")
     assert not (tmp_path / "executed").exists()
 

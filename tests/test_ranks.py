@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from conftest import ROOT, launch
+from conftest import ROOT, launch, launcher
 from hub_server import HubServer
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -91,6 +91,23 @@ def test_sharded_weights_train_resume_and_publish_as_whole_ones(run, flags, tmp_
 
 
 @pytest.mark.slow
+def test_sharded_bf16_base_under_a_float32_lora(flags, tmp_path):
+    """As on GPUs: autocast, a bf16 base, adapters in float32; the losses of DDP in bf16."""
+    kwargs = {"mixed_precision": "bf16", "max_train_steps": 2, "learning_rate": 1e-3}
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    result = launch(flags(output_dir=whole, **kwargs), processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    result = launch_fsdp(flags(output_dir=sharded, **kwargs))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "2 ranks, each with" in result.stdout
+    a, b = (load_file(folder / train_ltd.LORA_FILE) for folder in (whole, sharded))
+    assert a.keys() == b.keys() and {v.dtype for v in b.values()} == {torch.float32}
+    assert any(v.any() for k, v in b.items() if "lora_B" in k)
+    for a, b in zip(losses(whole), losses(sharded), strict=True):
+        assert a == pytest.approx(b, rel=2e-2)
+
+
+@pytest.mark.slow
 def test_sharded_files_in_checkpoints_are_refused(flags, tmp_path):
     """They would be pickles."""
     file = tmp_path / "sharded.yaml"
@@ -112,6 +129,17 @@ def test_four_processes_equal_accumulation_of_four(run, flags, tmp_path):
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=2e-6)
     for a, b in zip(losses(alone), losses(tmp_path / "four"), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_a_rank_that_fails_takes_the_job_down_with_its_traceback(flags, tmp_path):
+    """The other one waits for it in a collective operation, and must not do so for the two hours of the time-out."""
+    command = [*launcher(2)[:-1], str(ROOT / "tests/failing_rank.py")]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    line = flags(max_train_steps=6, checkpointing_steps=2)
+    result = subprocess.run([*command, *line], env=env, capture_output=True, text=True, timeout=180, cwd=ROOT)
+    assert result.returncode != 0 and "done; look into" not in result.stderr
+    assert "RuntimeError: this rank has had enough" in result.stderr
+    assert [path.name for path in train_ltd.list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
 
 
 def test_work_is_shared_evenly():

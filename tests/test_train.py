@@ -1,5 +1,6 @@
 """Training end to end on the tiny pipeline: exact resume, ranks, reload elsewhere, objective, evaluation, refusals."""
 
+import importlib.util
 import json
 import logging
 import math
@@ -498,6 +499,30 @@ def test_non_finite_step_is_skipped_and_counted(run, tmp_path, caplog):
     assert all(v.isfinite().all() for v in weights(output, "lora").values())
 
 
+def test_non_finite_step_is_skipped_by_all_ranks(run, flags, tmp_path):
+    """Only one of the two has the bad clip in it; both go on with the same weights, as the last figures show."""
+    run(max_train_steps=1)
+    entry = sorted((tmp_path / "cache/latents").iterdir())[0]
+    tensors = load_file(entry)
+    save_file(tensors | {"latents": torch.full_like(tensors["latents"], torch.nan)}, entry)
+    result = launch(flags(output_dir=tmp_path / "two", max_train_steps=6), processes=2)
+    assert result.returncode == 0, result.stderr
+    assert max(metrics(tmp_path / "two", "skipped_steps").values()) in (1, 2)  # two epochs, each cut to three updates
+    assert all(v.isfinite().all() for v in weights(tmp_path / "two", "lora").values())
+    assert "| hardware | 2 x" in (tmp_path / "two/README.md").read_text()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="no bitsandbytes")
+def test_8_bit_adam_trains_and_resumes(run, tmp_path):
+    kwargs = {"train_type": "full", "rank": None, "optimizer": "adamw8bit", "checkpointing_steps": 2}
+    straight, resumed = run(output_dir=tmp_path / "straight", max_train_steps=4, **kwargs), tmp_path / "resumed"
+    state = torch.load(straight / "checkpoint-4/optimizer.bin", weights_only=True)["state"].values()
+    assert any("__bnb_optimizer_quant_state__" in row for row in state)  # bitsandbytes' own
+    shutil.copytree(straight / "checkpoint-2", resumed / "checkpoint-2")
+    run(output_dir=resumed, resume_from_checkpoint="latest", max_train_steps=4, **kwargs)
+    assert_same(weights(straight, "full"), weights(resumed, "full"))
+
+
 def test_ten_bad_steps_stop_the_run(run, tmp_path):
     run(max_train_steps=1)
     for entry in (tmp_path / "cache/latents").iterdir():
@@ -598,7 +623,9 @@ def test_tensorboard_gets_scalars_and_moving_pictures(run):
 # --- Settings --------------------------------------------------------------------------------------------------------
 
 
-def test_all_problems_are_named_at_once(flags):
+def test_all_problems_are_named_at_once(flags, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
     with pytest.raises(ValueError) as error:
         train_ltd.parse_args(
             flags(
@@ -631,6 +658,17 @@ def test_all_problems_are_named_at_once(flags):
         "--train_data_dir missing does not exist",
     ):
         assert part in message
+
+
+@pytest.mark.parametrize("given", ["num_train_epochs", "max_train_steps"])
+def test_a_length_on_the_command_line_overrides_the_recipes_other(flags, tmp_path, given):
+    """`max_train_steps` would win, and the recipe's own would be trained in silence."""
+    recipe = {"num_train_epochs": "max_train_steps: 1000", "max_train_steps": "num_train_epochs: 7"}[given]
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    args = train_ltd.parse_args(flags(config=tmp_path / "recipe.yaml", **{"max_train_steps": None, given: 3}))
+    assert {k: getattr(args, k) for k in ("num_train_epochs", "max_train_steps")} == {
+        "num_train_epochs": None, "max_train_steps": None, given: 3
+    }  # fmt: skip
 
 
 def test_two_sources_or_none(flags):

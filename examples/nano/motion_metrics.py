@@ -422,7 +422,8 @@ def measure_clips(clips, with_flow=False):
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("video_dir", help="videofolder: videos and metadata.jsonl with file_name and text")
-    parser.add_argument("--vae", help="also score round trips through this VAE")
+    vae = Path(__file__).parent / "wan-nano" / "vae"
+    parser.add_argument("--vae", default=vae, help="also score round trips through this VAE (default: the nano Wan's)")
     parser.add_argument("--mix", default="dynamic", choices=["calm", "dynamic"], help="of the true clips beside it")
     parser.add_argument("--flow", action="store_true", help="also the DIS dynamic degree (needs OpenCV)")
     parser.add_argument("--output", help="write the scores here as JSON")
