@@ -39,6 +39,7 @@ import signal
 import sys
 import threading
 import time
+import urllib.parse
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -76,7 +77,7 @@ from diffusers.training_utils import EMAModel, _collate_lora_metadata, cast_trai
 from diffusers.training_utils import compute_density_for_timestep_sampling as sample_density
 from diffusers.utils import check_min_version, export_to_video
 from diffusers.video_processor import VideoProcessor
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard, ModelCardData
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, httpx, validate_repo_id
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -96,7 +97,8 @@ logger = get_logger(__name__)
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 # diffusers' names of torch's kernels, all of which have a backward pass, and torch's operators in which they end
 ATTENTION_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
-ATTENTION_KERNELS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+ATTENTION_KERNELS = """flash_attention flash_attention_for_cpu efficient_attention cudnn_attention
+    fused_attention_overrideable"""
 LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "lora_comfyui.safetensors"
 # diffusers' module names -> those of the original Wan code, which ComfyUI expects
 # fmt: off
@@ -363,8 +365,13 @@ class ClipError(ValueError):
     num_frames: int | None = None
 
 
-def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset | datasets.IterableDataset, Path]:
-    """The rows of a split with undecoded `video` and `text`, and the folder that relative paths start from."""
+def open_dataset(
+    args: argparse.Namespace, split: str
+) -> tuple[datasets.Dataset | datasets.IterableDataset, Path, bool]:
+    """
+    The rows of a split with undecoded `video` and `text`, the folder that relative paths start from, and whether
+    they may lead anywhere: those of a table that the user names, and files that a folder has beside their captions.
+    """
     root, video, text = Path(args.train_data_dir or args.dataset_name), args.video_column, args.caption_column
     one_table = any((root / name).is_file() for name in METADATA_FILES)
     local = root / split if (root / split).is_dir() and not one_table else root
@@ -378,7 +385,7 @@ def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset
             raise ValueError(f"--train_data_dir {table} is no folder and none of {', '.join(TABLE_BUILDERS)}")
         dataset = datasets.load_dataset(TABLE_BUILDERS[table.suffix], data_files=str(table), split="train")
     elif pairs:
-        return pair_clips_with_captions(local), local
+        return pair_clips_with_captions(local), local, True
     else:
         name = str(local) if local.is_dir() else args.dataset_name
         kwargs = {"split": split, "revision": args.dataset_revision, "streaming": args.streaming}
@@ -394,7 +401,7 @@ def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset
     if not args.streaming and isinstance(dataset.features[video], datasets.Video | datasets.Image):
         dataset = dataset.cast_column(video, type(dataset.features[video])(decode=False))
     names = {old: new for old, new in ((video, "video"), (text, "text")) if old != new}
-    return dataset.rename_columns(names), table.parent if table.is_file() else local
+    return dataset.rename_columns(names), table.parent if table.is_file() else local, root.is_file()
 
 
 def pair_clips_with_captions(folder: Path) -> datasets.Dataset:
@@ -413,29 +420,35 @@ def pair_clips_with_captions(folder: Path) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
-def clip_source(value: str | dict | bytes | None, folder: Path, args: argparse.Namespace) -> str | bytes:
+def clip_source(value: str | dict | bytes | None, folder: Path, trusted: bool, args) -> str | bytes:
     """
-    Path or bytes of a clip from whatever the video column holds. Rows may be hostile: those of a folder must stay in
-    that folder, those of a Hub's dataset on the Hub, or in its caches. A table that the user names is trusted.
+    Path or bytes of a clip from whatever the video column holds. Rows that are not trusted may be hostile: those of a
+    folder must stay in it, those of a Hub's dataset on the Hub; both may lead into the caches of the libraries.
     """
     value = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
     if not value:
         raise ClipError("no video in this row")
     if isinstance(value, bytes):
         return value
+    if not isinstance(value, str) or "\0" in value:
+        raise ClipError("neither a path nor bytes")
     if not (folder.is_dir() or "://" in value or os.path.isabs(value)):
-        value = f"hf://datasets/{args.dataset_name}@{args.dataset_revision or 'main'}/{value}"
+        revision = urllib.parse.quote(args.dataset_revision or "main", safe="")
+        value = f"hf://datasets/{args.dataset_name}@{revision}/{value}"
     *archives, target = value.split("::")  # as in zip://clip.mp4::hf://datasets/user/clips/all.zip
-    path, remote = folder / value, "://" in value
+    path, remote = folder / target, "://" in target
     if remote:
-        inside = target.startswith("hf://") and all(a.startswith(("zip://", "tar://", "gzip://")) for a in archives)
+        inside = target.startswith("hf://") and not folder.is_dir()
     else:
         inside = any(path.resolve().is_relative_to(Path(root).resolve()) for root in (folder, *HUB_CACHES))
-    if not inside and not Path(args.train_data_dir or "").is_file():
+    if not trusted and not (inside and all(a.startswith(("zip://", "tar://", "gzip://")) for a in archives)):
         raise ClipError("leads out of the dataset's folder")
-    if remote:
-        with fsspec.open(value, "rb") as file:
-            return file.read()
+    if remote or archives:
+        try:
+            with fsspec.open(value, "rb") as file:
+                return file.read()
+        except Exception as error:  # of any file system and archive that there is
+            raise ClipError(f"cannot be read: {error}") from error
     if not path.is_file() or not path.stat().st_size:
         raise ClipError("file is empty" if path.is_file() else "file not found")
     return str(path)
@@ -479,6 +492,8 @@ def read_clips(source: str | bytes, args: argparse.Namespace) -> tuple[torch.Ten
 
 def video_stream(container) -> av.VideoStream:
     """The first one that is not the cover of a sound file."""
+    if container.format.name in ("hls", "dash", "concat", "imf"):  # their entries may lead anywhere
+        raise ClipError("a playlist is no video")
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:
             if stream.width * stream.height > MAX_PIXELS:
@@ -661,7 +676,7 @@ def stream_rows(dataset: datasets.IterableDataset, rank: int, world: int) -> Ite
             yield from (((shard, n), row) for n, row in enumerate(split_dataset_by_node(dataset, shard, shards)))
 
 
-def load_video(row: tuple[int, dict], folder: Path, key: str, args: argparse.Namespace) -> tuple[dict, tuple | None]:
+def load_video(row: tuple[int, dict], folder: Path, trusted: bool, key: str, args) -> tuple[dict, tuple | None]:
     """A row's `video`, as `cache_videos` returns it; and if it is neither cached nor skipped, what to encode."""
     number, row = row
     value, captions = row["video"], row["text"] if isinstance(row["text"], list) else [row["text"]]
@@ -672,7 +687,7 @@ def load_video(row: tuple[int, dict], folder: Path, key: str, args: argparse.Nam
         logger.warning(f"{video['file']}: caption cut to {MAX_CHARACTERS} characters", main_process_only=False)
     video["captions"] = [with_trigger(args, c[:MAX_CHARACTERS]) for c in captions]
     try:
-        source = clip_source(value, folder, args)
+        source = clip_source(value, folder, trusted, args)
         video["identity"] = content_hash(source)
         video["path"] = f"latents/{digest(key, video['identity'])}.safetensors"
         video["statistics"] = read_statistics(Path(args.cache_dir, video["path"]))
@@ -701,7 +716,7 @@ def cache_videos(args: argparse.Namespace, accelerator: Accelerator, split: str,
     dictionary a video, in the dataset's order: `number`, `file`, `captions`, `encoded` (now), and either `identity`,
     `path` and `statistics` (lists over its clips), or why it was skipped, `reason`, and its `num_frames`.
     """
-    dataset, folder = open_dataset(args, split)
+    dataset, folder, trusted = open_dataset(args, split)
     rank, world = accelerator.process_index, accelerator.num_processes
     if isinstance(dataset, datasets.IterableDataset):
         rows, total = itertools.islice(stream_rows(dataset, rank, world), limit and math.ceil(limit / world)), None
@@ -710,7 +725,7 @@ def cache_videos(args: argparse.Namespace, accelerator: Accelerator, split: str,
         rows, total = ((number, dataset[number]) for number in numbers), len(numbers)
     settings = [args.height, args.width, args.num_frames, args.fps, args.clips_per_video, args.cache_dtype]
     vae, key, videos = None, digest(model_identity(args, "vae"), *settings), []
-    load = functools.partial(load_video, folder=folder, key=key, args=args)
+    load = functools.partial(load_video, folder=folder, trusted=trusted, key=key, args=args)
     for video, decoded in tqdm(ahead(load, rows), f"caching {split}", total, unit="video", disable=rank > 0):
         if decoded:
             frames, cropped, turned = decoded
@@ -955,11 +970,9 @@ def load_transformer(args: argparse.Namespace) -> WanTransformer3DModel:
     if args.gradient_checkpointing == "full":
         transformer.enable_gradient_checkpointing()
     if args.gradient_checkpointing == "selective":
-        kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in ATTENTION_KERNELS]
-        contexts = functools.partial(create_selective_checkpoint_contexts, kept)
-        transformer.enable_gradient_checkpointing(
-            functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
-        )
+        kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in ATTENTION_KERNELS.split()]
+        kwargs = {"context_fn": functools.partial(create_selective_checkpoint_contexts, kept), "use_reentrant": False}
+        transformer.enable_gradient_checkpointing(functools.partial(checkpoint, **kwargs))
     if args.attention_backend:
         transformer.set_attention_backend(args.attention_backend)
     return transformer.train().requires_grad_(args.train_type == "full")
@@ -1116,7 +1129,9 @@ def sample_videos(run: SimpleNamespace, args: argparse.Namespace) -> None:
         generator = torch.Generator().manual_seed(args.seed)
         video = pipeline(prompt_embeds=prompt, negative_prompt_embeds=negative, generator=generator, **settings)
         if mine:
-            export_to_video(video.frames[0], str(paths[i]), fps=args.fps)
+            partial = paths[i].with_name(f".{paths[i].name}")  # with the suffix that chooses the format
+            export_to_video(video.frames[0], str(partial), fps=args.fps)
+            partial.replace(paths[i])
     del pipeline, vae
     free_memory()
     accelerator.wait_for_everyone()
@@ -1190,6 +1205,7 @@ def load_weights(transformer: torch.nn.Module, folder: Path, args) -> None:
 def list_checkpoints(output_dir: str) -> list[Path]:
     """The complete ones, oldest first."""
     found = [path.parent for path in Path(output_dir).glob("checkpoint-*/settings.json")]
+    found = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: checkpoint_step(path.name))
 
 
@@ -1224,7 +1240,8 @@ def is_intact(folder: Path) -> bool:
         return False
     lines = (folder / SUMS_FILE).read_text(errors="replace").splitlines()
     there, wanted = file_sums(folder), {line[66:]: line[:64] for line in lines}
-    odd = sorted(name for name in wanted if there.get(name) != wanted[name])
+    odd = sorted(name for name in there | wanted if there.get(name) != wanted.get(name))
+    odd = [name for name in odd if not Path(name).name.startswith(".")]  # a file system's own
     if odd:
         logger.warning(f"{folder} is damaged and left out: {', '.join(odd)}")
     return not odd
@@ -1286,11 +1303,15 @@ def push_checkpoint(run: SimpleNamespace, folder: Path, args: argparse.Namespace
 def upload_checkpoint(repo_id: str, folder: Path, args: argparse.Namespace) -> None:
     """One commit that also removes what the limit drops. Training does not die of what goes wrong here."""
     try:
-        names = {name for name in hub_checkpoints(repo_id) if checkpoint_step(name) < checkpoint_step(folder.name)}
-        stale = sorted(names, key=checkpoint_step)[: -(args.checkpoints_total_limit or sys.maxsize) + 1 or None]
-        upload = {"repo_id": repo_id, "folder_path": folder.parent, "allow_patterns": [f"{folder.name}/*"]}
-        upload |= {"delete_patterns": [f"{name}/*" for name in stale], "revision": CHECKPOINT_BRANCH}
-        with_retries(huggingface_hub.upload_folder, **upload, commit_message=folder.name)
+        names = sorted(hub_checkpoints(repo_id) - {folder.name}, key=checkpoint_step)
+        older = [name for name in names if checkpoint_step(name) < checkpoint_step(folder.name)]
+        stale = older[: -(args.checkpoints_total_limit or sys.maxsize) + 1 or None]
+        stale += names[len(older) :]  # of an earlier run: nobody must resume them in place of this one
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        operations = [CommitOperationAdd(path.relative_to(folder.parent).as_posix(), path) for path in files]
+        operations += [CommitOperationDelete(f"{name}/") for name in stale]
+        commit = {"commit_message": folder.name, "revision": CHECKPOINT_BRANCH}
+        with_retries(huggingface_hub.create_commit, repo_id, operations, **commit)
     except Exception as error:
         logger.warning(f"the upload of {folder.name} failed, training goes on: {error}")
 
@@ -1306,7 +1327,7 @@ def fetch_checkpoint(repo_id: str, output_dir: str) -> None:
     kwargs = {"revision": CHECKPOINT_BRANCH, "local_dir": Path(output_dir, ".fetched")}
     for name in sorted(hub_checkpoints(repo_id), key=checkpoint_step, reverse=True):
         folder = Path(output_dir, name)
-        if not is_intact(folder):
+        if not folder.is_dir() or not is_intact(folder):
             with_retries(huggingface_hub.snapshot_download, repo_id, allow_patterns=f"{name}/*", **kwargs)
             shutil.rmtree(folder, ignore_errors=True)
             (kwargs["local_dir"] / name).rename(folder)
@@ -1330,11 +1351,14 @@ def resume(run: SimpleNamespace, args: argparse.Namespace) -> None:
     elif asked:
         logger.warning(f"no checkpoint in {args.output_dir} to resume from: starting afresh")
     accelerator.wait_for_everyone()
-    for later in list_checkpoints(args.output_dir) if accelerator.is_main_process else []:
-        if not folder or checkpoint_step(later.name) > run.state["step"]:
-            # `latest` must not go back to it, nor the limit count it.
-            aside = later.rename(later.with_name(f"earlier-{int(later.stat().st_mtime)}-{later.name}"))
-            logger.warning(f"{later} is of an earlier run, or damaged: it is {aside.name} now")
+    # `latest` must not go back to a later checkpoint of an earlier run, nor the limit count it.
+    start = run.state["step"] if folder else 0
+    later = [path for path in list_checkpoints(args.output_dir) if checkpoint_step(path.name) >= start]
+    later += [path for path in [Path(args.output_dir, "samples")] if not folder and path.is_dir()]
+    for path in later if accelerator.is_main_process else []:
+        if path != run.saved:
+            aside = path.rename(path.with_name(f"earlier-{int(path.stat().st_mtime)}-{path.name}"))
+            logger.warning(f"{path} is of an earlier run, or damaged: it is {aside.name} now")
 
 
 def load_checkpoint(run: SimpleNamespace, folder: Path, args: argparse.Namespace) -> None:
@@ -1346,7 +1370,8 @@ def load_checkpoint(run: SimpleNamespace, folder: Path, args: argparse.Namespace
         raise ValueError(f"--resume_from_checkpoint {folder} was made with other settings: {'; '.join(odd)}")
     run.state = saved["state"]
     run.resumed = run.state["step"]
-    run.saved = folder if folder.resolve().parent == Path(args.output_dir).resolve() else None
+    if folder.resolve().parent == Path(args.output_dir).resolve():
+        run.saved = Path(args.output_dir, folder.resolve().name)
     if run.ema:
         load_weights(run.transformer, folder, args)
         run.ema.shadow_params = [p.detach().clone() for p in trainable(run.transformer)]
@@ -1608,7 +1633,7 @@ class Notice:
 
 @contextlib.contextmanager
 def heeded_signals() -> Iterator[Notice]:
-    """Training goes on to the next micro-batch before it stops; outside of this a signal ends it as ever."""
+    """A run stops where it asks `stop_is_asked`; outside of this a signal ends it as ever."""
     notice = Notice()
     before = {number: signal.signal(number, notice) for number in STOP_SIGNALS}
     try:
@@ -1782,20 +1807,22 @@ def train(run: SimpleNamespace, args: argparse.Namespace) -> None:
 def look(run: SimpleNamespace, args: argparse.Namespace) -> None:
     """
     Before the first step, every so many, after the last: held-out errors and sample videos, by the EMA if any. What
-    a run that was stopped had made at this step already is not made again.
+    a run that was stopped had made at this step already is not made again, but for the last samples.
     """
     step, last = run.state["step"], run.state["step"] >= run.max_steps
-    there = run.resumed == step and not last and all(path.is_file() for path in sample_paths(step, args))
-    seen = any("val/mse" in row and row["step"] == step for row in read_metrics(args.output_dir))
-    evaluates = len(run.held_out) > 0 and (step % args.eval_steps == 0 or last) and not seen
-    samples = len(args.validation_prompt) > 0 and (step % args.validation_steps == 0 or last) and not there
-    evaluates, samples = broadcast_object_list([evaluates, samples])  # the main process has the files
+    evaluates = len(run.held_out) > 0 and (step % args.eval_steps == 0 or last)
+    samples = len(args.validation_prompt) > 0 and (step % args.validation_steps == 0 or last)
+    if run.resumed == step:
+        seen = any("val/mse" in row and row["step"] == step for row in read_metrics(args.output_dir))
+        there = not last and all(path.is_file() for path in sample_paths(step, args))
+        seen, there = broadcast_object_list([seen, there])  # of the main process, which has the files
+        evaluates, samples = evaluates and not seen, samples and not there
     if evaluates or samples:
         with averaged_weights(run):
             if evaluates and (values := evaluate(run, args)):
                 log_metrics(run.accelerator, values, step, args)
                 logger.info(f"step {step}: held-out mse {values['val/mse']:.4f}")
-            if samples:
+            if samples and not stop_is_asked(run):
                 sample_videos(run, args)
         run.accelerator.unwrap_model(run.transformer).train()
 
@@ -1844,6 +1871,7 @@ def end(run: SimpleNamespace, args: argparse.Namespace) -> None:
             push_checkpoint(run, run.saved, args)
             run.upload.join()
         drop_checkpoints(run, args)
+    run.accelerator.wait_for_everyone()  # a launcher ends all others once one has ended with an error
     run.accelerator.end_training()
 
 
@@ -1869,7 +1897,8 @@ def main(args: argparse.Namespace) -> None:
             look(run, args)
             if run.state["step"] < run.max_steps:
                 train(run, args)
-        if run.state["step"] < run.max_steps:
+            stopped = run.state["step"] < run.max_steps or stop_is_asked(run)
+        if stopped:
             logger.warning(f"stopped at step {run.state['step']}; to go on, add --resume_from_checkpoint latest")
             end(run, args)
             sys.exit(EXIT_STOPPED)

@@ -518,7 +518,8 @@ def draw(results: dict, path: Path) -> None:
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(metric, fontsize=9)
         axis.grid(axis="x", alpha=0.3)
-    title = "Paired differences in % of the control, 95 % CI (left of 0 is better; gray: exploratory, 3 seeds)"
+    title = "Paired differences in % of the control, 95 % CI; left of 0 is better"
+    title += "; gray: exploratory" * bool(results["exploratory"])
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
@@ -643,7 +644,9 @@ def main(args: argparse.Namespace, passed: list[str]) -> None:
                         file.write("\n" + line + "\n")  # on a line of its own, even after one that was cut short
     finally:
         train_ltd.LOSS_WEIGHTS.pop("ablation", None)  # the script's own choices again
-    results = summarise(read_runs(path))
+    if not (runs := read_runs(path)):
+        raise ValueError(f"{path} holds no finished run")
+    results = summarise(runs)
     table = write_table(results)
     (args.output_dir / "results.json").write_text(json.dumps(without_nan(results), indent=1, allow_nan=False) + "\n")
     (args.output_dir / "table.md").write_text(table)

@@ -350,10 +350,10 @@ def list_clips(videos: list[dict]) -> list[dict]:
 
 def read_pictures(args: argparse.Namespace, clips: list[dict], indices: Iterable[int]) -> list[np.ndarray]:
     """For each clip the picture of that index, as training sees it: `(H, W, 3)` uint8."""
-    (dataset, folder), pictures = train_ltd.open_dataset(args, args.dataset_split), []
+    (dataset, *where), pictures = train_ltd.open_dataset(args, args.dataset_split), []
     for clip, index in zip(clips, indices, strict=True):
         row = next(iter(dataset.skip(clip["number"])))  # a stream has no other access
-        frames, *_ = train_ltd.read_clips(train_ltd.clip_source(row["video"], folder, args), args)
+        frames, *_ = train_ltd.read_clips(train_ltd.clip_source(row["video"], *where, args), args)
         pictures.append(frames[clip["window"], index].permute(1, 2, 0).numpy())
     return pictures
 

@@ -502,6 +502,8 @@ def test_max_skipped(prepare, tmp_path, bad, limit, stops):
     with pytest.raises(ValueError, match=rf"{bad} of 10 videos.*missing0\.mp4.*file not found.*--max_skipped"):
         prepare(**kwargs)
     assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) == bad
+    if bad < 10:
+        assert prepare(**kwargs, dry_run=True)  # of the few that it looks at, one is a large share
 
 
 @pytest.mark.usefixtures("one_text_encoder")
@@ -561,6 +563,33 @@ def test_metadata_stays_in_its_folder(flags, tmp_path):
     assert [v.get("reason") for v in videos] == [None] * len(good) + ["leads out of the dataset's folder"] * len(bad)
 
 
+def test_a_playlist_is_no_video(read, tmp_path):
+    """It could name any file of the machine."""
+    write_video(tmp_path / "private.ts", moving_square(5))
+    entries = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{tmp_path / 'private.ts'}\n#EXT-X-ENDLIST\n"
+    (tmp_path / "list.m3u8").write_text(entries)
+    with pytest.raises((train_ltd.ClipError, OSError, train_ltd.av.FFmpegError)):
+        read(tmp_path / "list.m3u8")
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+def test_symbolic_links_beside_their_captions_are_followed(prepare, originals, tmp_path):
+    """A folder of pairs is what its owner put there."""
+    (tmp_path / "data").mkdir()
+    for name in NAMES:
+        (tmp_path / "data" / name).symlink_to(originals / name)
+        (tmp_path / "data" / name).with_suffix(".txt").write_text("a")
+    assert len(prepare(train_data_dir=tmp_path / "data")[0]) == len(NAMES)
+
+
+@pytest.mark.parametrize("value", ["a\0b.mp4", "hf://x", "hf://", 7, [1], "zip://a.mp4::no.zip", "ftp://x"])
+def test_odd_rows_are_skipped(tmp_path, flags, value):
+    args = train_ltd.parse_args(flags())
+    for folder in (tmp_path, Path("somebody/clips")):
+        with pytest.raises(train_ltd.ClipError):
+            train_ltd.clip_source(value, folder, False, args)
+
+
 def test_rows_of_a_hub_dataset_stay_in_its_caches(monkeypatch, tmp_path):
     monkeypatch.setattr(train_ltd, "HUB_CACHES", (tmp_path / "hub", tmp_path / "datasets"))
     (tmp_path / "datasets").mkdir()
@@ -569,12 +598,21 @@ def test_rows_of_a_hub_dataset_stay_in_its_caches(monkeypatch, tmp_path):
     name, args = Path("somebody/clips"), train_ltd.parse_args(["--dataset_name=somebody/clips", "--report_to=none"])
     assert not name.is_dir()
     cached = str(tmp_path / "datasets" / "a.mp4")
-    assert train_ltd.clip_source(cached, name, args) == cached
+    assert train_ltd.clip_source(cached, name, False, args) == cached
     bad = [str(tmp_path / "private.mp4"), str(tmp_path / "hub/../private.mp4"), "http://localhost/a.mp4"]
     for value in [*bad, f"file://{tmp_path}/private.mp4::hf://datasets/a/b.mp4"]:
         for row in (value, {"path": value, "bytes": None}):
             with pytest.raises(train_ltd.ClipError, match="leads out of the dataset's folder"):
-                train_ltd.clip_source(row, name, args)
+                train_ltd.clip_source(row, name, False, args)
+
+
+def test_a_stray_text_file_makes_no_folder_of_pairs(prepare, originals, tmp_path):
+    """Of clips with a caption each, or of parquet files, in whose place nothing would be found."""
+    for make in (embedded_by_datasets, lambda *where: metadata_folder(*where, "metadata.jsonl")):
+        folder = tmp_path / make.__name__.strip("<>")
+        make(originals, folder)
+        (folder / "LICENSE.txt").write_text("anybody may do anything")
+        assert len(prepare(train_data_dir=folder)[0]) == len(NAMES)
 
 
 def test_limits_before_decoding(read, monkeypatch, tmp_path):
@@ -780,10 +818,13 @@ for line in json.loads(sys.argv[1]):
 
 
 def test_hub_dataset_and_streaming(flags, originals, expected_latents, tmp_path):
-    """A Hub name, as videofolder and as parquet, downloaded and streamed: one cache, one order, the same weights."""
+    """A Hub name, as videofolder, parquet, csv with relative paths, downloaded and streamed: one cache and order."""
     metadata_folder(originals, tmp_path / "folder", "metadata.jsonl")
     embedded_by_datasets(originals, tmp_path / "parquet")
-    runs = [(repo, streaming) for repo in ("folder", "parquet") for streaming in (False, True)]
+    table_of_paths(originals, tmp_path / "table", "rows.csv")
+    card = "---\nconfigs:\n- config_name: default\n  data_files: rows.csv\n---\n"
+    (tmp_path / "table" / "README.md").write_text(card)
+    runs = [(repo, streaming) for repo in ("folder", "parquet", "table") for streaming in (False, True)]
     lines = []
     for repo, streaming in runs:
         output = tmp_path / f"{repo}-{streaming}"
@@ -791,7 +832,7 @@ def test_hub_dataset_and_streaming(flags, originals, expected_latents, tmp_path)
         kwargs |= {"output_dir": output, "cache_dir": output / "cache", "max_train_steps": 5, "cache_dtype": "float32"}
         lines.append(flags(**kwargs))
     with HubServer(tmp_path / "hub") as hub:
-        for repo in ("folder", "parquet"):
+        for repo in ("folder", "parquet", "table"):
             hub.add(f"somebody/{repo}", tmp_path / repo, repo_type="dataset")
         command = [sys.executable, "-c", HUB_SCRIPT, json.dumps(lines)]
         result = subprocess.run(command, env=os.environ | hub.env(), cwd=ROOT, capture_output=True, text=True)

@@ -386,17 +386,17 @@ def hurried(token, endpoint=None):
         time.sleep, os.environ["HF_TOKEN"], api.endpoint = before
 
 
-def parse(output_dir, name=None):
+def parse(output_dir, name=None, more=()):
     import train_ltd
 
     flags = ["--train_data_dir=.", "--report_to=none", "--push_to_hub", f"--output_dir={output_dir}"]
-    return train_ltd.parse_args([*flags, *([f"--hub_model_id={name}"] if name else [])])
+    return train_ltd.parse_args([*flags, *([f"--hub_model_id={name}"] if name else []), *more])
 
 
-def create(token, endpoint=None, name=None, output_dir="run"):
+def create(token, endpoint=None, name=None, output_dir="run", more=()):
     import train_ltd
 
-    args = parse(output_dir, name)
+    args = parse(output_dir, name, more)
     with hurried(token, endpoint) as slept:
         return [train_ltd.create_hub_repo(args), slept]
 
@@ -434,6 +434,15 @@ def test_create_accepts_the_users_own_repository(hub, worker):
     hub.add("tester/there", {"README.md": b"old"})
     assert worker(create, token=hub.token, name="tester/there").result == ["tester/there", []]
     assert hub.files("tester/there")["README.md"] == b"old"
+
+
+def test_create_refuses_a_public_repository_that_is_to_be_private(hub, worker):
+    """With checkpoints, the optimizer's state would be there for all to see."""
+    hub.add("tester/open", {})
+    done = worker(create, token=hub.token, name="tester/open", more=["--hub_private_repo"])
+    assert done.error == "ValueError" and "tester/open is there and public" in done.message
+    assert worker(create, token=hub.token, name="tester/closed", more=["--hub_private_repo"]).error is None
+    assert hub.repos["model", "tester/closed"].private
 
 
 @pytest.mark.parametrize("case", ["no token", "wrong token", "read token", "read token, existing", "stranger's"])
