@@ -469,7 +469,7 @@ def without_nan(value):
 
 
 def write_table(results: dict) -> str:
-    """Markdown: the primary contrasts, those at other learning rates, then all means."""
+    """Markdown: primary contrasts, those at other learning rates, means of key arms, exploratory differences."""
     lines = ["| contrast | metric | seeds | difference (95 % CI) | relative | p | p (Holm) |", "|---" * 7 + "|"]
     for row in results["primary_contrasts"]:
         mean, low, high = row["difference"]
@@ -479,11 +479,13 @@ def write_table(results: dict) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     rates = [row for row in results["differences"] if row["arm"].endswith(OTHER_RATES)]
     if rates:
-        lines += ["", "| at other learning rates | metric | seeds | difference (95 % CI) |", "|---" * 4 + "|"]
+        heads = "| at other learning rates | metric | seeds | difference (95 % CI) | relative |"
+        lines += ["", heads, "|---" * 5 + "|"]
     for row in [row for row in rates if row["metric"] in PRIMARY_METRICS]:
         mean, low, high = row["difference"]
         cells = [f"{row['arm']} - {row['control']}", row["metric"], f"{row['seeds']}"]
-        lines.append("| " + " | ".join([*cells, f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"]) + " |")
+        cells += [f"{mean:+.4f} ({low:+.4f} to {high:+.4f})", f"{row['relative'][0]:+.2%}"]
+        lines.append("| " + " | ".join(cells) + " |")
     means, exploratory = results["means"], results["exploratory"]
     if arms := [arm for arm in means if arm not in exploratory]:
         lines += ["", "| mean ± half of the 95 % CI | " + " | ".join(arms) + " |", "|---" * (len(arms) + 1) + "|"]
@@ -493,11 +495,17 @@ def write_table(results: dict) -> str:
             if m != "seconds":  # of the wall: on a machine that has other work they say nothing of an arm
                 lines.append(f"| {m} | " + " | ".join(interval(means[a][m], fewer[a].get(m)) for a in arms) + " |")
     metrics = [metric for metric in (*PRIMARY_METRICS, *SECONDARY_METRICS) if metric in next(iter(means.values()))]
-    if exploratory:
-        lines += ["", "| exploratory | seeds | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 2) + "|"]
-        for arm in exploratory:
-            cells = [arm, str(results["seeds"][arm]), *(interval(means[arm][metric]) for metric in metrics)]
-            lines.append("| " + " | ".join(cells) + " |")
+    rows = {(row["arm"], row["control"], row["metric"]): row for row in results["differences"]}
+    pairs = [pair for pair in dict.fromkeys(key[:2] for key in rows) if pair[0] in exploratory]
+    if pairs := [pair for pair in pairs if not pair[0].endswith(OTHER_RATES)]:
+        lines += ["", "| exploratory, % of the control (95 % CI) | seeds | " + " | ".join(metrics) + " |"]
+        lines.append("|---" * (len(metrics) + 2) + "|")
+    for arm, control in pairs:
+        cells = [f"{arm} - {control}", f"{rows[arm, control, metrics[0]]['seeds']}"]
+        for metric in metrics:
+            mean, low, high = (100 * value for value in rows[arm, control, metric]["relative"])
+            cells.append(f"{mean:+.2f} ({low:+.2f} to {high:+.2f})")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
