@@ -1399,10 +1399,12 @@ def start_trackers(run: SimpleNamespace, args: argparse.Namespace) -> None:
 
 
 def log_metrics(accelerator: Accelerator, values: dict[str, float], step: int, args: argparse.Namespace) -> None:
-    accelerator.log(values, step=step)
-    if accelerator.is_main_process:
-        with open(Path(args.output_dir, "metrics.jsonl"), "a") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
+    path = Path(args.output_dir, "metrics.jsonl")
+    with writing(path):
+        accelerator.log(values, step=step)
+        if accelerator.is_main_process:
+            with open(path, "a") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
 
 
 def read_metrics(output_dir: str) -> list[dict]:
@@ -1559,31 +1561,36 @@ def publish(args: argparse.Namespace, repo_id: str, files: list[Path]) -> None:
 
 def finish(run: SimpleNamespace, repo_id: str | None, args: argparse.Namespace) -> None:
     """Final weights, card, settings and pictures in the output folder, and on the Hub if asked for."""
-    from matplotlib.figure import Figure
-
-    folder = Path(args.output_dir)
+    folder, lora = Path(args.output_dir), args.train_type == "lora"
+    samples = [path.relative_to(folder).as_posix() for path in sample_paths(run.state["step"], args)]
     with averaged_weights(run), writing(folder):
         save_weights(run.accelerator, run.transformer, folder, args)
-    if run.accelerator.is_main_process:
-        rows = read_metrics(args.output_dir)
-        figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
-        axes = figure.subplots()
-        for key, colour in (("mse", "0.7"), ("val/mse", "C0"), ("val/mse_motion", "C1"), ("val/mse_static", "C2")):
-            if points := [(row["step"], row[key]) for row in rows if key in row]:
-                axes.plot(*zip(*points, strict=True), colour, marker="." if "val" in key else "", label=key)
-        axes.set(xlabel="optimizer step", ylabel="unweighted squared error")
-        axes.legend()
-        figure.savefig(folder / "curves.png")
+    if not run.accelerator.is_main_process:
+        return
+    with writing(folder):
+        draw_curves(read_metrics(args.output_dir), folder / "curves.png")
         settings = json.dumps(published_settings(args), indent=2, ensure_ascii=False)
         (folder / "training_settings.json").write_text(settings + "\n", encoding="utf-8")
-        samples = [path.relative_to(folder).as_posix() for path in sample_paths(run.state["step"], args)]
         facts = run.facts | {"steps": run.state["step"]}
         model_card(args, repo_id or folder.resolve().name, samples, facts).save(folder / "README.md")
-        if repo_id:
-            lora = args.train_type == "lora"
-            weights = [folder / LORA_FILE, folder / COMFYUI_FILE] if lora else sorted(folder.glob("transformer/*"))
-            names = ["README.md", "training_settings.json", "curves.png", *samples]
-            publish(args, repo_id, weights + [folder / name for name in names])
+    if repo_id:
+        weights = [folder / LORA_FILE, folder / COMFYUI_FILE] if lora else sorted(folder.glob("transformer/*"))
+        names = ["README.md", "training_settings.json", "curves.png", *samples]
+        publish(args, repo_id, weights + [folder / name for name in names])
+
+
+def draw_curves(rows: list[dict], path: Path) -> None:
+    """Training and held-out error over the steps, from the rows of `metrics.jsonl`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for key, colour in (("mse", "0.7"), ("val/mse", "C0"), ("val/mse_motion", "C1"), ("val/mse_static", "C2")):
+        if points := [(row["step"], row[key]) for row in rows if key in row]:
+            axes.plot(*zip(*points, strict=True), colour, marker="." if "val" in key else "", label=key)
+    axes.set(xlabel="optimizer step", ylabel="unweighted squared error")
+    axes.legend()
+    figure.savefig(path)
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------

@@ -397,6 +397,23 @@ def test_older_checkpoints_outlive_a_full_disk(run, straight, monkeypatch):
     assert checkpoints(straight)[-1] == "checkpoint-4"
 
 
+@pytest.mark.parametrize("what", ["save_weights", "model_card", "log_metrics"])
+def test_disk_that_fills_at_the_end(run, straight, monkeypatch, tmp_path, what):
+    """Weights, card or a line of the log: the message says what, and the same command with `latest` mends it."""
+    calls = {"save_weights": 4, "model_card": 1, "log_metrics": 3}
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    owner, name = {"log_metrics": (train_ltd.Accelerator, "log")}.get(what, (train_ltd, what))
+    with monkeypatch.context() as patch:
+        strike(patch, owner, name, calls[what], full)
+        with pytest.raises(RuntimeError, match=r"cannot write .*run.*: .*No space left.*checkpoint latest"):
+            run(**STEPS)
+    assert checkpoints(tmp_path / "run") == [f"checkpoint-{n}" for n in range(1, 3 + (what != "log_metrics"))]
+    assert same(run(**STEPS, resume_from_checkpoint="latest"), straight) and (tmp_path / "run/README.md").is_file()
+
+
 def test_second_run_into_one_folder_is_refused(run, tmp_path):
     folder = run(max_train_steps=1)
     with open(folder / ".lock", "w") as other:
