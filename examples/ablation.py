@@ -477,7 +477,7 @@ def write_table(results: dict) -> str:
         cells += [f"{mean:+.4f} ({low:+.4f} to {high:+.4f})", f"{row['relative'][0]:+.2%}"]
         cells += ["< 0.001" if p < 0.001 else f"{p:.3f}" for p in (row["p"], row["p_holm"])]
         lines.append("| " + " | ".join(cells) + " |")
-    rates = [row for row in results["differences"] if row["arm"].endswith(OTHER_RATES)]
+    rates = [row for row in results["differences"] if row["control"].endswith(OTHER_RATES)]
     if rates:
         heads = "| at other learning rates | metric | seeds | difference (95 % CI) | relative |"
         lines += ["", heads, "|---" * 5 + "|"]

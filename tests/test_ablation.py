@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -349,3 +350,6 @@ def test_the_readme_says_what_the_runs_say():
     assert shown and set(shown) <= set(table)
     for number in range(1 + len(results["primary_contrasts"])):  # all of them, whatever they say
         assert table[number] in shown
+    mean, low, high = (-100 * value for value in results["primary_contrasts"][0]["relative"])
+    said = f"{mean:.2f} % lower than with plain MSE (95 % CI {high:.2f} to {low:.2f} %"
+    assert said in " ".join(readme.split()) and not re.search("@[A-Z]+@", readme)
