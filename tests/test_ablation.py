@@ -303,7 +303,7 @@ def test_the_nano_wan_and_its_ground_truth(tmp_path, monkeypatch):
     before = (tmp_path / "runs.jsonl").read_text()
     (tmp_path / "table.md").unlink()
     ablation.main(*ablation.parse_args(["--report_only", *line]))
-    assert (tmp_path / "runs.jsonl").read_text() == before and "ltd_lora" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "runs.jsonl").read_text() == before and "vae_round_trip" in (tmp_path / "table.md").read_text()
 
 
 def test_equal_seeds_see_equal_noise_whatever_the_weight(small_ablation, tmp_path):
