@@ -468,13 +468,18 @@ def without_nan(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def difference_cells(row: dict) -> list[str]:
+    """A paired difference as cells of a table: contrast, metric, seeds, interval, per cent of the control."""
+    mean, low, high = row["difference"]
+    cells = [f"{row['arm']} - {row['control']}", row["metric"], f"{row['seeds']}"]
+    return [*cells, f"{mean:+.4f} ({low:+.4f} to {high:+.4f})", f"{row['relative'][0]:+.2%}"]
+
+
 def write_table(results: dict) -> str:
     """Markdown: primary contrasts, those at other learning rates, means of key arms, exploratory differences."""
     lines = ["| contrast | metric | seeds | difference (95 % CI) | relative | p | p (Holm) |", "|---" * 7 + "|"]
     for row in results["primary_contrasts"]:
-        mean, low, high = row["difference"]
-        cells = [f"{row['arm']} - {row['control']}", row["metric"], f"{row['seeds']}"]
-        cells += [f"{mean:+.4f} ({low:+.4f} to {high:+.4f})", f"{row['relative'][0]:+.2%}"]
+        cells = difference_cells(row)
         cells += ["< 0.001" if p < 0.001 else f"{p:.3f}" for p in (row["p"], row["p_holm"])]
         lines.append("| " + " | ".join(cells) + " |")
     rates = [row for row in results["differences"] if row["control"].endswith(OTHER_RATES)]
@@ -482,10 +487,7 @@ def write_table(results: dict) -> str:
         heads = "| at other learning rates | metric | seeds | difference (95 % CI) | relative |"
         lines += ["", heads, "|---" * 5 + "|"]
     for row in [row for row in rates if row["metric"] in PRIMARY_METRICS]:
-        mean, low, high = row["difference"]
-        cells = [f"{row['arm']} - {row['control']}", row["metric"], f"{row['seeds']}"]
-        cells += [f"{mean:+.4f} ({low:+.4f} to {high:+.4f})", f"{row['relative'][0]:+.2%}"]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(difference_cells(row)) + " |")
     means, exploratory = results["means"], results["exploratory"]
     if arms := [arm for arm in means if arm not in exploratory]:
         lines += ["", "| mean ± half of the 95 % CI | " + " | ".join(arms) + " |", "|---" * (len(arms) + 1) + "|"]
