@@ -166,7 +166,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--transformer_path", help="other transformer: diffusers folder, Hub id, .safetensors in original Wan keys")
     add("--init_lora", help="go on training this LoRA (file, folder or Hub id; diffusers or ComfyUI keys)")
     add("--train_type", choices=["lora", "full"], default="lora", help="train an adapter, or all weights of the DiT")
-    add("--quantization", choices=["int8"], help="a LoRA's frozen base in 8 bits, by torchao; use checkpointing too")
+    add("--quantization", choices=["int8", "nf4"],
+        help="a LoRA's frozen base in 8 bits by torchao, in 4 by bitsandbytes (on a GPU); use checkpointing too")
     add("--rank", type=int, help="LoRA rank (default: 32, enough for motion; 175 MB for 1.3B, 613 MB for 14B)")
     add("--lora_alpha", type=float, help="LoRA alpha (default: the rank, so that every program applies the scale 1)")
     add("--lora_dropout", type=float, default=0.0, help="dropout on the adapter's input")
@@ -319,7 +320,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     single_file = (path or "").endswith(".safetensors")
     of_lora, fsdp = ("init_lora", "quantization"), os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
     packages = [args.report_to] * (args.report_to != "none") + ["bitsandbytes"] * (args.optimizer == "adamw8bit")
-    packages += ["torchao"] * bool(args.quantization)
+    packages += {"int8": ["torchao"], "nf4": ["bitsandbytes"]}.get(args.quantization, [])
     complete = resume in (None, "latest", "hub") or Path(resume, "settings.json").is_file()
     no_bf16 = args.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False)
     checks = [
@@ -336,6 +337,7 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         ((args.min_ltd or 0) > (args.max_ltd or math.inf), "--min_ltd must not be above --max_ltd"),
         (not 0 <= low < high <= 1, f"--min_sigma {low} and --max_sigma {high}: 0 <= min < max <= 1 is needed"),
         *((args.train_type == "full" and values[k], f"--{k} goes with --train_type lora") for k in of_lora),
+        (args.quantization == "nf4" and not torch.cuda.is_available(), "--quantization nf4 needs a GPU; try int8"),
         (args.quantization and fsdp, "--quantization goes with one GPU or DDP, not with FSDP"),
         (args.quantization and single_file, "--quantization: diffusers leaves a single file in floats, give a folder"),
         (single_file and not os.path.isfile(path), f"--transformer_path {path} does not exist"),
@@ -957,9 +959,12 @@ def load_transformer(args: argparse.Namespace) -> WanTransformer3DModel:
     """Float32 weights to train in full; under a LoRA the frozen base in bfloat16, where autocast works in it."""
     base, path, kwargs = args.pretrained_model_name_or_path, args.transformer_path, {"subfolder": "transformer"}
     kwargs["dtype"] = torch.bfloat16 if args.train_type == "lora" and args.mixed_precision == "bf16" else torch.float32
-    if args.quantization:
+    if args.quantization == "int8":
         int8 = importlib.import_module("torchao.quantization").Int8WeightOnlyConfig()
         kwargs["quantization_config"] = diffusers.TorchAoConfig(int8)
+    if args.quantization == "nf4":
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": kwargs["dtype"]}
+        kwargs["quantization_config"] = diffusers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
     if path and path.endswith(".safetensors"):
         # Without the base's config it would guess one by the width, and go to the Hub for it.
         transformer = WanTransformer3DModel.from_single_file(path, config=base, revision=args.revision, **kwargs)

@@ -15,6 +15,7 @@ The parts (`--parts`):
     ltd    `ltd_loss` against `F.mse_loss`, eager and compiled, beside one read of its inputs at memory bandwidth
     cache  decoding, VAE and text encoder a clip; the VAE in bfloat16 against float32
     start  seconds from the call of the script to the end of its first step, without and with a cache
+    profile  what the device's time in one step goes to, by kind of kernel, and its longest kernels
 
 `--adapter file.py` compares another trainer. The file defines a class `Trainer` with the two methods of `BareLoop`:
 `__init__(settings)`, where `settings` are the flags of `train_ltd.py` and `settings.pretrained_model_name_or_path` is
@@ -32,6 +33,7 @@ import json
 import math
 import os
 import platform
+import re
 import runpy
 import shlex
 import shutil
@@ -67,18 +69,21 @@ SHAPES = {
     "14b": PRESETS["1.3b"] | {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824},
 }
 SIZES = {"nano": (33, 96, 96), "1.3b": (81, 480, 832), "14b": (81, 480, 832)}  # frames, height, width
-NUM_CLIPS = 8
+NUM_CLIPS = 4
 LTD_SHAPES = [(1, 16, 21, 60, 104), (1, 16, 21, 90, 160), (4, 16, 21, 60, 104)]  # 480p, 720p and four clips; 81 frames
 SWEEP = ["gradient_checkpointing=none,selective,full", "attention_backend=native,_native_cudnn"]
 SWEEP += ["torch_compile=false,true", "train_batch_size=1,2"]
 WORK = ["forward", "backward", "clipping", "optimizer"]
+# kind of kernel -> pattern of its name, the first that fits
+KERNELS = {"attention": "flash|fmha|attention|sdpa", "matrix products": "gemm|nvjet|cutlass|mm$"}
+KERNELS |= {"copies": "memcpy|memset"}
 LABELS = [*WORK, "data wait", "LTD weights", "noise and loss", "rest of loop"]  # seconds each
 
 
 def parse_args(input_args=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    add, parts = parser.add_argument, ["step", "bare", "ltd", "cache", "start"]
+    add, parts = parser.add_argument, ["step", "bare", "ltd", "cache", "start", "profile"]
     add("--model", choices=SHAPES, default="nano", help="shape of the model; nano is for CPUs")
     add("--parts", nargs="+", choices=parts, default=parts[:3], help="what to measure (default: step bare ltd)")
     add("--steps", type=int, default=20, help="measured steps, of which medians are given")
@@ -115,7 +120,8 @@ def build_pipeline(args: argparse.Namespace) -> Path:
     if args.model == "nano" and (NANO / "vae").is_dir():
         shutil.copytree(NANO / "vae", partial / "vae", dirs_exist_ok=True)
     torch.set_default_dtype(torch.float32 if args.model == "nano" else torch.bfloat16)  # 28 GB of disk for 14B, not 57
-    transformer = WanTransformer3DModel.from_config(config)
+    with DEVICE:  # a CPU takes minutes to draw 14 billion numbers
+        transformer = WanTransformer3DModel.from_config(config)
     torch.set_default_dtype(torch.float32)
     shutil.rmtree(partial / "transformer")
     transformer.save_pretrained(partial / "transformer")
@@ -161,8 +167,8 @@ class Enough(Exception):
 class Stopwatch:
     """Seconds in each labelled call without those in labelled calls inside it; a step ends with the optimizer's."""
 
-    def __init__(self, warmup: int = 0, steps: int = 0):
-        self.warmup, self.wanted = warmup, warmup + steps
+    def __init__(self, warmup: int = 0, steps: int = 0, profiler: torch.profiler.profile | None = None):
+        self.warmup, self.wanted, self.profiler = warmup, warmup + steps, profiler
         self.open, self.spans, self.batches, self.losses = [], [], [], []
 
     def start(self, label: str, *_) -> None:
@@ -218,6 +224,8 @@ class Stopwatch:
         with self.measure("benchmark"):
             if len(self.batches) == self.warmup and DEVICE.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+            if len(self.batches) == self.warmup and self.profiler:
+                self.profiler.start()
             self.batches.append({k: v.cpu() for k, v in batch.items() if isinstance(v, torch.Tensor)})
         with self.measure("noise and loss"):
             result = original(transformer, batch, *rest)
@@ -282,9 +290,9 @@ class BareLoop:
         return loss.detach()
 
 
-def time_script(settings: argparse.Namespace, warmup: int, steps: int) -> Stopwatch:
+def time_script(settings: argparse.Namespace, warmup: int, steps: int, profiler=None) -> Stopwatch:
     """Run `train_ltd.main()` up to the last measured step."""
-    watch = Stopwatch(warmup, steps)
+    watch = Stopwatch(warmup, steps, profiler)
     with tempfile.TemporaryDirectory() as folder, watch.installed(), contextlib.suppress(Enough):
         train_ltd.main(argparse.Namespace(**vars(settings) | {"output_dir": folder}))
     return watch
@@ -454,6 +462,8 @@ def measure_caching(settings: argparse.Namespace) -> dict:
     dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
     text = WanPipeline.from_pretrained(path, dtype=dtype, transformer=None, vae=None).to(DEVICE)
     vae = train_ltd.load_vae(settings, DEVICE)
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     for clip in sorted(Path(settings.train_data_dir).glob("*.mp4")):
         with watch.measure("decode"):
             frames = train_ltd.read_clips(str(clip), settings)[0][0]
@@ -467,6 +477,7 @@ def measure_caching(settings: argparse.Namespace) -> dict:
     parameters = {"VAE": vae.num_parameters(), "text": text.text_encoder.num_parameters()}
     stages = {label: [s for name, _, s in watch.spans if name == label] for label, _, _ in watch.spans}
     square, power, largest = torch.tensor(differences).T
+    peak = train_ltd.peak_memory(DEVICE)
     del half, vae, text
     with tempfile.TemporaryDirectory() as folder:
         fresh = argparse.Namespace(**vars(settings) | {"output_dir": folder, "cache_dir": folder})
@@ -478,8 +489,25 @@ def measure_caching(settings: argparse.Namespace) -> dict:
         "parameters": parameters,
         "bfloat16_relative_rms": float((square.mean() / power.mean()).sqrt()),
         "bfloat16_largest": float(largest.max()),
+        "peak_memory_gib": peak,
         "script": {"clips": NUM_CLIPS, "seconds": elapsed, "clips_per_second": NUM_CLIPS / elapsed},
     }
+
+
+def measure_profile(args: argparse.Namespace, settings: argparse.Namespace) -> dict:
+    """Part `profile`: shares of the device's time in the step after the warm-up."""
+    gpu = DEVICE.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
+    profiler = torch.profiler.profile(activities=[activity])
+    time_script(settings, args.warmup_steps, 1, profiler)
+    profiler.stop()
+    rows = [(e.key, e.self_device_time_total if gpu else e.self_cpu_time_total) for e in profiler.key_averages()]
+    total, kinds = sum(elapsed for _, elapsed in rows), dict.fromkeys([*KERNELS, "other"], 0.0)
+    for name, elapsed in rows:
+        kind = next((kind for kind, pattern in KERNELS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
+        kinds[kind] += elapsed / total
+    longest = sorted(rows, key=lambda row: -row[1])[:15]
+    return {"seconds": total / 1e6, "kinds": kinds, "longest": {name[:120]: t / total for name, t in longest}}
 
 
 def run_python(*command) -> None:
@@ -529,7 +557,10 @@ def sweep(args: argparse.Namespace) -> list[dict]:
 
 def environment() -> dict:
     """What the numbers depend on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     names = ("torch", "diffusers", "accelerate", "peft")
     return {
         "command": shlex.join(["python", "examples/benchmark.py", *sys.argv[1:]]),
@@ -539,7 +570,7 @@ def environment() -> dict:
         "threads": torch.get_num_threads(),
         "load_average_before": os.getloadavg()[0],
         "versions": {name: importlib.metadata.version(name) for name in names} | {"python": platform.python_version()},
-        "commit": commit.stdout.strip(),
+        "commit": commit,
     }
 
 
@@ -559,7 +590,9 @@ def main(args: argparse.Namespace) -> None:
             results[part] = measure_caching(settings)
         elif part == "start":
             results[part] = measure_start(flags)
-        if part in ("ltd", "cache", "start"):
+        elif part == "profile":
+            results[part] = measure_profile(args, settings)
+        if part in ("ltd", "cache", "start", "profile"):
             print(part, json.dumps(results[part], indent=1), flush=True)
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
         args.output_file.write_text(json.dumps(results, indent=2) + "\n")

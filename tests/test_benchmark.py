@@ -200,6 +200,14 @@ def test_caching_and_start(bench):
     assert 0 < start["warm"] and 0 < start["cold"]
 
 
+def test_profile_shares_sum_to_one(bench):
+    profile = bench("--parts", "profile", "--steps=1")["profile"]
+    assert sum(profile["kinds"].values()) == pytest.approx(1)
+    assert profile["kinds"]["attention"] > 0 and profile["kinds"]["matrix products"] > 0
+    assert list(profile["longest"].values()) == sorted(profile["longest"].values(), reverse=True)
+    assert profile["seconds"] > 0
+
+
 @pytest.mark.slow
 def test_sweep_ends_with_the_best_of_what_ran(bench, capsys):
     rows = bench("--sweep", "gradient_checkpointing=none,full", "train_batch_size=1,100")["sweep"]

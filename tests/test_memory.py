@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_ltd
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_torchao = pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="no torchao: pip install torchao")
 
 
@@ -110,8 +111,6 @@ def test_attention_kernels_for_inference_are_no_choice(flags, capsys):
 
 # --- Quantised base --------------------------------------------------------------------------------------------------
 
-INT8 = {"quantization": "int8", "mixed_precision": "bf16"}
-
 
 def test_quantization_is_refused_where_it_cannot_work(monkeypatch, flags, tmp_path):
     find_spec = importlib.util.find_spec
@@ -124,30 +123,40 @@ def test_quantization_is_refused_where_it_cannot_work(monkeypatch, flags, tmp_pa
     parts = ("pip install torchao", "goes with --train_type lora", "not with FSDP", "leaves a single file in floats")
     for part in parts:
         assert part in str(error.value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="nf4 needs a GPU"):
+        train_ltd.parse_args(flags(quantization="nf4"))
 
 
-def assert_int8(model: WanTransformer3DModel) -> None:
+def assert_quantized(model: WanTransformer3DModel, quantization: str) -> None:
     """All linear layers of the blocks; the time embedding stays in float32, as diffusers keeps it."""
     layers = {n: m for n, m in model.blocks.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n}
     assert len(layers) == 10 * model.config.num_layers
     for layer in layers.values():
-        assert type(layer.weight).__name__ == "Int8Tensor" and layer.weight.qdata.dtype == torch.int8
+        if quantization == "int8":
+            assert type(layer.weight).__name__ == "Int8Tensor" and layer.weight.qdata.dtype == torch.int8
+        else:
+            assert layer.weight.quant_state.quant_type == "nf4" and layer.weight.dtype == torch.uint8
     assert model.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
 
 
-@needs_torchao
-def test_lora_on_an_int8_base(monkeypatch, run, tiny_wan, tmp_path):
+QUANTIZED = [pytest.param("int8", marks=needs_torchao), pytest.param("nf4", marks=needs_cuda)]
+
+
+@pytest.mark.parametrize("quantization", QUANTIZED)
+def test_lora_on_a_quantized_base(monkeypatch, run, tiny_wan, tmp_path, quantization):
     """Held-out error within 1 % of the float base's; the LoRA fits the unquantised base in the stock pipeline."""
     kwargs = {"validation_split": 0.2, "max_train_steps": 3, "mixed_precision": "bf16"}
     models, save = [], train_ltd.save_weights
     monkeypatch.setattr(train_ltd, "save_weights", lambda *args: (models.append(args[1]), save(*args)))
     plain = run(output_dir=tmp_path / "plain", **kwargs)
-    output, expected = trained_output(monkeypatch, run, **kwargs, **LOOKS, quantization="int8")
-    assert_int8(models[-1])
+    output, expected = trained_output(monkeypatch, run, **kwargs, **LOOKS, quantization=quantization)
+    assert_quantized(models[-1], quantization)
     for step in (0, 3):
         assert metrics(output, "val/mse")[step] == pytest.approx(metrics(plain, "val/mse")[step], rel=0.01)
     assert metrics(output, "val/mse")[0] != metrics(plain, "val/mse")[0]
-    assert list((output / "samples").glob("*.mp4")) and "| quantization | int8 |" in (output / "README.md").read_text()
+    assert list((output / "samples").glob("*.mp4"))
+    assert f"| quantization | {quantization} |" in (output / "README.md").read_text()
     pipeline = WanPipeline.from_pretrained(tiny_wan)
     before = output_of(pipeline.transformer)
     pipeline.load_lora_weights(output)
@@ -155,14 +164,15 @@ def test_lora_on_an_int8_base(monkeypatch, run, tiny_wan, tmp_path):
     assert (after - expected).abs().mean() < 0.2 * (before - expected).abs().mean()
 
 
-@needs_torchao
-def test_int8_resume_is_bit_identical(run, tmp_path):
-    kwargs = {"max_train_steps": 4, "checkpointing_steps": 2, "gradient_checkpointing": "selective", **INT8}
+@pytest.mark.parametrize("quantization", QUANTIZED)
+def test_quantized_resume_is_bit_identical(run, tmp_path, quantization):
+    kwargs = {"max_train_steps": 4, "checkpointing_steps": 2, "gradient_checkpointing": "selective"}
+    kwargs |= {"mixed_precision": "bf16", "quantization": quantization}
     straight, resumed = run(output_dir=tmp_path / "straight", **kwargs), tmp_path / "resumed"
     shutil.copytree(straight / "checkpoint-2", resumed / "checkpoint-2")
     run(output_dir=resumed, resume_from_checkpoint="latest", **kwargs)
     assert_same(weights(straight, "lora"), weights(resumed, "lora"))
-    with pytest.raises(ValueError, match="quantization int8 there, None here"):
+    with pytest.raises(ValueError, match=f"quantization {quantization} there, None here"):
         run(output_dir=resumed, resume_from_checkpoint="latest", **kwargs | {"quantization": None})
 
 
@@ -176,9 +186,9 @@ def test_int8_in_two_processes_equals_accumulation_bitwise(run, flags, tmp_path)
     assert_same(weights(alone, "lora"), weights(tmp_path / "two", "lora"))
 
 
-@needs_torchao
-def test_int8_dry_run(run, capsys):
-    run(dry_run=True, **INT8)
+@pytest.mark.parametrize("quantization", QUANTIZED)
+def test_quantized_dry_run(run, capsys, quantization):
+    run(dry_run=True, mixed_precision="bf16", quantization=quantization)
     assert "passed" in capsys.readouterr().out
 
 
