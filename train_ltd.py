@@ -1715,10 +1715,10 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> S
         autocast = {"dtype": torch.bfloat16, "enabled": args.mixed_precision == "bf16", "cache_enabled": False}
         transformer.forward = torch.autocast(accelerator.device.type, **autocast)(transformer.forward)
     else:
-        for parameter in transformer.parameters():
-            # A copy also on a CPU: memory-mapped weights are unaligned, and then round otherwise than what DDP aligns.
-            parameter.data = parameter.data.to(accelerator.device, copy=True)
         transformer.to(accelerator.device)
+    if accelerator.device.type == "cpu":
+        for parameter in transformer.parameters():  # memory-mapped: unaligned, they round otherwise than DDP's copies
+            parameter.data = parameter.data.clone()
     kwargs = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
     if args.optimizer == "adamw8bit":
         optimizer = importlib.import_module("bitsandbytes").optim.AdamW8bit(trainable(transformer), **kwargs)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: nothing may reach for the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is compared to the bit is compared on a CPU
 
 import numpy as np
 import pytest
@@ -26,6 +27,11 @@ import train_ltd
 gc.freeze()  # main() collects garbage often: what the imports made need not be walked each time
 
 HEIGHT, WIDTH, NUM_FRAMES = 32, 48, 9
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU: CUDA_VISIBLE_DEVICES=0 python -m pytest -m cuda")
 
 
 @pytest.fixture(scope="session")

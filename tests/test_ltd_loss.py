@@ -25,7 +25,6 @@ from ltd_loss import latent_temporal_discrepancy, ltd_loss, ltd_weights
 ROOT = Path(__file__).resolve().parent.parent
 WINDOWS = [*range(2, 10), 41]
 LAYOUTS = list(itertools.permutations(range(1, 5), 2))
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def draw_clip(frames=5, seed=0, batch=2, channels=3, height=2, width=3):
@@ -567,7 +566,7 @@ def test_one_compiled_graph_for_changing_lengths():
         assert torch.equal(compiled(*batch, window, **options), ltd_loss(*batch, window, **options))
 
 
-@needs_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("window", [2, 3, 5, 41])
 @pytest.mark.parametrize("frames", [1, 2, 5, 21])
 def test_cuda_agrees_with_the_cpu(frames, window):
@@ -585,7 +584,7 @@ def test_cuda_agrees_with_the_cpu(frames, window):
         torch.testing.assert_close(cuda.cpu(), cpu, rtol=1e-5, atol=1e-7)
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_cuda_static_clip_and_half_precision():
     prediction, target, latents = (tensor.cuda() for tensor in draw_batch(5))
     still = torch.full((1, 2, 1, 1, 41), 0.3, device="cuda")

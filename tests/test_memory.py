@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_ltd
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_torchao = pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="no torchao: pip install torchao")
 
 
@@ -140,7 +139,7 @@ def assert_quantized(model: WanTransformer3DModel, quantization: str) -> None:
     assert model.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
 
 
-QUANTIZED = [pytest.param("int8", marks=needs_torchao), pytest.param("nf4", marks=needs_cuda)]
+QUANTIZED = [pytest.param("int8", marks=needs_torchao), pytest.param("nf4", marks=pytest.mark.cuda)]
 
 
 @pytest.mark.parametrize("quantization", QUANTIZED)
@@ -174,6 +173,15 @@ def test_quantized_resume_is_bit_identical(run, tmp_path, quantization):
     assert_same(weights(straight, "lora"), weights(resumed, "lora"))
     with pytest.raises(ValueError, match=f"quantization {quantization} there, None here"):
         run(output_dir=resumed, resume_from_checkpoint="latest", **kwargs | {"quantization": None})
+
+
+@needs_torchao
+def test_int8_weights_move_to_a_device(flags):
+    """To the meta device, in place of a GPU: their tensors must move, not only what wraps them."""
+    model = train_ltd.load_transformer(train_ltd.parse_args(flags(mixed_precision="bf16", quantization="int8")))
+    train_ltd.add_lora(model, train_ltd.parse_args(flags()))
+    weight = model.to("meta").blocks[0].attn1.to_q.base_layer.weight
+    assert type(weight).__name__ == "Int8Tensor" and weight.device.type == weight.qdata.device.type == "meta"
 
 
 @needs_torchao

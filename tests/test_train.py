@@ -191,7 +191,8 @@ def inputs(model: WanTransformer3DModel) -> dict:
 
 @torch.no_grad()
 def output_of(model: WanTransformer3DModel) -> torch.Tensor:
-    return model(**inputs(model))[0]
+    on_device = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in inputs(model).items()}
+    return model(**on_device)[0].cpu()
 
 
 def trained_output(monkeypatch, run, **kwargs) -> tuple[Path, torch.Tensor]:
