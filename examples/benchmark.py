@@ -559,7 +559,7 @@ def environment() -> dict:
     """What the numbers depend on."""
     commit = ""
     if shutil.which("git"):
-        command = ["git", "rev-parse", "--short", "HEAD"]
+        command = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     names = ("torch", "diffusers", "accelerate", "peft")
     return {
