@@ -1145,7 +1145,7 @@ def sample_videos(run: SimpleNamespace, args: argparse.Namespace) -> None:
         if tracker.name == "tensorboard":  # whose own video support needs a package that is no longer kept
             from tensorboard.compat.proto.summary_pb2 import Summary
 
-            frames = iio.imread(path)  # (F, H, W, 3)
+            frames = iio.imread(path, plugin="pyav")  # (F, H, W, 3)
             gif = iio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / args.fps, loop=0)
             size = {"height": frames.shape[1], "width": frames.shape[2], "colorspace": 3}
             value = Summary.Value(tag=f"sample/{i}", image=Summary.Image(**size, encoded_image_string=gif))
@@ -1710,6 +1710,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> S
     if args.train_type == "lora":
         add_lora(transformer, args)
     if args.torch_compile:
+        torch._dynamo.config.optimize_ddp = False  # it would split checkpointed blocks, which the compiler refuses
         transformer.compile_repeated_blocks()
     if accelerator.is_fsdp2:  # it moves block by block what it shards, and leaves autocast to its caller
         autocast = {"dtype": torch.bfloat16, "enabled": args.mixed_precision == "bf16", "cache_enabled": False}

@@ -768,3 +768,16 @@ def test_regional_compile_trains_like_eager(run, tmp_path):
     eager = run(output_dir=tmp_path / "eager")
     assert weights(compiled, "lora").keys() == weights(eager, "lora").keys()
     assert metrics(compiled) == pytest.approx(metrics(eager), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+def test_regional_compile_in_two_processes(flags, tmp_path, checkpointing):
+    """With what the recipes ask for: blocks compiled, checkpointed, then wrapped by DDP."""
+    outputs = {}
+    for name, switch in (("compiled", "--torch_compile"), ("eager", "--no-torch_compile")):
+        outputs[name] = tmp_path / name
+        kwargs = {"max_train_steps": 2, "logging_steps": 1, "gradient_checkpointing": checkpointing}
+        result = launch([*flags(output_dir=outputs[name], **kwargs), switch], processes=2)
+        assert result.returncode == 0, result.stderr
+    assert metrics(outputs["compiled"]) == pytest.approx(metrics(outputs["eager"]), rel=1e-4)
