@@ -101,6 +101,27 @@ def test_only_a_later_signal_ends_the_process(monkeypatch):
     assert codes == [128 + signal.SIGINT]
 
 
+def test_second_signal_ends_at_once_and_harms_no_checkpoint(run, flags):
+    """While a sample is made that would take hours."""
+    folder = run(max_train_steps=2, checkpointing_steps=1)
+    kwargs = {"max_train_steps": 3, "validation_steps": 3, "validation_num_inference_steps": 10**5}
+    command = [sys.executable, str(ROOT / "train_ltd.py"), *flags(validation_prompt=["a"], **kwargs)]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*command, "--resume_from_checkpoint=latest"], env=env, cwd=ROOT) as process:
+        deadline = time.monotonic() + 120
+        while not (folder / "samples").is_dir() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.terminate()
+        time.sleep(train_ltd.SAME_NOTICE + 3)
+        assert process.poll() is None
+        process.terminate()
+        time.sleep(3)
+        process.kill()
+        assert process.wait() == 128 + signal.SIGTERM
+    names = ["checkpoint-1", "checkpoint-2", "checkpoint-3"]  # that of the last step is written before its look
+    assert checkpoints(folder) == names and all(train_ltd.is_intact(folder / name) for name in names)
+
+
 @pytest.mark.parametrize("strikes_at", ["evaluation", "samples"])
 def test_notice_during_validation(run, monkeypatch, tmp_path, strikes_at):
     """The rest of the look is left out, the checkpoint written; the resumed run looks first, and ends the same."""

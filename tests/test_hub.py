@@ -326,6 +326,19 @@ def test_upload_of_a_checkpoint_meets_a_fault(hub, tmp_path, fault, times):
     assert there == (fault == "cut")
 
 
+def test_training_does_not_wait_for_a_slow_hub(hub, tmp_path):
+    """Checkpoints are left out while the first is on its way; the last one follows when training has ended."""
+    repo = "tester/slow"
+    hub.fail(f"/api/models/{repo}/commit/checkpoints", "slow")
+    flags = ["--output_dir=run", "--rank=4", f"--hub_model_id={repo}", "--push_checkpoints_to_hub", "--report_to=none"]
+    done = train(hub, tmp_path, *flags, "--max_train_steps=4", "--checkpointing_steps=1")
+    assert done.returncode == 0, done.stderr
+    for step in (2, 3, 4):
+        assert f"checkpoint-{step} is not uploaded yet: the network is busy with checkpoint-1" in done.stderr
+    there = {name.split("/")[0] for name in hub.files(repo, "checkpoints")}
+    assert there >= {"checkpoint-1", "checkpoint-4"} and not there & {"checkpoint-2", "checkpoint-3"}
+
+
 # --- Single calls, in a worker ---------------------------------------------------------------------------------------
 
 

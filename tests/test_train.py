@@ -626,6 +626,53 @@ def test_tensorboard_gets_scalars_and_moving_pictures(run):
     assert events.Images("sample/0")[0].encoded_image_string.startswith(b"GIF89a")
 
 
+def wandb_records(path: Path) -> list:
+    """What an offline run has written: a LevelDB log of protobuf records behind a header of seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, parts, records = path.read_bytes(), 7, b"", []
+    while position + 7 <= len(data):
+        if (room := 32768 - position % 32768) < 7:  # no header is split over two blocks
+            position += room
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            records.append(Record.FromString(parts))
+            parts = b""
+    return records
+
+
+def test_wandb_goes_on_with_its_run(run, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    kwargs = {"report_to": "wandb", "logging_steps": 1, "max_train_steps": 3, **LOOKS}
+    output = run(checkpointing_steps=1, **kwargs)
+    run(resume_from_checkpoint=output / "checkpoint-1", **kwargs)
+    files = sorted(output.glob("wandb/offline-run-*/run-*.wandb"))
+    name = json.loads((output / "checkpoint-1/settings.json").read_text())["state"]["name"]
+    assert [path.stem for path in files] == [f"run-{name}"] * 2
+    records = [record for path in files for record in wandb_records(path)]
+    rows = [{item.key or item.nested_key[0]: item.value_json for item in r.history.item} for r in records]
+    assert [int(row["_step"]) for row in rows if "loss" in row] == [1, 2, 3, 2, 3]
+    assert any("sample/0" in row for row in rows)
+    assert list(output.glob("wandb/offline-run-*/files/media/videos/**/*.mp4"))
+
+
+def test_trackio_goes_on_with_its_run(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which it reads when it is imported
+    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+    kwargs = {"report_to": "trackio", "logging_steps": 1, "max_train_steps": 3, **LOOKS}
+    output = run(checkpointing_steps=1, **kwargs)
+    run(resume_from_checkpoint=output / "checkpoint-1", **kwargs)
+    (name,) = storage.get_runs("ltd-wan")
+    assert name == json.loads((output / "checkpoint-1/settings.json").read_text())["state"]["name"]
+    rows = storage.get_logs("ltd-wan", name)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 2, 3]
+    assert any("sample/0" in row for row in rows) and list((tmp_path / "trackio").rglob("*.mp4"))
+
+
 # --- Settings --------------------------------------------------------------------------------------------------------
 
 
