@@ -37,6 +37,7 @@ import shlex
 import shutil
 import signal
 import sys
+import sysconfig
 import threading
 import time
 import urllib.parse
@@ -58,7 +59,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import yaml
-from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from accelerate.logging import get_logger
 from accelerate.utils import (
@@ -318,7 +319,9 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     count, window, low, high = args.num_frames, args.ltd_window, args.min_sigma, args.max_sigma
     frames = max(1, round((count - 1) / 4) * 4 + 1)
     single_file = (path or "").endswith(".safetensors")
-    of_lora, fsdp = ("init_lora", "quantization"), os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    of_lora, no_fsdp = ("init_lora", "quantization"), (args.quantization, args.optimizer == "adamw8bit")
+    headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+    compiler = headers and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
     packages = [args.report_to] * (args.report_to != "none") + ["bitsandbytes"] * (args.optimizer == "adamw8bit")
     packages += {"int8": ["torchao"], "nf4": ["bitsandbytes"]}.get(args.quantization, [])
     complete = resume in (None, "latest", "hub") or Path(resume, "settings.json").is_file()
@@ -338,7 +341,8 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         (not 0 <= low < high <= 1, f"--min_sigma {low} and --max_sigma {high}: 0 <= min < max <= 1 is needed"),
         *((args.train_type == "full" and values[k], f"--{k} goes with --train_type lora") for k in of_lora),
         (args.quantization == "nf4" and not torch.cuda.is_available(), "--quantization nf4 needs a GPU; try int8"),
-        (args.quantization and fsdp, "--quantization goes with one GPU or DDP, not with FSDP"),
+        (any(no_fsdp) and fsdp_is_asked(), "--quantization and adamw8bit go with one GPU or DDP, not with FSDP"),
+        (args.torch_compile and not compiler, "--torch_compile needs a C compiler and Python.h: --no-torch_compile"),
         (args.quantization and single_file, "--quantization: diffusers leaves a single file in floats, give a folder"),
         (single_file and not os.path.isfile(path), f"--transformer_path {path} does not exist"),
         (not complete, f"--resume_from_checkpoint {resume} is not a complete checkpoint (it has no settings.json)"),
@@ -960,7 +964,7 @@ def load_transformer(args: argparse.Namespace) -> WanTransformer3DModel:
     base, path, kwargs = args.pretrained_model_name_or_path, args.transformer_path, {"subfolder": "transformer"}
     kwargs["dtype"] = torch.bfloat16 if args.train_type == "lora" and args.mixed_precision == "bf16" else torch.float32
     if args.quantization == "int8":
-        int8 = importlib.import_module("torchao.quantization").Int8WeightOnlyConfig()
+        int8 = importlib.import_module("torchao.quantization").Int8WeightOnlyConfig(set_inductor_config=False)
         kwargs["quantization_config"] = diffusers.TorchAoConfig(int8)
     if args.quantization == "nf4":
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": kwargs["dtype"]}
@@ -1599,11 +1603,23 @@ def draw_curves(rows: list[dict], path: Path) -> None:
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------
+def fsdp_is_asked() -> bool:
+    """By `accelerate launch`, whatever comes of it."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+
+
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
     if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
         # PR_SET_PDEATHSIG: accelerate's launcher of one process dies of a signal and passes nothing on.
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    accumulation = GradientAccumulationPlugin(args.gradient_accumulation_steps, sync_with_dataloader=False)
+    accumulation = GradientAccumulationPlugin(
+        args.gradient_accumulation_steps,
+        sync_with_dataloader=False,
+        sync_each_batch=fsdp_is_asked(),  # between two updates each GPU would hold all gradients whole
+    )
+    # ranks wait for each other's encoding, and for uploads; without the view DDP holds the gradients twice
+    kwargs_handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=6))]
+    kwargs_handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_plugin=accumulation,
@@ -1611,9 +1627,9 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, "logs")),
         step_scheduler_with_optimizer=False,  # the schedule counts updates, whatever the number of processes
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # ranks wait for each other's encoding
+        kwargs_handlers=kwargs_handlers,
     )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+    if fsdp_is_asked():
         # A sharded state dict would be pickles; examples/accelerate/fsdp2.yaml has all that is needed.
         if not accelerator.is_fsdp2 or accelerator.state.fsdp_plugin.state_dict_type.name != "FULL_STATE_DICT":
             needed = "fsdp_version: 2 with fsdp_state_dict_type: FULL_STATE_DICT on GPUs is needed"
@@ -1757,6 +1773,8 @@ def train(run: SimpleNamespace, args: argparse.Namespace) -> None:
     bar = tqdm(total=run.max_steps, initial=state["step"], desc="training", disable=not accelerator.is_main_process)
     skip = state["step"] % run.updates_per_epoch * args.gradient_accumulation_steps
     rows, update, names, started = [], [], [], time.perf_counter()
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # what encoding took is no matter any more
     for epoch in range(state["step"] // run.updates_per_epoch, math.ceil(run.max_steps / run.updates_per_epoch)):
         run.dataset.epoch = epoch
         run.dataloader.set_epoch(epoch)

@@ -122,6 +122,8 @@ def test_quantization_is_refused_where_it_cannot_work(monkeypatch, flags, tmp_pa
     parts = ("pip install torchao", "goes with --train_type lora", "not with FSDP", "leaves a single file in floats")
     for part in parts:
         assert part in str(error.value)
+    with pytest.raises(ValueError, match="adamw8bit go with one GPU or DDP"):
+        train_ltd.parse_args(flags(optimizer="adamw8bit"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="nf4 needs a GPU"):
         train_ltd.parse_args(flags(quantization="nf4"))

@@ -817,6 +817,12 @@ def test_regional_compile_trains_like_eager(run, tmp_path):
     assert metrics(compiled) == pytest.approx(metrics(eager), rel=1e-4)
 
 
+def test_compiling_without_a_compiler_is_refused(flags, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs a C compiler and Python\.h: --no-torch_compile"):
+        train_ltd.parse_args([*flags(), "--torch_compile"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["full", "selective"])
 def test_regional_compile_in_two_processes(flags, tmp_path, checkpointing):
