@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import shutil
+import time
 from pathlib import Path
 
 import av
@@ -653,6 +654,10 @@ def test_wandb_goes_on_with_its_run(run, monkeypatch):
     files = sorted(output.glob("wandb/offline-run-*/run-*.wandb"))
     name = json.loads((output / "checkpoint-1/settings.json").read_text())["state"]["name"]
     assert [path.stem for path in files] == [f"run-{name}"] * 2
+    deadline = time.monotonic() + 60  # its own process writes the end of a file when it likes
+    while not all(any(r.HasField("exit") for r in wandb_records(path)) for path in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     records = [record for path in files for record in wandb_records(path)]
     rows = [{item.key or item.nested_key[0]: item.value_json for item in r.history.item} for r in records]
     assert [int(row["_step"]) for row in rows if "loss" in row] == [1, 2, 3, 2, 3]
