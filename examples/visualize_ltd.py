@@ -87,7 +87,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         if not Path(path).is_file():
             parser.error(f"{flag} {path} is not a file")
         rest += ["--train_data_dir", path]  # the clip is all the data there is
-    return argparse.Namespace(**vars(train_ltd.parse_args(rest)), **vars(own))
+    return argparse.Namespace(**vars(train_ltd.parse_args([*rest, "--no-torch_compile"])), **vars(own))
 
 
 # --- Models ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: nothing may reach for the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is compared to the bit is compared on a CPU
+if "LTD_TEST_CUDA" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is compared to the bit is compared on a CPU
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ HEIGHT, WIDTH, NUM_FRAMES = 32, 48, 9
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
-        pytest.skip("needs a GPU: CUDA_VISIBLE_DEVICES=0 python -m pytest -m cuda")
+        pytest.skip("needs a GPU: LTD_TEST_CUDA=1 python -m pytest -m cuda")
 
 
 @pytest.fixture(scope="session")

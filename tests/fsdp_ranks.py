@@ -21,6 +21,7 @@ class ShardingAccelerator(accelerate.Accelerator):
         AcceleratorState._shared_state["fsdp_plugin"] = plugin
 
     def prepare(self, *args):
+        assert self.gradient_state.plugin_kwargs["sync_each_batch"]  # else gradients lie whole on every rank
         prepared = super().prepare(*args)
         shares = [p.to_local().numel() / p.numel() for p in prepared[0].parameters()]
         print(f"{self.num_processes} ranks, each with {sum(shares) / len(shares):.2f} of a parameter")
