@@ -1,6 +1,7 @@
 """The figures of LTD show what is known of sprite clips, and the numbers that training measures."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -249,3 +250,12 @@ def test_refuses_what_is_no_clip(flags, clips, tmp_path):
             visualize("maps", f"--{flag}={clips / 'metadata.jsonl'}", "--ltd_only", *flags())
     with pytest.raises(ValueError, match=r"0\.mp4: too short: 24 frames at 16 fps, 49 needed; see --num_frames"):
         visualize("maps", f"--video={clips / '0.mp4'}", "--ltd_only", *flags(num_frames=49))
+
+
+def test_a_recipe_that_compiles_needs_no_compiler_here(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    recipe = ROOT / "examples/recipes/lora_1.3b.yaml"
+    line = ["report", f"--config={recipe}", f"--train_data_dir={tmp_path}"]
+    assert visualize_ltd.parse_args(line).torch_compile is False
+    with pytest.raises(ValueError, match="needs a C compiler"):
+        train_ltd.parse_args(line[1:])
