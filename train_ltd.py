@@ -319,11 +319,9 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     count, window, low, high = args.num_frames, args.ltd_window, args.min_sigma, args.max_sigma
     frames = max(1, round((count - 1) / 4) * 4 + 1)
     single_file = (path or "").endswith(".safetensors")
-    of_lora, no_fsdp = ("init_lora", "quantization"), (args.quantization, args.optimizer == "adamw8bit")
-    variable, names = ("CC", ("gcc", "clang")) if torch.cuda.is_available() else ("CXX", ("g++", "clang++"))
-    headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
-    compiler = headers and (os.environ.get(variable) or any(map(shutil.which, names)))
-    packages = [args.report_to] * (args.report_to != "none") + ["bitsandbytes"] * (args.optimizer == "adamw8bit")
+    of_lora, adam8bit = ("init_lora", "quantization"), args.optimizer == "adamw8bit"
+    unsharded, no_compiler = args.quantization or adam8bit, args.torch_compile and not has_compiler()
+    packages = [args.report_to] * (args.report_to != "none") + ["bitsandbytes"] * adam8bit
     packages += {"int8": ["torchao"], "nf4": ["bitsandbytes"]}.get(args.quantization, [])
     complete = resume in (None, "latest", "hub") or Path(resume, "settings.json").is_file()
     no_bf16 = args.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False)
@@ -342,8 +340,8 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         (not 0 <= low < high <= 1, f"--min_sigma {low} and --max_sigma {high}: 0 <= min < max <= 1 is needed"),
         *((args.train_type == "full" and values[k], f"--{k} goes with --train_type lora") for k in of_lora),
         (args.quantization == "nf4" and not torch.cuda.is_available(), "--quantization nf4 needs a GPU; try int8"),
-        (any(no_fsdp) and fsdp_is_asked(), "--quantization and adamw8bit go with one GPU or DDP, not with FSDP"),
-        (args.torch_compile and not compiler, "--torch_compile needs a C compiler and Python.h: --no-torch_compile"),
+        (unsharded and fsdp_is_asked(), "--quantization and adamw8bit go with one GPU or DDP, not with FSDP"),
+        (no_compiler, "--torch_compile needs a C compiler and Python.h: --no-torch_compile"),
         (args.quantization and single_file, "--quantization: diffusers leaves a single file in floats, give a folder"),
         (single_file and not os.path.isfile(path), f"--transformer_path {path} does not exist"),
         (not complete, f"--resume_from_checkpoint {resume} is not a complete checkpoint (it has no settings.json)"),
@@ -359,6 +357,13 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     except HFValidationError as error:
         problems.append(f"--hub_model_id: {error}")
     return problems
+
+
+def has_compiler() -> bool:
+    """What torch.compile builds its kernels with: C on a GPU, C++ on a CPU, and Python's headers."""
+    variable, names = ("CC", ("gcc", "clang")) if torch.cuda.is_available() else ("CXX", ("g++", "clang++"))
+    headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+    return headers and bool(os.environ.get(variable) or any(map(shutil.which, names)))
 
 
 def with_trigger(args: argparse.Namespace, caption: str) -> str:
@@ -1433,6 +1438,12 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Of the GPU: a process cannot forget its own."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def hub_id(name: str | None) -> str | None:
     """`name` if it is a repository's and no local path, which must not get into a card."""
     return name if name and not os.path.exists(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
@@ -1618,9 +1629,6 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         sync_with_dataloader=False,
         sync_each_batch=fsdp_is_asked(),  # between two updates each GPU would hold all gradients whole
     )
-    # ranks wait for each other's encoding, and for uploads; without the view DDP holds the gradients twice
-    kwargs_handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=6))]
-    kwargs_handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_plugin=accumulation,
@@ -1628,7 +1636,10 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, "logs")),
         step_scheduler_with_optimizer=False,  # the schedule counts updates, whatever the number of processes
-        kwargs_handlers=kwargs_handlers,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # ranks wait for each other's encoding and uploads
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else DDP holds the gradients twice
+        ],
     )
     if fsdp_is_asked():
         # A sharded state dict would be pickles; examples/accelerate/fsdp2.yaml has all that is needed.
@@ -1753,10 +1764,19 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> S
     names += ["rank", "lora_alpha", "lora_target_modules", "quantization"] if args.train_type == "lora" else []
     run.settings = {"clips": len(run.dataset), "samples_per_update": run.update, "fsdp": accelerator.is_fsdp2 or None}
     run.settings |= {k: getattr(args, k) for k in names}
-    patches = math.prod(accelerator.unwrap_model(run.transformer).config.patch_size)
+    run.facts = run_facts(run, args)
+    logger.info("; ".join(f"{name}: {value}" for name, value in run.facts.items()))
+    return run
+
+
+def run_facts(run: SimpleNamespace, args: argparse.Namespace) -> dict:
+    """What the log, the dry run's table and the card say of a run."""
+    accelerator, clips = run.accelerator, run.dataset.clips
+    transformer = accelerator.unwrap_model(run.transformer)
+    patches = math.prod(transformer.config.patch_size)
     shape = read_cached(args, clips[0]["path"], "latents", slice(1)).shape[1:]
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"{platform.machine()} CPU"
-    run.facts = {
+    return {
         "clips": f"{len(run.dataset)}, and {len(run.held_out)} held out",
         "captions": sum(len(c["captions"]) for c in clips),
         "latents": f"{tuple(shape)}, {math.prod(shape[1:]) // patches:,} tokens per clip",
@@ -1764,8 +1784,6 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> S
         "trainable parameters": f"{sum(p.numel() for p in trainable(transformer)):,}",
         "hardware": f"{accelerator.num_processes} x {device}",
     }
-    logger.info("; ".join(f"{name}: {value}" for name, value in run.facts.items()))
-    return run
 
 
 def train(run: SimpleNamespace, args: argparse.Namespace) -> None:
@@ -1774,8 +1792,7 @@ def train(run: SimpleNamespace, args: argparse.Namespace) -> None:
     bar = tqdm(total=run.max_steps, initial=state["step"], desc="training", disable=not accelerator.is_main_process)
     skip = state["step"] % run.updates_per_epoch * args.gradient_accumulation_steps
     rows, update, names, started = [], [], [], time.perf_counter()
-    if accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # what encoding took is no matter any more
+    reset_peak_memory(accelerator.device)  # what encoding took is no matter any more
     for epoch in range(state["step"] // run.updates_per_epoch, math.ceil(run.max_steps / run.updates_per_epoch)):
         run.dataset.epoch = epoch
         run.dataloader.set_epoch(epoch)

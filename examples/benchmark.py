@@ -74,9 +74,11 @@ LTD_SHAPES = [(1, 16, 21, 60, 104), (1, 16, 21, 90, 160), (4, 16, 21, 60, 104)] 
 SWEEP = ["gradient_checkpointing=none,selective,full", "attention_backend=native,_native_cudnn"]
 SWEEP += ["torch_compile=false,true", "train_batch_size=1,2"]
 WORK = ["forward", "backward", "clipping", "optimizer"]
-# kind of kernel -> pattern of its name, the first that fits
-KERNELS = {"attention": "flash|fmha|attention|sdpa", "matrix products": "gemm|nvjet|cutlass|mm$"}
-KERNELS |= {"copies": "memcpy|memset"}
+KERNELS = {  # kind -> pattern of a kernel's name, the first that fits
+    "attention": "flash|fmha|attention|sdpa",
+    "matrix products": "gemm|nvjet|cutlass|mm$",
+    "copies": "memcpy|memset",
+}
 LABELS = [*WORK, "data wait", "LTD weights", "noise and loss", "rest of loop"]  # seconds each
 
 
@@ -223,10 +225,10 @@ class Stopwatch:
         if len(self.batches) == self.wanted:
             raise Enough
         with self.measure("benchmark"):
-            if len(self.batches) == self.warmup and DEVICE.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            if len(self.batches) == self.warmup and self.profiler:
-                self.profiler.start()
+            if len(self.batches) == self.warmup:
+                train_ltd.reset_peak_memory(DEVICE)
+                if self.profiler:
+                    self.profiler.start()
             self.batches.append({k: v.cpu() for k, v in batch.items() if isinstance(v, torch.Tensor)})
         with self.measure("noise and loss"):
             result = original(transformer, batch, *rest)
@@ -304,8 +306,8 @@ def time_trainer(trainer, batches: list[dict], warmup: int) -> Stopwatch:
     watch = Stopwatch(warmup)
     with watch.installed():
         for number, batch in enumerate(batches):
-            if number == warmup and DEVICE.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+            if number == warmup:
+                train_ltd.reset_peak_memory(DEVICE)
             watch.losses.append(trainer.step(batch))
     return watch
 
@@ -463,8 +465,7 @@ def measure_caching(settings: argparse.Namespace) -> dict:
     dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
     text = WanPipeline.from_pretrained(path, dtype=dtype, transformer=None, vae=None).to(DEVICE)
     vae = train_ltd.load_vae(settings, DEVICE)
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    train_ltd.reset_peak_memory(DEVICE)
     for clip in sorted(Path(settings.train_data_dir).glob("*.mp4")):
         with watch.measure("decode"):
             frames = train_ltd.read_clips(str(clip), settings)[0][0]
