@@ -11,8 +11,13 @@ All the DiT's weights, with the paper's settings, on eight GPUs:
     accelerate launch --multi_gpu --num_processes 8 train_ltd.py --config examples/recipes/paper_full.yaml \
         --dataset_name user/clips --output_dir my_wan
 
-Data flows one way, and this file reads in that order: clip -> frames -> latents (cached) -> batch -> noisy latents ->
-prediction -> weighted loss -> optimizer -> checkpoint -> Hub.
+Data flows one way, and this file reads in that order: arguments -> the Wan family -> clips -> cache -> batches -> loss
+-> weights -> checkpoints -> validation -> card and Hub -> the run. `train` at the end shows the whole step, `main` the
+order of everything.
+
+Other programs may import these names: parse_args, build_accelerator, identify_wan, prepare_data, read_clip,
+encode_clip, cache_captions, LatentDataset, load_vae, load_transformer, add_lora, predict_flow, evaluate and main.
+`main(args, compute_loss=my_loss)` trains with another loss; it is called as `compute_loss` below.
 """
 
 import argparse
@@ -42,11 +47,11 @@ import threading
 import time
 import urllib.parse
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import datasets
@@ -74,8 +79,13 @@ from datasets.distributed import split_dataset_by_node
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from diffusers.training_utils import EMAModel, _collate_lora_metadata, cast_training_params, free_memory
-from diffusers.training_utils import compute_density_for_timestep_sampling as sample_density
+from diffusers.training_utils import (
+    EMAModel,
+    _collate_lora_metadata,
+    cast_training_params,
+    compute_density_for_timestep_sampling,
+    free_memory,
+)
 from diffusers.utils import check_min_version, export_to_video
 from diffusers.video_processor import VideoProcessor
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard, ModelCardData
@@ -90,32 +100,52 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm.auto import tqdm
 
-from ltd_loss import latent_temporal_discrepancy, ltd_weights
+from ltd_loss import latent_temporal_discrepancy, ltd_loss
 
 check_min_version("0.42.0")
 logger = get_logger(__name__)
 
+# --- Constants -------------------------------------------------------------------------------------------------------
+# Models
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
-# diffusers' names of torch's kernels, all of which have a backward pass, and torch's operators in which they end
-ATTENTION_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
-ATTENTION_KERNELS = """flash_attention flash_attention_for_cpu efficient_attention cudnn_attention
-    fused_attention_overrideable"""
-LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "lora_comfyui.safetensors"
-# diffusers' module names -> those of the original Wan code, which ComfyUI expects
-# fmt: off
-COMFYUI_NAMES = {
-    "attn1.to_out.0": "self_attn.o", "attn1.to_": "self_attn.",
-    "attn2.to_out.0": "cross_attn.o", "attn2.to_": "cross_attn.",
-    "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2", "proj_out": "head.head",
-    "condition_embedder.": "", "time_proj": "time_projection.1",
-    "time_embedder.linear_1": "time_embedding.0", "time_embedder.linear_2": "time_embedding.2",
-    "text_embedder.linear_1": "text_embedding.0", "text_embedder.linear_2": "text_embedding.2",
-}
-# fmt: on
-# keys of the configurations, and of single files, of models that this script does not train
-OTHERS = {"transformer_2": "Wan2.2", "boundary_ratio": "Wan2.2", "expand_timesteps": "Wan2.2", "image_dim": "I2V"}
-OTHER_KEYS = "img_emb|k_img|vace_|control_adapter"
 MAX_SEQUENCE_LENGTH = 512  # what WanPipeline.__call__ pads to; encode_prompt's own default is 226
+EMA_DECAY = 0.999  # reached gradually
+# diffusers' names of torch's attention kernels that have a backward pass
+ATTENTION_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
+# torch's operators in which all of them end: what selective checkpointing keeps
+ATTENTION_OPERATORS = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+# Keys of the configurations of models that this script does not train, and whose they are
+UNSUPPORTED_CONFIGS = {
+    "transformer_2": "Wan2.2",
+    "boundary_ratio": "Wan2.2",
+    "expand_timesteps": "Wan2.2",
+    "image_dim": "I2V",
+}
+UNSUPPORTED_KEYS = "img_emb|k_img|vace_|control_adapter"  # the same of single files
+# diffusers' module names -> those of the original Wan code, which ComfyUI expects
+COMFYUI_NAMES = {
+    "attn1.to_out.0": "self_attn.o",
+    "attn1.to_": "self_attn.",
+    "attn2.to_out.0": "cross_attn.o",
+    "attn2.to_": "cross_attn.",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    "proj_out": "head.head",
+    "condition_embedder.": "",
+    "time_proj": "time_projection.1",
+    "time_embedder.linear_1": "time_embedding.0",
+    "time_embedder.linear_2": "time_embedding.2",
+    "text_embedder.linear_1": "text_embedding.0",
+    "text_embedder.linear_2": "text_embedding.2",
+}
+
+# Clips
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MEDIA_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".gif", ".png", ".jpg", ".jpeg", ".webp"}
@@ -123,40 +153,112 @@ TIME_TOLERANCE = 1e-3  # seconds; Matroska rounds presentation times to millisec
 MAX_PIXELS = 2**26  # of a picture, twice those of 8K: decoding more is refused
 MAX_SECONDS = 6 * 3600  # of a video of which more than its start is asked for
 MAX_CHARACTERS = 10_000  # of a caption; the text encoder reads 512 tokens
-HUB_CACHES = (huggingface_hub.constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
+
+# Cache and statistics
 CACHE_FORMAT = 1  # part of every cache key: raise it when what is cached changes
+HUB_CACHES = (huggingface_hub.constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
+DAMAGE = (SafetensorError, ValueError, KeyError, TypeError)  # what reading a damaged cache entry raises
 STATS_WINDOW = 3  # the window of the LTD statistics, whatever --ltd_window, so that runs stay comparable
 MOTION_QUANTILES = (0.5, 0.9)  # of the dataset's LTD: voxels below the first are "static", above the second "motion"
 CUT_RATIO = 4.0  # a gap this many times the clip's median gap is taken for a hard cut
 MIN_VAE_PSNR = 20.0  # dB; Wan's VAE gives 30 and more, frames in [0, 1] instead of [-1, 1] about 11
+
+# Training
 SIGMA_DRAWS = 1024
 EVAL_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 MAX_BAD_STEPS = 10
-EMA_DECAY = 0.999  # reached gradually
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # spot notice, Slurm, Ctrl-C
 SAME_NOTICE = 3.0  # seconds in which a launcher and a process group may both deliver one notice
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped early with a checkpoint, start again
-CHECKPOINT_BRANCH = "checkpoints"  # of the Hub's repository
+
+# Files, card and Hub
+LORA_FILE = "pytorch_lora_weights.safetensors"
+COMFYUI_FILE = "lora_comfyui.safetensors"
 SUMS_FILE = "SHA256SUMS"  # in a checkpoint, as `sha256sum -c` reads it
-DAMAGE = (SafetensorError, ValueError, KeyError, TypeError)  # what reading a damaged cache entry raises
+CHECKPOINT_BRANCH = "checkpoints"  # of the Hub's repository
+HUB_ERRORS = (HfHubHTTPError, httpx.HTTPError, ConnectionError, RuntimeError)  # the client wraps some in the last
+PASSING = (429, *range(500, 600))  # HTTP states worth another try
 RETRY_DELAYS = (1, 2, 4, 8, 16)  # seconds between tries at the Hub
-CARD_SETTINGS = """pretrained_model_name_or_path transformer_path init_lora train_type quantization rank lora_alpha
-    dataset_name width height num_frames fps loss ltd_window ltd_scale ltd_normalize weighting_scheme flow_shift
-    min_sigma max_sigma learning_rate lr_scheduler optimizer mixed_precision seed"""
+CARD_SETTINGS = (
+    "pretrained_model_name_or_path",
+    "transformer_path",
+    "init_lora",
+    "train_type",
+    "quantization",
+    "rank",
+    "lora_alpha",
+    "dataset_name",
+    "width",
+    "height",
+    "num_frames",
+    "fps",
+    "loss",
+    "ltd_window",
+    "ltd_scale",
+    "ltd_normalize",
+    "weighting_scheme",
+    "flow_shift",
+    "min_sigma",
+    "max_sigma",
+    "learning_rate",
+    "lr_scheduler",
+    "optimizer",
+    "mixed_precision",
+    "seed",
+)
+LOCAL_SETTINGS = ("output_dir", "cache_dir", "config", "resume_from_checkpoint", "train_data_dir")  # not for the card
 CITATION = """@article{wu2026ltd, title={Latent Temporal Discrepancy as Motion Prior}, year={2026},
   author={Wu, Meiqi and Song, Bingze and Lin, Ruimin and Zhu, Chen and Feng, Xiaokun and Wu, Jiahong and others},
   journal={arXiv preprint arXiv:2601.20504}}"""
-HUB_ERRORS = (HfHubHTTPError, httpx.HTTPError, ConnectionError, RuntimeError)  # the client wraps some in the last
-PASSING = (429, *range(500, 600))  # HTTP states worth another try
 
 
-# --- Arguments -------------------------------------------------------------------------------------------------------
+# --- 1. Arguments ----------------------------------------------------------------------------------------------------
+def positive_int(text: str) -> int:
+    """Read a whole number above 0, for argparse."""
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """Read a finite number above 0, for argparse."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """Read a whole number of at least 0, for argparse."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    """Read a finite number of at least 0, for argparse."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """Read a number from 0 to 1, for argparse."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 1], got {text}")
+    return value
+
+
 # fmt: off
 
-
 def build_parser() -> argparse.ArgumentParser:
-    """Every flag in a line; the README's table is generated from here."""
-    formatter, switch = argparse.RawDescriptionHelpFormatter, argparse.BooleanOptionalAction
+    """Build the parser, a flag a line. `examples/recipes/flags.py` makes the table of flags from it."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    switch = argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of the flags below; the command line overrides it")
 
@@ -169,9 +271,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--train_type", choices=["lora", "full"], default="lora", help="train an adapter, or all weights of the DiT")
     add("--quantization", choices=["int8", "nf4"],
         help="a LoRA's frozen base in 8 bits by torchao, in 4 by bitsandbytes (on a GPU); use checkpointing too")
-    add("--rank", type=int, help="LoRA rank (default: 32, enough for motion; 175 MB for 1.3B, 613 MB for 14B)")
-    add("--lora_alpha", type=float, help="LoRA alpha (default: the rank, so that every program applies the scale 1)")
-    add("--lora_dropout", type=float, default=0.0, help="dropout on the adapter's input")
+    add("--rank", type=positive_int, help="LoRA rank (default: 32, enough for motion; 175 MB for 1.3B)")
+    add("--lora_alpha", type=positive_float, help="LoRA alpha (default: the rank, a scale of 1 in every program)")
+    add("--lora_dropout", type=share, default=0.0, help="dropout on the adapter's input")
     add("--lora_target_modules", nargs="+", action="extend", help="modules (default: of attention and feed-forward)")
 
     add = parser.add_argument_group("data").add_argument
@@ -187,10 +289,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--height", type=int, default=480, help="pixels, a multiple of 16; clips are resized to cover, then cropped")
     add("--width", type=int, default=832, help="pixels, a multiple of 16")
     add("--num_frames", type=int, default=81, help="frames of a clip, 4k+1; 1 trains on images")
-    add("--fps", type=float, default=16.0, help="frames a second that clips are sampled at; 16 is Wan's own rate")
-    add("--clips_per_video", type=int, default=1, help="windows of a long video, evenly spread; 1 = from its start")
-    add("--max_skipped", type=float, default=0.1, help="stop when more than this share of the videos is unusable")
-    add("--caption_dropout", type=float, default=0.1, help="share of samples with an empty caption; guidance needs it")
+    add("--fps", type=positive_float, default=16.0, help="frames a second that clips are sampled at; Wan's rate is 16")
+    add("--clips_per_video", type=positive_int, default=1, help="windows of a long video, evenly spread; 1: its start")
+    add("--max_skipped", type=share, default=0.1, help="stop when more than this share of the videos is unusable")
+    add("--caption_dropout", type=share, default=0.1, help="share of samples with an empty caption; guidance needs it")
     add("--validation_split", help="held-out clips: a fraction of the videos such as 0.1, or the name of a split")
     add("--cache_dir", help="encoded clips and captions, reusable by other runs (default: OUTPUT_DIR/cache)")
     add("--cache_dtype", choices=["float16", "float32"], default="float16", help="precision of the cache")
@@ -200,50 +302,50 @@ def build_parser() -> argparse.ArgumentParser:
     add("--drop_cuts", action=switch, default=False, help="drop clips in which a hard cut is suspected")
 
     add = parser.add_argument_group("loss and noise").add_argument
-    add("--loss", choices=sorted(LOSS_WEIGHTS), default="ltd", help="weight on the squared error; mse is the weight 1")
+    add("--loss", choices=["ltd", "mse"], default="ltd", help="weight on the squared error; mse is the weight 1")
     add("--ltd_window", type=int, default=3, help="the paper's tau in latent frames, at least 2")
-    add("--ltd_scale", type=float, default=1.0, help="s in 1 + ln(e + s D); 1 is the paper's")
+    add("--ltd_scale", type=non_negative_float, default=1.0, help="s in 1 + ln(e + s D); 1 is the paper's")
     add("--ltd_normalize", action=switch, default=False, help="divide each sample's weights by their mean")
     add("--weighting_scheme", choices=["none", "logit_normal"], default="logit_normal", help="density of timesteps")
-    add("--flow_shift", type=float, default=3.0, help="shift of training sigmas; 3 trains motion at 480p, 1 detail")
+    add("--flow_shift", type=positive_float, default=3.0, help="shift of training sigmas; 3: motion, 1: detail")
     add("--min_sigma", type=float, default=0.0, help="train on noise levels from here, 0 is clean,")
     add("--max_sigma", type=float, default=1.0, help="to here, 1 is pure noise")
 
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--train_batch_size", type=int, default=1, help="clips a device and micro-batch; one video fills a GPU")
-    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches an update")
-    add("--num_train_epochs", type=int, help="passes over the data (default for full: 2, as in the paper)")
-    add("--max_train_steps", type=int, help="updates, instead of epochs (default for lora: 1000)")
-    add("--max_train_hours", type=float, help="stop by the clock: a checkpoint, exit code 75; counts from the start")
-    add("--learning_rate", type=float, help="default: 1e-4 for lora, whose fresh weights need it; full: 2e-5 (paper)")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--train_batch_size", type=positive_int, default=1, help="clips a device and micro-batch; one fills a GPU")
+    add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches an update")
+    add("--num_train_epochs", type=positive_int, help="passes over the data (default for full: 2, as in the paper)")
+    add("--max_train_steps", type=positive_int, help="updates, instead of epochs (default for lora: 1000)")
+    add("--max_train_hours", type=positive_float, help="stop by the clock, with a checkpoint and exit code 75")
+    add("--learning_rate", type=positive_float, help="default: 1e-4 for lora, 2e-5 for full, as in the paper")
     add("--lr_scheduler", choices=[s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT],
         default="constant_with_warmup", help="diffusers' schedules; the paper keeps the rate fixed")
-    add("--lr_warmup_steps", type=int, help="default: 5 %% of the updates, at most 100; Adam's first are its worst")
+    add("--lr_warmup_steps", type=non_negative_int, help="default: 5 %% of the updates, at most 100")
     add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit needs bitsandbytes")
-    add("--adam_weight_decay", type=float, default=1e-2, help="decoupled weight decay")
-    add("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm, 0 = never; LTD doubles the norm")
+    add("--adam_weight_decay", type=non_negative_float, default=1e-2, help="decoupled weight decay")
+    add("--max_grad_norm", type=non_negative_float, default=1.0, help="clip the gradient's norm; 0: never")
     add("--gradient_checkpointing", nargs="?", const="full", choices=["none", "selective", "full"], default="full",
         help="recompute activations (81 frames fit); selective keeps attention's, the costliest to recompute")
     add("--attention_backend", choices=ATTENTION_BACKENDS, help="diffusers' name of a kernel (default: torch chooses)")
     add("--mixed_precision", choices=["no", "bf16"], help="default: bf16 on a GPU, where no is TF32; no on a CPU")
     add("--torch_compile", action=switch, default=False, help="compile the transformer's repeated block")
     add("--use_ema", action=switch, default=False, help="keep, validate and publish an average (decay 0.999)")
-    add("--dataloader_num_workers", type=int, default=0, help="processes that read clips and draw noise ahead")
+    add("--dataloader_num_workers", type=non_negative_int, default=0, help="processes that read clips and noise ahead")
     add("--seed", type=int, default=0, help="of everything random")
 
     add = parser.add_argument_group("checkpoints, validation, logging").add_argument
     add("--output_dir", default="outputs", help="where everything is written")
-    add("--checkpointing_steps", type=int, default=250, help="write checkpoint-STEP every so many updates")
-    add("--checkpoints_total_limit", type=int, help="keep only so many checkpoints, the newest")
+    add("--checkpointing_steps", type=positive_int, default=250, help="write checkpoint-STEP every so many updates")
+    add("--checkpoints_total_limit", type=positive_int, help="keep only so many checkpoints, the newest")
     add("--resume_from_checkpoint", help="'latest', 'hub' (the newest there), or the path of one")
-    add("--eval_steps", type=int, default=250, help="held-out errors every so many updates, and before the first")
-    add("--max_eval_clips", type=int, default=32, help="held-out clips used for them")
+    add("--eval_steps", type=positive_int, default=250, help="held-out errors every so many updates, and at first")
+    add("--max_eval_clips", type=positive_int, default=32, help="held-out clips used for them")
     add("--validation_prompt", action="append", help="sample this prompt while training; repeatable")
-    add("--validation_steps", type=int, default=250, help="sample every so many updates, and before the first")
-    add("--validation_num_inference_steps", type=int, default=30, help="denoising steps of a sample")
+    add("--validation_steps", type=positive_int, default=250, help="sample every so many updates, and at first")
+    add("--validation_num_inference_steps", type=positive_int, default=30, help="denoising steps of a sample")
     add("--validation_guidance_scale", type=float, default=5.0, help="guidance of a sample")
     add("--validation_negative_prompt", default="", help="negative prompt of a sample")
-    add("--logging_steps", type=int, default=10, help="log every so many updates")
+    add("--logging_steps", type=positive_int, default=10, help="log every so many updates")
     add("--report_to", choices=["tensorboard", "wandb", "trackio", "none"], default="tensorboard", help="tracker")
     add("--dry_run", action=switch, default=False, help="a few clips, one update, a LoRA round trip, a table")
 
@@ -258,27 +360,34 @@ def build_parser() -> argparse.ArgumentParser:
 
 # fmt: on
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    """Command line over `--config` over defaults. Raises `ValueError` with everything that is wrong at once."""
-    command_line = sys.argv[1:] if input_args is None else [str(a) for a in input_args]
+    """Read the command line, over `--config`, over the defaults.
+
+    Raises `ValueError` with everything that is wrong at once, each with its remedy; argparse itself exits with 2.
+    """
+    command_line = sys.argv[1:] if input_args is None else [str(argument) for argument in input_args]
     parser = build_parser()
     args = parser.parse_args(command_line)
     if args.config:
         args = parser.parse_args(recipe_flags(args.config, parser, command_line) + command_line)
+
     full = args.train_type == "full"
-    args.learning_rate = args.learning_rate if args.learning_rate is not None else 2e-5 if full else 1e-4
+    if args.learning_rate is None:
+        args.learning_rate = 2e-5 if full else 1e-4
     if args.max_train_steps is None and args.num_train_epochs is None:
-        args.num_train_epochs, args.max_train_steps = (2, None) if full else (None, 1000)
-    args.cache_dir = args.cache_dir or os.path.join(args.output_dir, "cache")
+        if full:
+            args.num_train_epochs = 2
+        else:
+            args.max_train_steps = 1000
+    if not args.cache_dir:
+        args.cache_dir = os.path.join(args.output_dir, "cache")
+    if not args.mixed_precision:
+        args.mixed_precision = "bf16" if torch.cuda.is_available() else "no"
     args.trigger_word = with_trigger(args, "") or None
-    args.validation_prompt = [with_trigger(args, p) for p in args.validation_prompt or []]
+    args.validation_prompt = [with_trigger(args, prompt) for prompt in args.validation_prompt or []]
     args.validation_negative_prompt = prompt_clean(args.validation_negative_prompt)
-    args.mixed_precision = args.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
-    try:
-        args.validation_split = float(args.validation_split or "none")
-    except ValueError:
-        pass  # None, or the name of a split
-    if problems := find_problems(args):
-        raise ValueError("\n- ".join(["these settings do not work:", *problems]))
+    with contextlib.suppress(ValueError, TypeError):
+        args.validation_split = float(args.validation_split)  # else it is None, or the name of a split
+    check_args(args)
     return args
 
 
@@ -307,56 +416,95 @@ def recipe_flags(path: str, parser: argparse.ArgumentParser, command_line: list[
     return flags
 
 
-def find_problems(args: argparse.Namespace) -> list[str]:
-    """Everything wrong with the flags, each with its remedy; looks at files, packages and the GPU, loads nothing."""
-    values, path, resume, split = vars(args), args.transformer_path, args.resume_from_checkpoint, args.validation_split
-    positive = """rank lora_alpha fps clips_per_video flow_shift train_batch_size gradient_accumulation_steps
-        num_train_epochs max_train_steps max_train_hours learning_rate checkpointing_steps checkpoints_total_limit
-        eval_steps max_eval_clips validation_steps validation_num_inference_steps logging_steps""".split()
-    not_negative = "ltd_scale max_grad_norm lr_warmup_steps dataloader_num_workers adam_weight_decay".split()
-    shares = "lora_dropout max_skipped caption_dropout".split()
-    near = {k: max(16, round(values[k] / 16) * 16) for k in ("height", "width")}
-    count, window, low, high = args.num_frames, args.ltd_window, args.min_sigma, args.max_sigma
-    frames = max(1, round((count - 1) / 4) * 4 + 1)
-    single_file = (path or "").endswith(".safetensors")
-    of_lora, adam8bit = ("init_lora", "quantization"), args.optimizer == "adamw8bit"
-    unsharded, no_compiler = args.quantization or adam8bit, args.torch_compile and not has_compiler()
-    packages = [args.report_to] * (args.report_to != "none") + ["bitsandbytes"] * adam8bit
-    packages += {"int8": ["torchao"], "nf4": ["bitsandbytes"]}.get(args.quantization, [])
-    complete = resume in (None, "latest", "hub") or Path(resume, "settings.json").is_file()
-    no_bf16 = args.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False)
-    checks = [
-        *((values[k] is not None and not values[k] > 0, f"--{k} must be positive, got {values[k]}") for k in positive),
-        *((not (values[k] or 0) >= 0, f"--{k} must not be negative, got {values[k]}") for k in not_negative),
-        *((not 0 <= values[k] <= 1, f"--{k} must lie in [0, 1], got {values[k]}") for k in shares),
-        *((values[k] != near[k], f"--{k} must be a multiple of 16, got {values[k]}; try {near[k]}") for k in near),
-        (count != frames, f"--num_frames must be 4k+1 (the VAE would drop the rest), got {count}; try {frames}"),
-        (window < 2, f"--ltd_window must be at least 2 (a smaller one holds no frame pair), got {window}"),
-        (bool(args.dataset_name) == bool(args.train_data_dir), "give one of --dataset_name and --train_data_dir"),
-        (not os.path.exists(args.train_data_dir or "."), f"--train_data_dir {args.train_data_dir} does not exist"),
-        (args.streaming and not args.dataset_name, "--streaming goes with --dataset_name; a local folder needs none"),
-        (isinstance(split, float) and not 0 < split < 1, f"--validation_split must be in (0, 1), got {split}"),
-        ((args.min_ltd or 0) > (args.max_ltd or math.inf), "--min_ltd must not be above --max_ltd"),
-        (not 0 <= low < high <= 1, f"--min_sigma {low} and --max_sigma {high}: 0 <= min < max <= 1 is needed"),
-        *((args.train_type == "full" and values[k], f"--{k} goes with --train_type lora") for k in of_lora),
-        (args.quantization == "nf4" and not torch.cuda.is_available(), "--quantization nf4 needs a GPU; try int8"),
-        (unsharded and fsdp_is_asked(), "--quantization and adamw8bit go with one GPU or DDP, not with FSDP"),
-        (no_compiler, "--torch_compile needs a C compiler and Python.h: --no-torch_compile"),
-        (args.quantization and single_file, "--quantization: diffusers leaves a single file in floats, give a folder"),
-        (single_file and not os.path.isfile(path), f"--transformer_path {path} does not exist"),
-        (not complete, f"--resume_from_checkpoint {resume} is not a complete checkpoint (it has no settings.json)"),
-        *((not importlib.util.find_spec(p), f"a package is missing: pip install {p}") for p in packages),
-        (resume == "hub" and not args.push_checkpoints_to_hub, "hub goes with --push_checkpoints_to_hub"),
-        (no_bf16, "--mixed_precision bf16: this GPU has no bf16; use no"),
-    ]
-    problems = [message for wrong, message in checks if wrong]
-    if not problems and len(sigmas_in_range(args, torch.Generator().manual_seed(0))) < 0.02 * SIGMA_DRAWS:
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse flags that cannot work. Looks at files, packages and the GPU, and loads nothing.
+
+    Raises `ValueError` with every problem and its remedy.
+    """
+    problems = []
+
+    # Model
+    single_file = bool(args.transformer_path) and args.transformer_path.endswith(".safetensors")
+    if single_file and not os.path.isfile(args.transformer_path):
+        problems.append(f"--transformer_path {args.transformer_path} does not exist")
+    if args.train_type == "full":
+        for name in ("init_lora", "quantization"):
+            if getattr(args, name):
+                problems.append(f"--{name} goes with --train_type lora")
+    if args.quantization and single_file:
+        problems.append("--quantization: diffusers leaves a single file in floats, give a folder")
+    if args.quantization == "nf4" and not torch.cuda.is_available():
+        problems.append("--quantization nf4 needs a GPU; try int8")
+    if (args.quantization or args.optimizer == "adamw8bit") and fsdp_is_asked():
+        problems.append("--quantization and adamw8bit go with one GPU or DDP, not with FSDP")
+
+    # Clips
+    for name in ("height", "width"):
+        value = getattr(args, name)
+        nearest = max(16, round(value / 16) * 16)
+        if value != nearest:
+            problems.append(f"--{name} must be a multiple of 16, got {value}; try {nearest}")
+    nearest = max(1, round((args.num_frames - 1) / 4) * 4 + 1)
+    if args.num_frames != nearest:
+        problems.append(
+            f"--num_frames must be 4k+1 (the VAE would drop the rest), got {args.num_frames}; try {nearest}"
+        )
+    if bool(args.dataset_name) == bool(args.train_data_dir):
+        problems.append("give one of --dataset_name and --train_data_dir")
+    if args.train_data_dir and not os.path.exists(args.train_data_dir):
+        problems.append(f"--train_data_dir {args.train_data_dir} does not exist")
+    if args.streaming and not args.dataset_name:
+        problems.append("--streaming goes with --dataset_name; a local folder needs none")
+    if isinstance(args.validation_split, float) and not 0 < args.validation_split < 1:
+        problems.append(f"--validation_split must be in (0, 1), got {args.validation_split}")
+    if args.min_ltd is not None and args.max_ltd is not None and args.min_ltd > args.max_ltd:
+        problems.append("--min_ltd must not be above --max_ltd")
+
+    # Loss and noise
+    if args.ltd_window < 2:
+        problems.append(f"--ltd_window must be at least 2 to hold a pair of frames, got {args.ltd_window}")
+    if not 0 <= args.min_sigma < args.max_sigma <= 1:
+        problems.append(
+            f"--min_sigma {args.min_sigma} and --max_sigma {args.max_sigma}: 0 <= min < max <= 1 is needed"
+        )
+    elif len(draw_sigmas(args, torch.Generator().manual_seed(0))) < 0.02 * SIGMA_DRAWS:
         problems.append("--min_sigma, --max_sigma leave under 2 % of the timesteps: widen them, or use --flow_shift")
+
+    # Machine and packages
+    packages = []
+    if args.report_to != "none":
+        packages.append(args.report_to)
+    if args.optimizer == "adamw8bit" or args.quantization == "nf4":
+        packages.append("bitsandbytes")
+    if args.quantization == "int8":
+        packages.append("torchao")
+    for package in packages:
+        if not importlib.util.find_spec(package):
+            problems.append(f"a package is missing: pip install {package}")
+    if args.torch_compile and not has_compiler():
+        problems.append("--torch_compile needs a C compiler and Python.h: --no-torch_compile")
+    if args.mixed_precision == "bf16" and torch.cuda.is_available():
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            problems.append("--mixed_precision bf16: this GPU has no bf16; use no")
+
+    # Checkpoints and Hub
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint not in (None, "latest", "hub") and not Path(checkpoint, "settings.json").is_file():
+        problems.append(
+            f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint (it has no settings.json)"
+        )
+    if checkpoint == "hub" and not args.push_checkpoints_to_hub:
+        problems.append("--resume_from_checkpoint hub goes with --push_checkpoints_to_hub")
     try:
-        validate_repo_id(args.hub_model_id or (Path(args.output_dir).resolve().name if args.push_to_hub else "none"))
+        if args.hub_model_id:
+            validate_repo_id(args.hub_model_id)
+        elif args.push_to_hub:
+            validate_repo_id(Path(args.output_dir).resolve().name)
     except HFValidationError as error:
         problems.append(f"--hub_model_id: {error}")
-    return problems
+
+    if problems:
+        raise ValueError("\n- ".join(["these settings do not work:", *problems]))
 
 
 def has_compiler() -> bool:
@@ -370,9 +518,160 @@ def with_trigger(args: argparse.Namespace, caption: str) -> str:
     return prompt_clean(f"{args.trigger_word or ''} {caption}")
 
 
-# --- Data: dataset -> clips -> frames --------------------------------------------------------------------------------
+# --- 2. The Wan family -----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Wan:
+    """What differs between the models of the Wan family. Read from their configs, never guessed from a name."""
+
+    subfolder: str  # of the pipeline's folder, where the transformer is
+    scheduler: str  # class of the pipeline's own scheduler, by which samples are made
+
+
+def identify_wan(args: argparse.Namespace) -> Wan:
+    """Read the configurations of the base and of `--transformer_path`, before anything big is downloaded.
+
+    Raises `ValueError` for what is no Wan2.1 text-to-video model, by the name of what gives it away, and for what
+    cannot be read.
+    """
+    base = args.pretrained_model_name_or_path
+    path = args.transformer_path
+    keys = []
+    try:
+        index = WanPipeline.load_config(base, revision=args.revision)
+        configs = [index, WanTransformer3DModel.load_config(base, subfolder="transformer", revision=args.revision)]
+        if path and path.endswith(".safetensors"):
+            with safe_open(path, framework="pt") as file:
+                keys = list(file.keys())
+        elif path:
+            configs.append(WanTransformer3DModel.load_config(path, subfolder=transformer_subfolder(path)))
+    except (OSError, SafetensorError, *HUB_ERRORS) as error:
+        raise ValueError(f"--pretrained_model_name_or_path {base} or --transformer_path {path}: {error}") from error
+
+    unsupported = [f"the key {key}" for key in keys if re.search(UNSUPPORTED_KEYS, key)]
+    for config in configs:
+        if config["_class_name"] not in ("WanPipeline", "WanTransformer3DModel"):
+            unsupported.append(f"the class {config['_class_name']}")
+        for key, family in UNSUPPORTED_CONFIGS.items():
+            if config.get(key) not in (None, False, [None, None]):
+                unsupported.append(f"{family}'s {key}")
+        if config.get("in_channels") != config.get("out_channels"):
+            unsupported.append("I2V's in_channels")
+    if unsupported:
+        names = " or ".join(name for name in (base, path) if name)
+        raise ValueError(
+            f"{names} is no Wan2.1 text-to-video model, all that this script trains: it has {unsupported[0]}"
+        )
+    return Wan(subfolder="transformer", scheduler=index["scheduler"][1])
+
+
+def transformer_subfolder(path: str) -> str | None:
+    """Find where `path` has its transformer: a pipeline, or a fine-tune of this script, has it in a subfolder."""
+    try:
+        WanTransformer3DModel.load_config(path, subfolder="transformer")
+    except OSError:
+        return None
+    return "transformer"
+
+
+def load_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKLWan:
+    """Load the VAE, frozen and in float32: latents are made once and used in every step."""
+    vae = AutoencoderKLWan.from_pretrained(
+        args.pretrained_model_name_or_path,
+        subfolder="vae",
+        revision=args.revision,
+        variant=args.variant,
+        dtype=torch.float32,
+    )
+    return vae.requires_grad_(False).to(device)
+
+
+def latent_constants(vae: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation of the VAE's latents, each `(1, C, 1, 1, 1)`."""
+    mean = torch.tensor(vae.config.latents_mean, device=vae.device).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std, device=vae.device).view(1, -1, 1, 1, 1)
+    return mean, std
+
+
+@torch.no_grad()
+def encode_clip(vae: AutoencoderKLWan, frames: torch.Tensor) -> torch.Tensor:
+    """Encode frames `(F, 3, H, W)` uint8 to normalized latents `(C, F', H/8, W/8)` float32, the posterior's mode."""
+    pixels = frames.to(vae.device, torch.float32).div(127.5).sub(1)
+    pixels = pixels.transpose(0, 1)[None]  # (1, 3, F, H, W)
+    latents = vae.encode(pixels).latent_dist.mode()
+    mean, std = latent_constants(vae)
+    return ((latents - mean) / std)[0]
+
+
+def load_transformer(args: argparse.Namespace, wan: Wan) -> WanTransformer3DModel:
+    """Load the model to train on the CPU, with its memory and speed switches set.
+
+    Full fine-tuning trains float32 weights. Under a LoRA the base is frozen; with `--mixed_precision bf16` it is
+    loaded in bfloat16, since autocast would work in that anyway.
+    """
+    base = args.pretrained_model_name_or_path
+    path = args.transformer_path
+    dtype = torch.float32
+    if args.train_type == "lora" and args.mixed_precision == "bf16":
+        dtype = torch.bfloat16
+    quantization_config = None
+    if args.quantization == "int8":
+        torchao = importlib.import_module("torchao.quantization")
+        quantization_config = diffusers.TorchAoConfig(torchao.Int8WeightOnlyConfig(set_inductor_config=False))
+    elif args.quantization == "nf4":
+        quantization_config = diffusers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+
+    if path and path.endswith(".safetensors"):
+        # Without the base's config it would guess one by the width, and go to the Hub for it.
+        transformer = WanTransformer3DModel.from_single_file(
+            path, config=base, subfolder=wan.subfolder, revision=args.revision, dtype=dtype
+        )
+    elif path:
+        transformer = WanTransformer3DModel.from_pretrained(
+            path, subfolder=transformer_subfolder(path), dtype=dtype, quantization_config=quantization_config
+        )
+    else:
+        transformer = WanTransformer3DModel.from_pretrained(
+            base,
+            subfolder=wan.subfolder,
+            revision=args.revision,
+            variant=args.variant,
+            dtype=dtype,
+            quantization_config=quantization_config,
+        )
+
+    if args.gradient_checkpointing == "full":
+        transformer.enable_gradient_checkpointing()
+    elif args.gradient_checkpointing == "selective":
+        kept = [getattr(torch.ops.aten, name).default for name in ATTENTION_OPERATORS]
+        context_fn = functools.partial(create_selective_checkpoint_contexts, kept)
+        transformer.enable_gradient_checkpointing(
+            functools.partial(checkpoint, context_fn=context_fn, use_reentrant=False)
+        )
+    if args.attention_backend:
+        transformer.set_attention_backend(args.attention_backend)
+    return transformer.train().requires_grad_(args.train_type == "full")
+
+
+def predict_flow(
+    wan: Wan, transformer: torch.nn.Module, noisy_latents: torch.Tensor, batch: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """Predict the flow `noise - latents` at `noisy_latents` `(B, C, F, H, W)`; returns the same shape.
+
+    Of `batch` it reads `sigmas` `(B,)` and `prompt_embeds` `(B, 512, D)`. The model's timestep is 1000 times sigma.
+    """
+    return transformer(
+        hidden_states=noisy_latents,
+        timestep=1000 * batch["sigmas"],
+        encoder_hidden_states=batch["prompt_embeds"],
+        return_dict=False,
+    )[0]
+
+
+# --- 3. Clips: dataset -> clips -> frames ----------------------------------------------------------------------------
 class ClipError(ValueError):
-    """A clip that cannot be used, and why; `num_frames` is how many there were when they were too few."""
+    """A clip cannot be used, and why. `num_frames` is how many frames there were, when they were too few."""
 
     num_frames: int | None = None
 
@@ -380,46 +679,77 @@ class ClipError(ValueError):
 def open_dataset(
     args: argparse.Namespace, split: str
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, Path, bool]:
+    """Open a split of `--train_data_dir` or `--dataset_name`.
+
+    Returns the rows with undecoded `video` and `text`, the folder that relative paths start from, and whether the
+    paths may lead anywhere: those of a table that the user names, and files that a folder has beside their captions.
+    Raises `ValueError` for a split or a column that is not there.
     """
-    The rows of a split with undecoded `video` and `text`, the folder that relative paths start from, and whether
-    they may lead anywhere: those of a table that the user names, and files that a folder has beside their captions.
-    """
-    root, video, text = Path(args.train_data_dir or args.dataset_name), args.video_column, args.caption_column
+    root = Path(args.train_data_dir or args.dataset_name)
+    folder = root
     one_table = any((root / name).is_file() for name in METADATA_FILES)
-    local = root / split if (root / split).is_dir() and not one_table else root
-    table = next((local / name for name in METADATA_FILES if (local / name).is_file()), local)
-    clips = (p for p in local.rglob("*") if p.suffix.lower() in MEDIA_SUFFIXES)
-    pairs = local.is_dir() and any(clip.with_suffix(".txt").is_file() for clip in clips)
-    if local == root and split != args.dataset_split and (table.is_file() or pairs):
+    if (root / split).is_dir() and not one_table:
+        folder = root / split
+    table = folder  # `--train_data_dir` may be a table itself
+    for name in METADATA_FILES:
+        if (folder / name).is_file():
+            table = folder / name
+            break
+    pairs = folder.is_dir() and any(clip.with_suffix(".txt").is_file() for clip in find_media(folder))
+    if folder == root and split != args.dataset_split and (table.is_file() or pairs):
         raise ValueError(f"--validation_split {split}: {root} has no such folder; a fraction such as 0.1 works")
+
     if table.is_file():
         if table.suffix not in TABLE_BUILDERS:
             raise ValueError(f"--train_data_dir {table} is no folder and none of {', '.join(TABLE_BUILDERS)}")
         dataset = datasets.load_dataset(TABLE_BUILDERS[table.suffix], data_files=str(table), split="train")
+        folder = table.parent
     elif pairs:
-        return pair_clips_with_captions(local), local, True
+        return pair_clips_with_captions(folder), folder, True
     else:
-        name = str(local) if local.is_dir() else args.dataset_name
-        kwargs = {"split": split, "revision": args.dataset_revision, "streaming": args.streaming}
-        dataset = datasets.load_dataset(name, args.dataset_config_name, **kwargs)
+        dataset = datasets.load_dataset(
+            str(folder) if folder.is_dir() else args.dataset_name,
+            args.dataset_config_name,
+            split=split,
+            revision=args.dataset_revision,
+            streaming=args.streaming,
+        )
+
+    # Frames are decoded by `read_clips`, at the times that training asks for.
     if args.streaming:
         dataset = dataset.decode(False)  # before select_columns: after it, it has no effect on a Hub's files
-    columns = dataset.column_names or list(next(iter(dataset)))
-    video = "file_name" if video == "video" and video not in columns and "file_name" in columns else video
-    for flag, column in (("--video_column", video), ("--caption_column", text)):
+    columns = dataset.column_names
+    if columns is None:  # a stream that has not been looked into
+        columns = list(next(iter(dataset)))
+    video_column = args.video_column
+    if video_column == "video" and "video" not in columns and "file_name" in columns:
+        video_column = "file_name"
+    for flag, column in (("--video_column", video_column), ("--caption_column", args.caption_column)):
         if column not in columns:
             raise ValueError(f"{flag} {column}: there is no such column; the dataset has {', '.join(columns)}")
-    dataset = dataset.select_columns([video, text])
-    if not args.streaming and isinstance(dataset.features[video], datasets.Video | datasets.Image):
-        dataset = dataset.cast_column(video, type(dataset.features[video])(decode=False))
-    names = {old: new for old, new in ((video, "video"), (text, "text")) if old != new}
-    return dataset.rename_columns(names), table.parent if table.is_file() else local, root.is_file()
+    dataset = dataset.select_columns([video_column, args.caption_column])
+    if not args.streaming:
+        feature = dataset.features[video_column]
+        if isinstance(feature, datasets.Video | datasets.Image):
+            dataset = dataset.cast_column(video_column, type(feature)(decode=False))
+    if video_column != "video":
+        dataset = dataset.rename_column(video_column, "video")
+    if args.caption_column != "text":
+        dataset = dataset.rename_column(args.caption_column, "text")
+    return dataset, folder, root.is_file()
+
+
+def find_media(folder: Path) -> Iterator[Path]:
+    """Find the videos and pictures in a folder, by their suffix."""
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in MEDIA_SUFFIXES:
+            yield path
 
 
 def pair_clips_with_captions(folder: Path) -> datasets.Dataset:
-    """The community's layout: each clip beside a text file of the same name."""
+    """Read the community's layout: each clip beside a text file of the same name."""
     rows = []
-    for clip in sorted(p for p in folder.rglob("*") if p.suffix.lower() in MEDIA_SUFFIXES):
+    for clip in sorted(find_media(folder)):
         caption = clip.with_suffix(".txt")
         try:
             text = caption.read_text(encoding="utf-8-sig")
@@ -432,12 +762,14 @@ def pair_clips_with_captions(folder: Path) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
-def clip_source(value: str | dict | bytes | None, folder: Path, trusted: bool, args) -> str | bytes:
+def locate_clip(value: str | dict | bytes | None, folder: Path, trusted: bool, args) -> str | bytes:
+    """Return the path or the bytes of a clip, from whatever the video column holds.
+
+    Rows that are not trusted may be hostile: those of a folder must stay in it, those of a Hub's dataset on the Hub;
+    both may lead into the caches of the libraries. Raises `ClipError`.
     """
-    Path or bytes of a clip from whatever the video column holds. Rows that are not trusted may be hostile: those of a
-    folder must stay in it, those of a Hub's dataset on the Hub; both may lead into the caches of the libraries.
-    """
-    value = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
     if not value:
         raise ClipError("no video in this row")
     if isinstance(value, bytes):
@@ -448,7 +780,8 @@ def clip_source(value: str | dict | bytes | None, folder: Path, trusted: bool, a
         revision = urllib.parse.quote(args.dataset_revision or "main", safe="")
         value = f"hf://datasets/{args.dataset_name}@{revision}/{value}"
     *archives, target = value.split("::")  # as in zip://clip.mp4::hf://datasets/user/clips/all.zip
-    path, remote = folder / target, "://" in target
+    path = folder / target
+    remote = "://" in target
     if remote:
         inside = target.startswith("hf://") and not folder.is_dir()
     else:
@@ -461,14 +794,16 @@ def clip_source(value: str | dict | bytes | None, folder: Path, trusted: bool, a
                 return file.read()
         except Exception as error:  # of any file system and archive that there is
             raise ClipError(f"cannot be read: {error}") from error
-    if not path.is_file() or not path.stat().st_size:
-        raise ClipError("file is empty" if path.is_file() else "file not found")
+    if not path.is_file():
+        raise ClipError("file not found")
+    if not path.stat().st_size:
+        raise ClipError("file is empty")
     return str(path)
 
 
 def content_hash(source: str | bytes, sample: int = 2**16) -> str:
-    """Identity of a file wherever it lies: its size and the bytes at its head, middle and tail."""
-    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+    """Identify a file wherever it lies, by its size and the bytes at its head, middle and tail."""
+    with open_source(source) as file:
         size = file.seek(0, os.SEEK_END)
         parts = [str(size).encode()]
         for start in (0, size // 2, max(0, size - sample)):
@@ -477,87 +812,122 @@ def content_hash(source: str | bytes, sample: int = 2**16) -> str:
     return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
+def open_source(source: str | bytes) -> io.IOBase:
+    """Open a path, or bytes, for reading."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    return open(source, "rb")
+
+
 def read_clips(source: str | bytes, args: argparse.Namespace) -> tuple[torch.Tensor, float, bool]:
+    """Decode the windows of one video, or an image.
+
+    Returns frames `(clips, F, 3, H, W)` uint8, the share of the picture that the crop throws away, and whether a
+    portrait video meets a landscape crop or the other way round. Raises `ClipError` without a video stream or with too
+    few frames, and `av.FFmpegError` for what cannot be decoded.
     """
-    Decode the windows of one video, or an image: frames `(clips, F, 3, H, W)` uint8, the share of the picture that
-    the crop throws away, and whether a portrait video meets a landscape crop or the other way round. Raises
-    `ClipError` without a video stream or with too few frames, `av.FFmpegError` for what cannot be decoded.
-    """
-    span, starts = args.num_frames / args.fps, np.zeros(1)
+    starts = np.zeros(1)
     if args.clips_per_video > 1:
+        span = args.num_frames / args.fps
         seconds = video_seconds(source)
         count = min(args.clips_per_video, max(1, int(seconds / span + TIME_TOLERANCE)))
         starts = np.linspace(0, max(0, seconds - span), count)
+    times = np.add.outer(starts, np.arange(args.num_frames) / args.fps).ravel()
     frames = []
-    for picture in pictures_at(source, np.add.outer(starts, np.arange(args.num_frames) / args.fps).ravel()):
+    height, width = 0, 0
+    for picture in frames_at(source, times):
+        height, width = picture.shape[:2]
         frames.append(resize_and_crop(picture, args.height, args.width))
     if len(frames) < args.num_frames:
         error = ClipError(f"too short: {len(frames)} frames at {args.fps:g} fps, {args.num_frames} needed")
         error.num_frames = len(frames)
         raise error
-    clips = torch.stack(frames[: len(frames) // args.num_frames * args.num_frames])
-    height, width = picture.shape[:2]
-    cropped = 1 - args.height * args.width / max(args.height / height, args.width / width) ** 2 / (height * width)
-    turned = (height - width) * (args.height - args.width) < 0
-    return clips.unflatten(0, (-1, args.num_frames)), max(0.0, cropped), turned
+
+    whole_clips = len(frames) // args.num_frames
+    frames = torch.stack(frames[: whole_clips * args.num_frames])
+    scale = max(args.height / height, args.width / width)
+    crop_fraction = 1 - args.height * args.width / scale**2 / (height * width)
+    orientation_differs = (height - width) * (args.height - args.width) < 0
+    return frames.unflatten(0, (whole_clips, args.num_frames)), max(0.0, crop_fraction), orientation_differs
 
 
 def video_stream(container) -> av.VideoStream:
-    """The first one that is not the cover of a sound file."""
+    """Return the first video stream that is not the cover of a sound file. Raises `ClipError` when there is none."""
     if container.format.name in ("hls", "dash", "concat", "imf"):  # their entries may lead anywhere
         raise ClipError("a playlist is no video")
     for stream in container.streams.video:
-        if not stream.disposition & av.stream.Disposition.attached_pic:
-            if stream.width * stream.height > MAX_PIXELS:
-                raise ClipError(f"too large: {stream.width} x {stream.height} pixels")
-            stream.thread_type = "AUTO"
-            return stream
+        if stream.disposition & av.stream.Disposition.attached_pic:
+            continue
+        if stream.width * stream.height > MAX_PIXELS:
+            raise ClipError(f"too large: {stream.width} x {stream.height} pixels")
+        stream.thread_type = "AUTO"
+        return stream
     raise ClipError("no video stream")
 
 
 def video_seconds(source: str | bytes) -> float:
-    """By its packets: the container's own duration may be that of the sound, or of a part that was cut off."""
+    """Measure a video by its packets: the container's own duration may be the sound's, or that of a longer file."""
     with av.open(io.BytesIO(source) if isinstance(source, bytes) else source) as container:
         stream = video_stream(container)
         if (container.duration or 0) / av.time_base > MAX_SECONDS:
             raise ClipError(f"too long: more than {MAX_SECONDS // 3600} hours")
-        times = [(p.pts, p.pts + (p.duration or 0)) for p in container.demux(stream) if p.pts is not None]
-        return float((max(end for _, end in times) - min(times)[0]) * stream.time_base) if times else 0.0
+        starts = []
+        ends = []
+        for packet in container.demux(stream):
+            if packet.pts is not None:
+                starts.append(packet.pts)
+                ends.append(packet.pts + (packet.duration or 0))
+        if not starts:
+            return 0.0
+        return float((max(ends) - min(starts)) * stream.time_base)
 
 
-def pictures_at(source: str | bytes, times: np.ndarray) -> Iterator[np.ndarray]:
-    """Pictures `(H, W, 3)` on display, upright, at ascending times in seconds after the first; ends with the video."""
-    shown, start, origin, interval, number = None, 0.0, None, 0.0, 0
+def frames_at(source: str | bytes, times: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the pictures `(H, W, 3)` uint8 on display at ascending times, in seconds after the first picture.
+
+    They are upright. Ends with the video, whether or not all times have come.
+    """
+    shown = None  # the picture on display since `start`
+    start = 0.0
+    origin = None  # presentation time of the first picture
+    interval = 0.0  # how long the picture on display claims to last
+    number = 0
     with av.open(io.BytesIO(source) if isinstance(source, bytes) else source) as container:
         stream = video_stream(container)
         for index, frame in enumerate(itertools.chain(container.decode(stream), [None])):
             if frame is None:  # the last picture stays for its own duration; a still has none
                 end = start + max(interval, 2 * TIME_TOLERANCE)
             else:
-                at = float(frame.time if frame.time is not None else index / (stream.average_rate or 25))
-                origin = at if origin is None else origin
-                end = at - origin
+                presented = frame.time
+                if presented is None:
+                    presented = index / (stream.average_rate or 25)
+                if origin is None:
+                    origin = float(presented)
+                end = float(presented) - origin
             while shown is not None and number < len(times) and times[number] < end - TIME_TOLERANCE:
                 yield np.rot90(shown.to_ndarray(format="rgb24"), k=round(shown.rotation / 90))
                 number += 1
             if frame is None or number == len(times):
                 return
             interval = float(frame.duration * frame.time_base) if frame.duration else end - start
-            shown, start = frame, end
+            shown = frame
+            start = end
 
 
 def resize_and_crop(picture: np.ndarray, height: int, width: int) -> torch.Tensor:
-    """Resize with antialiasing to cover `height` x `width`, keep the centre: `(3, H, W)`, uint8."""
+    """Resize a picture `(H, W, 3)` with antialiasing to cover the size, and keep the center: `(3, H, W)` uint8."""
     picture = torch.from_numpy(picture.copy()).permute(2, 0, 1)
     scale = max(height / picture.shape[1], width / picture.shape[2])
-    size = [max(height, round(picture.shape[1] * scale)), max(width, round(picture.shape[2] * scale))]
-    picture = F.interpolate(picture[None], size, mode="bicubic", antialias=True)[0]
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    covering_height = max(height, round(picture.shape[1] * scale))
+    covering_width = max(width, round(picture.shape[2] * scale))
+    picture = F.interpolate(picture[None], (covering_height, covering_width), mode="bicubic", antialias=True)[0]
+    top = (covering_height - height) // 2
+    left = (covering_width - width) // 2
     return picture[:, top : top + height, left : left + width].contiguous()
 
 
-# --- Cache: frames -> latents, captions -> prompt_embeds -------------------------------------------------------------
-def digest(*parts) -> str:
+# --- 4. Cache: frames -> latents, captions -> prompt_embeds ----------------------------------------------------------
+def cache_key(*parts) -> str:
     return hashlib.blake2b(json.dumps([CACHE_FORMAT, *parts]).encode(), digest_size=16).hexdigest()
 
 
@@ -568,7 +938,7 @@ def model_identity(args: argparse.Namespace, *subfolders: str) -> str:
         _, commit = WanPipeline.load_config(path, revision=args.revision, return_commit_hash=True)
         return f"{path}@{commit}:{args.variant}"
     files = [f for folder in subfolders for f in sorted(Path(path, folder).glob("*")) if f.is_file()]
-    return digest([(f.name, content_hash(str(f))) for f in files])
+    return cache_key([(f.name, content_hash(str(f))) for f in files])
 
 
 @contextlib.contextmanager
@@ -628,27 +998,6 @@ def read_cached(args: argparse.Namespace, file: str, name: str, rows: slice = sl
         raise RuntimeError(f"cache entry {path} is damaged: {error}. {remedy}.") from error
 
 
-def load_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKLWan:
-    """In float32: the latents are made once and used in every step."""
-    kwargs = {"subfolder": "vae", "revision": args.revision, "variant": args.variant, "dtype": torch.float32}
-    vae = AutoencoderKLWan.from_pretrained(args.pretrained_model_name_or_path, **kwargs)
-    return vae.requires_grad_(False).to(device)
-
-
-def latent_constants(vae: AutoencoderKLWan) -> torch.Tensor:
-    """Mean and standard deviation of the latents, each `(1, C, 1, 1, 1)`."""
-    constants = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device)
-    return constants[:, None, :, None, None, None]
-
-
-@torch.no_grad()
-def encode_clip(vae: AutoencoderKLWan, frames: torch.Tensor) -> torch.Tensor:
-    """Frames `(F, 3, H, W)` uint8 to normalised latents `(C, F', H/8, W/8)` float32, the posterior's mode."""
-    pixels = frames.to(vae.device, torch.float32).div(127.5).sub(1).transpose(0, 1)[None]  # (1, 3, F, H, W)
-    mean, std = latent_constants(vae)
-    return ((vae.encode(pixels).latent_dist.mode() - mean) / std)[0]
-
-
 @torch.no_grad()
 def check_vae(vae: AutoencoderKLWan, frames: torch.Tensor, latents: torch.Tensor, args: argparse.Namespace) -> None:
     """Decode as the stock pipeline does and compare with the clip's own pixels: a wrong pixel range cannot pass."""
@@ -699,9 +1048,9 @@ def load_video(row: tuple[int, dict], folder: Path, trusted: bool, key: str, arg
         logger.warning(f"{video['file']}: caption cut to {MAX_CHARACTERS} characters", main_process_only=False)
     video["captions"] = [with_trigger(args, c[:MAX_CHARACTERS]) for c in captions]
     try:
-        source = clip_source(value, folder, trusted, args)
+        source = locate_clip(value, folder, trusted, args)
         video["identity"] = content_hash(source)
-        video["path"] = f"latents/{digest(key, video['identity'])}.safetensors"
+        video["path"] = f"latents/{cache_key(key, video['identity'])}.safetensors"
         video["statistics"] = read_statistics(Path(args.cache_dir, video["path"]))
         return video, None if video["statistics"] else read_clips(source, args)
     except (ClipError, OSError, av.FFmpegError) as error:
@@ -736,7 +1085,7 @@ def cache_videos(args: argparse.Namespace, accelerator: Accelerator, split: str,
         numbers = range(rank, min(len(dataset), limit or len(dataset)), world)
         rows, total = ((number, dataset[number]) for number in numbers), len(numbers)
     settings = [args.height, args.width, args.num_frames, args.fps, args.clips_per_video, args.cache_dtype]
-    vae, key, videos = None, digest(model_identity(args, "vae"), *settings), []
+    vae, key, videos = None, cache_key(model_identity(args, "vae"), *settings), []
     load = functools.partial(load_video, folder=folder, trusted=trusted, key=key, args=args)
     for video, decoded in tqdm(ahead(load, rows), f"caching {split}", total, unit="video", disable=rank > 0):
         if decoded:
@@ -764,8 +1113,8 @@ def cache_videos(args: argparse.Namespace, accelerator: Accelerator, split: str,
 def cache_captions(args: argparse.Namespace, accelerator: Accelerator, captions: set[str]) -> tuple[dict, int]:
     """Encode each caption that is not in the cache yet. Returns caption -> file, and how many were encoded now."""
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-    key = digest(model_identity(args, "text_encoder", "tokenizer"), str(dtype), args.cache_dtype)
-    files = {c: f"text/{digest(key, c)}.safetensors" for c in sorted(captions)}
+    key = cache_key(model_identity(args, "text_encoder", "tokenizer"), str(dtype), args.cache_dtype)
+    files = {c: f"text/{cache_key(key, c)}.safetensors" for c in sorted(captions)}
     missing = [c for c in files if read_statistics(Path(args.cache_dir, files[c])) is None]
     accelerator.wait_for_everyone()  # every rank has looked before any writes
     if missing:
@@ -836,7 +1185,7 @@ def prepare_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[li
     videos, held_out = usable_videos(args, accelerator, args.dataset_split, limit), []
     if isinstance(args.validation_split, float):
         # By content, so that copies and windows of one video stay on one side.
-        identities = sorted({v["identity"] for v in videos}, key=lambda identity: digest(args.seed, identity))
+        identities = sorted({v["identity"] for v in videos}, key=lambda identity: cache_key(args.seed, identity))
         chosen = set(identities[: max(1, round(args.validation_split * len(identities)))])
         if len(chosen) == len(identities):
             raise ValueError(f"--validation_split {args.validation_split} leaves no video to train on")
@@ -853,14 +1202,14 @@ def prepare_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[li
     logger.info(f"cache: {there}; encoded now: {new_videos} videos, {new_captions} captions")
     if not new_videos and not new_captions:
         logger.info("warm start: neither the VAE nor the text encoder was loaded")
-    summarise(args, videos)
+    summarize(args, videos)
     clips, held_out = select_clips(args, videos), select_clips(args, held_out)
     if not clips:
         raise ValueError("--min_ltd, --max_ltd and --drop_cuts left no clip; see the LTD summary above")
     return clips, held_out, files
 
 
-def summarise(args: argparse.Namespace, videos: list[dict]) -> None:
+def summarize(args: argparse.Namespace, videos: list[dict]) -> None:
     """Captions, crop, latents and LTD of the training videos, with the warnings that save money."""
     statistics = {k: np.concatenate([v["statistics"][k] for v in videos]) for k in videos[0]["statistics"]}
     captions = [c for v in videos for c in v["captions"]]
@@ -879,27 +1228,33 @@ def summarise(args: argparse.Namespace, videos: list[dict]) -> None:
         logger.warning("latents should have a mean near 0 and a std near 1: check the VAE and the clips")
 
 
-# --- Batches: everything random about a sample is drawn here ---------------------------------------------------------
+# --- 5. Batches: everything random about a sample is drawn here ------------------------------------------------------
 def sample_seed(*parts: int | str) -> int:
-    """A hash, since a CPU generator looks only at the low 32 bits of its seed."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "little")
+    """Hash the parts to a seed of 32 bits, all that a CPU generator looks at."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
 
 
-def sigmas_in_range(args: argparse.Namespace, generator: torch.Generator) -> torch.Tensor:
-    """Draws from the shifted density of timesteps, truncated to `--min_sigma` .. `--max_sigma`."""
-    u = sample_density(args.weighting_scheme, SIGMA_DRAWS, 0.0, 1.0, generator=generator)
+def draw_sigmas(args: argparse.Namespace, generator: torch.Generator) -> torch.Tensor:
+    """Draw from the shifted density of noise levels; those outside of `--min_sigma` .. `--max_sigma` are left out."""
+    u = compute_density_for_timestep_sampling(
+        args.weighting_scheme, SIGMA_DRAWS, logit_mean=0.0, logit_std=1.0, generator=generator
+    )
     sigmas = args.flow_shift * u / (1 + (args.flow_shift - 1) * u)
     return sigmas[(sigmas >= args.min_sigma) & (sigmas <= args.max_sigma)]
 
 
 class LatentDataset(torch.utils.data.Dataset):
-    """
-    Cached clips with their sigma, caption, caption dropout and noise, drawn from a generator seeded by
-    (seed, epoch, index): ranks differ, batches of any shape agree, and a resumed run goes on exactly.
+    """Cached clips, each with its sigma, caption and noise, drawn from a generator seeded by (seed, epoch, index).
+
+    So ranks differ, batches of any shape agree, and a resumed run goes on exactly.
     """
 
     def __init__(self, clips: list[dict], captions: dict[str, str], args: argparse.Namespace):
-        self.clips, self.captions, self.args, self.epoch = clips, captions, args, 0
+        self.clips = clips
+        self.captions = captions  # caption -> file of its embedding
+        self.args = args
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -907,267 +1262,161 @@ class LatentDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         seed = sample_seed(self.args.seed, self.epoch, index)
         generator = torch.Generator().manual_seed(seed)
-        clip, sigma = self.clips[index], sigmas_in_range(self.args, generator)[0]
+        clip = self.clips[index]
+        sigma = draw_sigmas(self.args, generator)[0]
         caption = clip["captions"][torch.randint(len(clip["captions"]), (), generator=generator)]
-        caption = "" if torch.rand((), generator=generator) < self.args.caption_dropout else caption
-        return self.load(clip, caption, generator) | {"sigmas": sigma, "seed": str(seed), "name": clip["name"]}
+        if torch.rand((), generator=generator) < self.args.caption_dropout:
+            caption = ""
+        sample = self.load(clip, caption, generator)
+        return sample | {"sigmas": sigma, "seed": str(seed), "name": clip["name"]}
 
-    def load(self, clip: dict, caption: str, generator: torch.Generator) -> dict:
-        """Latents `(C, F, H, W)`, as much noise, and prompt_embeds `(512, D)`."""
+    def load(self, clip: dict, caption: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Load latents `(C, F, H, W)` and prompt_embeds `(512, D)`, and draw noise of the latents' shape; float32."""
         rows = slice(clip["window"], clip["window"] + 1)
         latents = read_cached(self.args, clip["path"], "latents", rows)[0].float()
         noise = torch.randn(latents.shape, generator=generator)
         return {"latents": latents, "noise": noise, "prompt_embeds": load_prompt(self.args, self.captions[caption])}
 
+    def load_fixed(self, index: int) -> dict[str, torch.Tensor]:
+        """Load a clip with its first caption and always the same noise, to measure held-out errors."""
+        clip = self.clips[index]
+        generator = torch.Generator().manual_seed(sample_seed("eval", self.args.seed, index))
+        return self.load(clip, clip["captions"][0], generator)
+
 
 def load_prompt(args: argparse.Namespace, file: str) -> torch.Tensor:
-    """A cached caption as the stock pipeline pads it, with zeros: `(512, D)` float32."""
+    """Load a cached caption as the stock pipeline pads it, with zeros: `(512, D)` float32."""
     embeds = read_cached(args, file, "prompt_embeds").float()
     return F.pad(embeds, (0, 0, 0, MAX_SEQUENCE_LENGTH - len(embeds)))
 
 
-def samples_per_update(args: argparse.Namespace, accelerator: Accelerator) -> int:
-    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+# --- 6. Loss ---------------------------------------------------------------------------------------------------------
+def compute_loss(
+    prediction: torch.Tensor, target: torch.Tensor, batch: dict[str, torch.Tensor], args: argparse.Namespace
+) -> torch.Tensor:
+    """Return the loss of a micro-batch, a scalar: Eq. 3 of the LTD paper on the flow-matching error, or plain MSE.
+
+    `prediction` and `target` are `(B, C, F, H, W)`. Another loss for `main` takes the same arguments; `batch` also
+    holds the clean `latents`, `noise`, `sigmas`, `prompt_embeds` and the clips' names, `name`.
+    """
+    if args.loss == "mse":
+        return F.mse_loss(prediction.float(), target.float())
+    return ltd_loss(
+        prediction, target, batch["latents"], args.ltd_window, scale=args.ltd_scale, normalize=args.ltd_normalize
+    )
 
 
-# --- Model -----------------------------------------------------------------------------------------------------------
-def check_model(args: argparse.Namespace) -> dict:
-    """The pipeline's index. Refuses what is no Wan2.1 text-to-video model, before anything big is downloaded."""
-    base, path, keys = args.pretrained_model_name_or_path, args.transformer_path, []
-    try:
-        index = WanPipeline.load_config(base, revision=args.revision)
-        configs = [WanTransformer3DModel.load_config(base, subfolder="transformer", revision=args.revision)]
-        if path and path.endswith(".safetensors"):
-            with safe_open(path, framework="pt") as file:
-                keys = list(file.keys())
-        elif path:
-            configs.append(WanTransformer3DModel.load_config(path, subfolder=transformer_subfolder(path)))
-    except (OSError, SafetensorError, *HUB_ERRORS) as error:
-        raise ValueError(f"--pretrained_model_name_or_path {base} or --transformer_path {path}: {error}") from error
-    odd = [f"the key {key}" for key in keys if re.search(OTHER_KEYS, key)]
-    for config in (index, *configs):
-        name = config["_class_name"]
-        odd += [f"the class {name}"] * (name not in ("WanPipeline", "WanTransformer3DModel"))
-        odd += [f"{OTHERS[k]}'s {k}" for k in OTHERS if config.get(k) not in (None, False, [None, None])]
-        odd += ["I2V's in_channels"] * (config.get("in_channels") != config.get("out_channels"))
-    if odd:
-        names = " or ".join(name for name in (base, path) if name)
-        raise ValueError(f"{names} is no Wan2.1 text-to-video model, all that this script trains: it has {odd[0]}")
-    return index
+@torch.no_grad()
+def motion_errors(
+    prediction: torch.Tensor, target: torch.Tensor, latents: torch.Tensor, motion_bounds: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Sum the unweighted squared error of a batch by how much each voxel moves.
+
+    Voxels whose LTD is above the upper of the two `motion_bounds` are in motion, those below the lower one static.
+    Returns scalars: `mse` is a mean, `motion_error` and `static_error` are sums over `motion_voxels` and
+    `static_voxels`. `mean_errors` turns any number of them into means.
+    """
+    error = (prediction.float() - target.float()).square().mean(dim=1)  # (B, F, H, W)
+    ltd = latent_temporal_discrepancy(latents, STATS_WINDOW)  # (B, F, H, W)
+    static_bound, motion_bound = motion_bounds
+    motion = ltd > motion_bound
+    static = ltd < static_bound
+    return {
+        "mse": error.mean(),
+        "motion_error": (error * motion).sum(),
+        "motion_voxels": motion.sum().float(),
+        "static_error": (error * static).sum(),
+        "static_voxels": static.sum().float(),
+    }
 
 
-def transformer_subfolder(path: str) -> str | None:
-    """A pipeline, or a fine-tune as this script publishes it, has its transformer in a subfolder."""
-    try:
-        WanTransformer3DModel.load_config(path, subfolder="transformer")
-    except OSError:
-        return None
-    return "transformer"
+def mean_errors(columns: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Average what `motion_errors` returned, a column `(N,)` a name. A mean that no voxel belongs to is left out."""
+    columns = {name: column.double() for name, column in columns.items()}
+    means = {
+        "mse": columns["mse"].mean(),
+        "mse_motion": columns["motion_error"].sum() / columns["motion_voxels"].sum(),
+        "mse_static": columns["static_error"].sum() / columns["static_voxels"].sum(),
+    }
+    return {name: mean.item() for name, mean in means.items() if not mean.isnan()}
 
 
-def load_transformer(args: argparse.Namespace) -> WanTransformer3DModel:
-    """Float32 weights to train in full; under a LoRA the frozen base in bfloat16, where autocast works in it."""
-    base, path, kwargs = args.pretrained_model_name_or_path, args.transformer_path, {"subfolder": "transformer"}
-    kwargs["dtype"] = torch.bfloat16 if args.train_type == "lora" and args.mixed_precision == "bf16" else torch.float32
-    if args.quantization == "int8":
-        int8 = importlib.import_module("torchao.quantization").Int8WeightOnlyConfig(set_inductor_config=False)
-        kwargs["quantization_config"] = diffusers.TorchAoConfig(int8)
-    if args.quantization == "nf4":
-        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": kwargs["dtype"]}
-        kwargs["quantization_config"] = diffusers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
-    if path and path.endswith(".safetensors"):
-        # Without the base's config it would guess one by the width, and go to the Hub for it.
-        transformer = WanTransformer3DModel.from_single_file(path, config=base, revision=args.revision, **kwargs)
-    else:
-        base_only = {"revision": args.revision, "variant": args.variant}
-        kwargs |= {"subfolder": transformer_subfolder(path)} if path else base_only
-        transformer = WanTransformer3DModel.from_pretrained(path or base, **kwargs)
-    if args.gradient_checkpointing == "full":
-        transformer.enable_gradient_checkpointing()
-    if args.gradient_checkpointing == "selective":
-        kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in ATTENTION_KERNELS.split()]
-        kwargs = {"context_fn": functools.partial(create_selective_checkpoint_contexts, kept), "use_reentrant": False}
-        transformer.enable_gradient_checkpointing(functools.partial(checkpoint, **kwargs))
-    if args.attention_backend:
-        transformer.set_attention_backend(args.attention_backend)
-    return transformer.train().requires_grad_(args.train_type == "full")
-
-
+# --- 7. Weights ------------------------------------------------------------------------------------------------------
 def add_lora(transformer: WanTransformer3DModel, args: argparse.Namespace) -> None:
-    """An adapter in float32, fresh or that of `--init_lora`; settles rank, alpha and targets in `args`."""
-    state_dict, asked = {}, args.lora_target_modules or []
+    """Add an adapter in float32, fresh or that of `--init_lora`.
+
+    Settles `rank`, `lora_alpha` and `lora_target_modules` in `args`. Raises `ValueError` when the LoRA does not fit
+    the model, or the flags do not fit the LoRA.
+    """
+    state_dict = {}
     if args.init_lora:
         state_dict, found = read_lora(args.init_lora)
         for key in ("rank", "lora_alpha"):
             if getattr(args, key) not in (None, found[key]):
                 raise ValueError(f"--{key} {getattr(args, key)} clashes with --init_lora, which has {found[key]}")
-        stray = [t for t in found["lora_target_modules"] if not any(f".{t}".endswith(f".{a}") for a in asked)]
-        if asked and stray:
-            raise ValueError(f"--lora_target_modules clashes with --init_lora, which adapts {stray[0]} too")
+        if args.lora_target_modules:
+            asked = tuple(f".{target}" for target in args.lora_target_modules)
+            for target in found["lora_target_modules"]:
+                if not f".{target}".endswith(asked):
+                    raise ValueError(f"--lora_target_modules clashes with --init_lora, which adapts {target} too")
         vars(args).update(found)
-    args.rank = args.rank or 32
-    args.lora_alpha = args.lora_alpha or args.rank
+    if args.rank is None:
+        args.rank = 32
+    if args.lora_alpha is None:
+        args.lora_alpha = args.rank
     args.lora_target_modules = sorted(args.lora_target_modules or LORA_TARGETS)
-    config = {"r": args.rank, "lora_alpha": args.lora_alpha, "target_modules": args.lora_target_modules}
-    transformer.add_adapter(LoraConfig(**config, lora_dropout=args.lora_dropout))
+    config = LoraConfig(
+        r=args.rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules,
+    )
+    transformer.add_adapter(config)
     cast_training_params(transformer, dtype=torch.float32)
-    if args.quantization:  # DDP cannot send such weights, and need not: each rank has read the base itself
+    if args.quantization:
+        # DDP cannot send such weights, and need not: each rank has read the base itself.
         frozen = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
     if state_dict:
-        set_lora(transformer, state_dict)
+        result = set_peft_model_state_dict(transformer, state_dict)
+        # Every key must match, which peft leaves to its caller.
+        mismatched = [*result.unexpected_keys, *(key for key in result.missing_keys if ".lora_" in key)]
+        if mismatched:
+            raise ValueError(f"--init_lora {args.init_lora} does not fit this model; it differs in {mismatched[0]}")
 
 
 def read_lora(name: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """A LoRA of either dialect: its weights in peft's keys, and its rank, alpha and target modules."""
-    state_dict, metadata = WanPipeline.lora_state_dict(name, return_lora_metadata=True, use_safetensors=True)
-    state_dict = {k.removeprefix("transformer."): v.float() for k, v in state_dict.items()}
-    ranks = sorted({v.shape[0] for k, v in state_dict.items() if k.endswith(".lora_A.weight")})
+    """Read a LoRA of either dialect: its weights in peft's keys, and its rank, alpha and target modules."""
+    loaded, metadata = WanPipeline.lora_state_dict(name, return_lora_metadata=True, use_safetensors=True)
+    state_dict = {}
+    ranks = set()
+    targets = set()
+    for key, value in loaded.items():
+        key = key.removeprefix("transformer.")
+        state_dict[key] = value.float()
+        targets.add(key.split(".lora_")[0])
+        if key.endswith(".lora_A.weight"):
+            ranks.add(value.shape[0])
     if len(ranks) != 1:
-        raise ValueError(f"--init_lora {name}: a LoRA with one rank for all its layers is needed, found ranks {ranks}")
+        raise ValueError(
+            f"--init_lora {name}: a LoRA with one rank for all its layers is needed, found ranks {sorted(ranks)}"
+        )
+    (rank,) = ranks
     # The converter of ComfyUI's dialect folds alpha into the weights, which leaves the scale 1.
-    alpha = (metadata or {}).get("transformer.lora_alpha", ranks[0])
-    targets = sorted({k.split(".lora_")[0] for k in state_dict})
-    return state_dict, {"rank": ranks[0], "lora_alpha": alpha, "lora_target_modules": targets}
+    alpha = (metadata or {}).get("transformer.lora_alpha", rank)
+    return state_dict, {"rank": rank, "lora_alpha": alpha, "lora_target_modules": sorted(targets)}
 
 
-def set_lora(transformer: WanTransformer3DModel, state_dict: dict[str, torch.Tensor]) -> None:
-    """Overwrite the adapter. Every key must match, which peft leaves to its caller."""
-    result = set_peft_model_state_dict(transformer, state_dict)
-    if odd := [*result.unexpected_keys, *(k for k in result.missing_keys if ".lora_" in k)]:
-        raise ValueError(f"the LoRA does not fit this model; it differs in {odd[0]}")
-
-
-def trainable(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Of FSDP a rank's shards: a forward pass without a backward one leaves some parameters gathered."""
+def trainable_parameters(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Return what is trained. Under FSDP, reshard first: a forward pass alone leaves some parameters gathered."""
     for module in transformer.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    return [p for p in transformer.parameters() if p.requires_grad]
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
-# --- Objective -------------------------------------------------------------------------------------------------------
-
-
-# --loss -> weight of each voxel's squared error, (B, F, H, W): the paper's 1 + ln(e + D), or 1 (its w/o LTD, Table 2)
-# The whole batch goes in, so that another weight may look up the clips' names (examples/ablation.py does).
-LOSS_WEIGHTS = {
-    "ltd": lambda batch, args: ltd_weights(
-        batch["latents"], args.ltd_window, scale=args.ltd_scale, normalize=args.ltd_normalize
-    ),
-    "mse": lambda batch, args: torch.ones_like(batch["latents"][:, 0]),
-}
-
-
-def flow_matching_error(transformer: torch.nn.Module, batch: dict) -> torch.Tensor:
-    """Squared error of the predicted flow `noise - latents` at `batch["sigmas"]` `(B,)`: `(B, C, F, H, W)` float32."""
-    sigmas = batch["sigmas"].view(-1, 1, 1, 1, 1)
-    noisy_latents = (1 - sigmas) * batch["latents"] + sigmas * batch["noise"]
-    inputs = {"timestep": 1000 * batch["sigmas"], "encoder_hidden_states": batch["prompt_embeds"]}
-    prediction = transformer(hidden_states=noisy_latents, **inputs, return_dict=False)[0]
-    return (prediction.float() - (batch["noise"] - batch["latents"])).square()
-
-
-def training_loss(transformer, batch: dict, thresholds: torch.Tensor, args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eq. 3 of the LTD paper on the flow-matching error. Returns the loss, and a row for `average_metrics`."""
-    squared_error, weights = flow_matching_error(transformer, batch), LOSS_WEIGHTS[args.loss](batch, args)
-    loss = (weights.unsqueeze(1) * squared_error).mean()
-    sums = motion_sums(squared_error.detach(), batch["latents"], thresholds)
-    return loss, torch.stack([loss.detach(), weights.mean(), weights.max(), *sums])
-
-
-def motion_sums(squared_error: torch.Tensor, latents: torch.Tensor, thresholds: torch.Tensor) -> list[torch.Tensor]:
-    """Mean error; error sum and count of the voxels in motion; the same of the static ones."""
-    error, ltd = squared_error.mean(dim=1), latent_temporal_discrepancy(latents, STATS_WINDOW)  # (B, F, H, W)
-    motion, static = ltd > thresholds[1], ltd < thresholds[0]
-    return [error.mean(), (error * motion).sum(), motion.sum().float(), (error * static).sum(), static.sum().float()]
-
-
-def motion_means(rows: torch.Tensor) -> dict[str, float]:
-    """Rows of `motion_sums` as means, without those that no voxel belongs to."""
-    mse, motion, motion_count, static, static_count = rows.double().T
-    means = {"mse": mse.mean(), "mse_motion": motion.sum() / motion_count.sum()}
-    means["mse_static"] = static.sum() / static_count.sum()
-    return {k: v.item() for k, v in means.items() if not v.isnan()}
-
-
-# --- Held-out errors and sample videos; neither touches the random state of training ---------------------------------
-def shared_work(accelerator: Accelerator, count: int) -> list[tuple[int, bool]]:
-    """A rank's part of `count` items, and if it counts: with sharded weights each must run as many as the others."""
-    rounds = range(0, count, accelerator.num_processes)
-    return [((i := start + accelerator.process_index) % count, i < count) for start in rounds]
-
-
-@torch.no_grad()
-def evaluate(run: SimpleNamespace, args: argparse.Namespace) -> dict[str, float]:
-    """Error on fixed clips at fixed noise and sigmas, with their first captions; the ranks share the clips."""
-    accelerator, dataset, rows = run.accelerator, run.held_out, []
-    model = accelerator.unwrap_model(run.transformer).eval()
-    for index, mine in shared_work(accelerator, min(len(dataset), args.max_eval_clips)):
-        if stop_is_asked(run):
-            return {}
-        clip, generator = dataset.clips[index], torch.Generator().manual_seed(sample_seed("eval", args.seed, index))
-        batch = dataset.load(clip, clip["captions"][0], generator)
-        batch = {k: v[None].to(accelerator.device) for k, v in batch.items()}
-        for sigma in EVAL_SIGMAS:
-            batch["sigmas"] = torch.tensor([sigma], device=accelerator.device)
-            sums = motion_sums(flow_matching_error(model, batch), batch["latents"], run.thresholds)
-            rows += [[index, sigma, *torch.stack(sums).tolist()]] * mine
-    rows = torch.tensor(sorted(gather_object(rows)), dtype=torch.float64)
-    values = {f"val/{k}": v for k, v in motion_means(rows[:, 2:]).items()}
-    return values | {f"val/mse_sigma_{s}": rows[rows[:, 1] == s, 2].mean().item() for s in EVAL_SIGMAS}
-
-
-def sample_paths(step: int, args: argparse.Namespace) -> list[Path]:
-    return [Path(args.output_dir, "samples", f"step-{step:06d}-{i}.mp4") for i in range(len(args.validation_prompt))]
-
-
-@torch.no_grad()
-def sample_videos(run: SimpleNamespace, args: argparse.Namespace) -> None:
-    """One mp4 a prompt, by the stock pipeline and its own scheduler around the live transformer; ranks share them."""
-    accelerator, base, step = run.accelerator, args.pretrained_model_name_or_path, run.state["step"]
-    paths = sample_paths(step, args)
-    model, vae = accelerator.unwrap_model(run.transformer).eval(), load_vae(args, accelerator.device)
-    scheduler = getattr(diffusers, run.index["scheduler"][1])
-    scheduler = scheduler.from_pretrained(base, subfolder="scheduler", revision=args.revision)
-    pipeline = WanPipeline(tokenizer=None, text_encoder=None, transformer=model, vae=vae, scheduler=scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    settings = {"height": args.height, "width": args.width, "num_frames": args.num_frames}
-    settings |= {"guidance_scale": args.validation_guidance_scale}
-    settings |= {"num_inference_steps": args.validation_num_inference_steps}
-    paths[0].parent.mkdir(exist_ok=True)
-    for i, mine in shared_work(accelerator, len(paths)):
-        if stop_is_asked(run):
-            break
-        texts = (run.captions[text] for text in (args.validation_prompt[i], args.validation_negative_prompt))
-        prompt, negative = (load_prompt(args, file)[None].to(accelerator.device) for file in texts)
-        generator = torch.Generator().manual_seed(args.seed)
-        video = pipeline(prompt_embeds=prompt, negative_prompt_embeds=negative, generator=generator, **settings)
-        if mine:
-            partial = paths[i].with_name(f".{paths[i].name}")  # with the suffix that chooses the format
-            export_to_video(video.frames[0], str(partial), fps=args.fps)
-            partial.replace(paths[i])
-    del pipeline, vae
-    free_memory()
-    accelerator.wait_for_everyone()
-    there = [(i, path) for i, path in enumerate(paths) if path.is_file()]
-    for tracker, (i, path) in itertools.product(accelerator.trackers, there):
-        if tracker.name == "tensorboard":  # whose own video support needs a package that is no longer kept
-            from tensorboard.compat.proto.summary_pb2 import Summary
-
-            frames = iio.imread(path, plugin="pyav")  # (F, H, W, 3)
-            gif = iio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / args.fps, loop=0)
-            size = {"height": frames.shape[1], "width": frames.shape[2], "colorspace": 3}
-            value = Summary.Value(tag=f"sample/{i}", image=Summary.Image(**size, encoded_image_string=gif))
-            tracker.writer.file_writer.add_summary(Summary(value=[value]), step)
-        else:
-            video = importlib.import_module(tracker.name).Video(str(path), caption=args.validation_prompt[i])
-            tracker.log({f"sample/{i}": video}, step=step)
-
-
-# --- Weights and checkpoints -----------------------------------------------------------------------------------------
 def comfyui_state_dict(state_dict: dict[str, torch.Tensor], rank: int, alpha: float) -> dict[str, torch.Tensor]:
-    """peft's keys in ComfyUI's dialect. Alpha is mandatory there: without it the scale is taken for 1."""
+    """Rename peft's keys to ComfyUI's dialect. Alpha is mandatory there: without it the scale is taken for 1."""
     converted = {}
     for key, value in state_dict.items():
         in_block = key.startswith("blocks.")
@@ -1177,12 +1426,15 @@ def comfyui_state_dict(state_dict: dict[str, torch.Tensor], rank: int, alpha: fl
             key = key.replace(name, original)
         converted[f"diffusion_model.{key}"] = value
         if in_block:
-            converted[f"diffusion_model.{key.split('.lora_')[0]}.alpha"] = torch.tensor(float(alpha))
+            module = key.split(".lora_")[0]
+            converted[f"diffusion_model.{module}.alpha"] = torch.tensor(float(alpha))
     return converted
 
 
-def gathered_weights(accelerator: Accelerator, transformer: torch.nn.Module, args) -> dict[str, torch.Tensor]:
-    """What is trained, gathered from all ranks by all of them: whole on the main one's CPU, a LoRA in peft's keys."""
+def gather_weights(
+    accelerator: Accelerator, transformer: torch.nn.Module, args: argparse.Namespace
+) -> dict[str, torch.Tensor]:
+    """Gather what is trained, called by all ranks: whole on the main one's CPU, a LoRA in peft's keys."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     state_dict = get_model_state_dict(transformer, options=options)
     if args.train_type == "lora":
@@ -1190,84 +1442,119 @@ def gathered_weights(accelerator: Accelerator, transformer: torch.nn.Module, arg
     return state_dict
 
 
-def save_weights(accelerator: Accelerator, transformer: torch.nn.Module, folder: Path, args) -> None:
-    """What others load: a LoRA in diffusers' keys, with adapter metadata, and in ComfyUI's; or `transformer/`."""
-    model, state_dict = accelerator.unwrap_model(transformer), gathered_weights(accelerator, transformer, args)
+def save_weights(
+    accelerator: Accelerator, transformer: torch.nn.Module, folder: Path, args: argparse.Namespace
+) -> None:
+    """Write what others load, called by all ranks: a LoRA in both dialects, or `transformer/`."""
+    state_dict = gather_weights(accelerator, transformer, args)
     if not accelerator.is_main_process:
         return
+    model = accelerator.unwrap_model(transformer)
     folder.mkdir(parents=True, exist_ok=True)
     if args.train_type == "lora":
+        # diffusers reads alpha from the file's metadata: without it, every user would have to know the scale.
         WanPipeline.save_lora_weights(folder, state_dict, **_collate_lora_metadata({"transformer": model}))
-        save_file(comfyui_state_dict(state_dict, args.rank, args.lora_alpha), folder / COMFYUI_FILE, {"format": "pt"})
+        comfyui = comfyui_state_dict(state_dict, args.rank, args.lora_alpha)
+        save_file(comfyui, folder / COMFYUI_FILE, {"format": "pt"})
     else:
+        config = dict(model.config)
+        config.pop("_name_or_path", None)  # a path of this machine
         with torch.device("meta"):
-            copy = WanTransformer3DModel.from_config({k: v for k, v in model.config.items() if k != "_name_or_path"})
+            copy = WanTransformer3DModel.from_config(config)
         copy.load_state_dict(state_dict, assign=True)
         copy.save_pretrained(folder / "transformer")
 
 
-def load_weights(transformer: torch.nn.Module, folder: Path, args) -> None:
-    """The inverse of `save_weights`, into the live model, sharded or not."""
+def load_weights(transformer: torch.nn.Module, folder: Path, args: argparse.Namespace) -> None:
+    """Load what `save_weights` wrote into the live model, sharded or not."""
     if args.train_type == "lora":
-        state_dict = {k.removeprefix("transformer."): v for k, v in load_file(folder / LORA_FILE).items()}
-        state_dict = {k.replace(".weight", ".default.weight"): v for k, v in state_dict.items()}  # peft's adapter name
+        state_dict = {}
+        for key, value in load_file(folder / LORA_FILE).items():
+            key = key.removeprefix("transformer.")
+            state_dict[key.replace(".weight", ".default.weight")] = value  # peft's name of the adapter
     else:
         state_dict = WanTransformer3DModel.from_pretrained(folder / "transformer").state_dict()
     options = StateDictOptions(full_state_dict=True, strict=args.train_type == "full")
     set_model_state_dict(transformer, state_dict, options=options)
 
 
+@contextlib.contextmanager
+def averaged_weights(transformer: torch.nn.Module, ema: EMAModel | None) -> Iterator[None]:
+    """Put the EMA's weights, if there is one, in place of the live ones."""
+    if ema:
+        ema.store(trainable_parameters(transformer))
+        ema.copy_to(trainable_parameters(transformer))
+    yield
+    if ema:
+        ema.restore(trainable_parameters(transformer))
+
+
+# --- 8. Checkpoints --------------------------------------------------------------------------------------------------
+@dataclass
+class TrainState:
+    """What a checkpoint restores besides weights and optimizer."""
+
+    tracker_run: str  # name of the tracker's run, which a resumed run continues
+    step: int = 0
+    skipped_steps: int = 0  # in all
+    bad_steps: int = 0  # in a row
+    ema_step: int = 0  # the EMA's own count of updates
+
+
 def list_checkpoints(output_dir: str) -> list[Path]:
-    """The complete ones, oldest first."""
-    found = [path.parent for path in Path(output_dir).glob("checkpoint-*/settings.json")]
-    found = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: checkpoint_step(path.name))
+    """Find the complete checkpoints of a folder, oldest first."""
+    found = []
+    for path in Path(output_dir).glob("checkpoint-*/settings.json"):
+        if re.fullmatch(r"checkpoint-\d+", path.parent.name):
+            found.append(path.parent)
+    return sorted(found, key=lambda folder: checkpoint_step(folder.name))
 
 
 def checkpoint_step(name: str) -> int:
-    return int(name.split("-")[1])
-
-
-@contextlib.contextmanager
-def averaged_weights(run: SimpleNamespace) -> Iterator[None]:
-    """Those of the EMA, if there is one, in place of the live ones."""
-    if run.ema:
-        run.ema.store(trainable(run.transformer))
-        run.ema.copy_to(trainable(run.transformer))
-    yield
-    if run.ema:
-        run.ema.restore(trainable(run.transformer))
+    """Read the step from the name of a checkpoint."""
+    return int(name.removeprefix("checkpoint-"))
 
 
 def file_sums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a checkpoint, by name."""
+    """Compute the SHA-256 of every file of a checkpoint, by name."""
     sums = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SUMS_FILE):
-        with open(path, "rb") as file:
-            sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != SUMS_FILE:
+            with open(path, "rb") as file:
+                sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether a checkpoint's files are those that were written; says which is not."""
+    """Tell whether a checkpoint's files are those that were written; log which are not."""
     if not (folder / SUMS_FILE).is_file():
         logger.warning(f"{folder} is damaged and left out: it has no {SUMS_FILE}")
         return False
-    lines = (folder / SUMS_FILE).read_text(errors="replace").splitlines()
-    there, wanted = file_sums(folder), {line[66:]: line[:64] for line in lines}
-    odd = sorted(name for name in there | wanted if there.get(name) != wanted.get(name))
-    odd = [name for name in odd if not Path(name).name.startswith(".")]  # a file system's own
-    if odd:
-        logger.warning(f"{folder} is damaged and left out: {', '.join(odd)}")
-    return not odd
+    wanted = {}
+    for line in (folder / SUMS_FILE).read_text(errors="replace").splitlines():
+        wanted[line[66:]] = line[:64]
+    found = file_sums(folder)
+    damaged = []
+    for name in sorted(found | wanted):
+        hidden = Path(name).name.startswith(".")  # a file system's own
+        if found.get(name) != wanted.get(name) and not hidden:
+            damaged.append(name)
+    if damaged:
+        logger.warning(f"{folder} is damaged and left out: {', '.join(damaged)}")
+    return not damaged
 
 
-def save_checkpoint(run: SimpleNamespace, args: argparse.Namespace) -> None:
-    """`checkpoint-STEP`, complete or absent: written beside and renamed. Holds the ready-to-load weights too."""
-    accelerator, folder = run.accelerator, Path(args.output_dir, f"checkpoint-{run.state['step']}")
+def save_checkpoint(run: "Run", args: argparse.Namespace) -> None:
+    """Write `checkpoint-STEP`, which holds the ready-to-load weights too, called by all ranks.
+
+    It is complete or absent: written beside and renamed.
+    """
+    accelerator = run.accelerator
+    folder = Path(args.output_dir, f"checkpoint-{run.state.step}")
     if run.saved == folder:
         return
-    partial, started = folder.with_name(f".{folder.name}.partial"), time.perf_counter()
+    partial = folder.with_name(f".{folder.name}.partial")
+    started = time.perf_counter()
     if accelerator.is_main_process:
         for stale in folder.parent.glob(".checkpoint-*.partial"):
             shutil.rmtree(stale)
@@ -1281,15 +1568,15 @@ def save_checkpoint(run: SimpleNamespace, args: argparse.Namespace) -> None:
             save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, run.optimizer, run.transformer, partial)
         if run.ema:
             save_weights(accelerator, run.transformer, partial / "live", args)
-            run.state["ema_step"] = run.ema.optimization_step
-        with averaged_weights(run):
+            run.state.ema_step = run.ema.optimization_step
+        with averaged_weights(run.transformer, run.ema):
             save_weights(accelerator, run.transformer, partial, args)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            text = json.dumps({"settings": run.settings, "state": run.state}, indent=2)
+            text = json.dumps({"settings": run.settings, "state": asdict(run.state)}, indent=2)
             (partial / "settings.json").write_text(text)
-            sums = file_sums(partial)
-            (partial / SUMS_FILE).write_text("".join(f"{value}  {name}\n" for name, value in sums.items()))
+            lines = [f"{digest}  {name}\n" for name, digest in file_sums(partial).items()]
+            (partial / SUMS_FILE).write_text("".join(lines))
             partial.rename(folder)
             drop_checkpoints(run, args)
     run.saved = folder
@@ -1299,14 +1586,17 @@ def save_checkpoint(run: SimpleNamespace, args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
 
 
-def drop_checkpoints(run: SimpleNamespace, args: argparse.Namespace) -> None:
-    """Beyond the limit, but not what is being uploaded. Renamed first: half a one that is left must not look whole."""
-    for old in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
+def drop_checkpoints(run: "Run", args: argparse.Namespace) -> None:
+    """Delete the oldest checkpoints beyond the limit, but not what is being uploaded."""
+    if not args.checkpoints_total_limit:
+        return
+    for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
         if not (old == run.pushed and run.upload.is_alive()):
+            # Renamed first, so that a half-deleted one is never resumed.
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.old.partial")))
 
 
-def push_checkpoint(run: SimpleNamespace, folder: Path, args: argparse.Namespace) -> None:
+def push_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:
     """In the background; left out while an earlier one is under way."""
     if run.upload and run.upload.is_alive():
         return logger.warning(f"{folder.name} is not uploaded yet: the network is busy with {run.pushed.name}")
@@ -1350,182 +1640,449 @@ def fetch_checkpoint(repo_id: str, output_dir: str) -> None:
             return
 
 
-def resume(run: SimpleNamespace, args: argparse.Namespace) -> None:
-    """Restore weights, optimizer, schedule, EMA, random states and the position in the data."""
-    accelerator, asked = run.accelerator, args.resume_from_checkpoint
+def resume(run: "Run", args: argparse.Namespace) -> None:
+    """Restore the newest intact checkpoint that `--resume_from_checkpoint` names, called by all ranks.
+
+    Raises `ValueError` when a checkpoint given by its path is damaged, or was made with other settings.
+    """
+    accelerator = run.accelerator
+    asked = args.resume_from_checkpoint
+    by_name = asked not in (None, "latest", "hub")
     if asked == "hub" and run.checkpoint_repo:
         fetch_checkpoint(run.checkpoint_repo, args.output_dir)
     accelerator.wait_for_everyone()
-    by_name = asked not in (None, "latest", "hub")
-    candidates = [Path(asked)] if by_name else reversed(list_checkpoints(args.output_dir)) if asked else []
-    folder = next((c for c in candidates if is_intact(c)), None)
-    if not folder and by_name:
-        raise ValueError(f"--resume_from_checkpoint {asked} is damaged; take an older one, or latest")
+    candidates = []
+    if by_name:
+        candidates = [Path(asked)]
+    elif asked:
+        candidates = reversed(list_checkpoints(args.output_dir))
+    folder = None
+    for candidate in candidates:
+        if is_intact(candidate):
+            folder = candidate
+            break
     if folder:
         load_checkpoint(run, folder, args)
+    elif by_name:
+        raise ValueError(f"--resume_from_checkpoint {asked} is damaged; take an older one, or latest")
     elif asked:
         logger.warning(f"no checkpoint in {args.output_dir} to resume from: starting afresh")
     accelerator.wait_for_everyone()
-    # `latest` must not go back to a later checkpoint of an earlier run, nor the limit count it.
-    start = run.state["step"] if folder else 0
-    later = [path for path in list_checkpoints(args.output_dir) if checkpoint_step(path.name) >= start]
-    later += [path for path in [Path(args.output_dir, "samples")] if not folder and path.is_dir()]
-    for path in later if accelerator.is_main_process else []:
+    if accelerator.is_main_process:
+        set_aside_earlier_run(run, args, starts_afresh=folder is None)
+
+
+def set_aside_earlier_run(run: "Run", args: argparse.Namespace, starts_afresh: bool) -> None:
+    """Rename what an earlier run left: `latest` must not go back to its checkpoints, nor the limit count them."""
+    step = 0 if starts_afresh else run.state.step
+    later = [path for path in list_checkpoints(args.output_dir) if checkpoint_step(path.name) >= step]
+    samples = Path(args.output_dir, "samples")
+    if starts_afresh and samples.is_dir():
+        later.append(samples)
+    for path in later:
         if path != run.saved:
             aside = path.rename(path.with_name(f"earlier-{int(path.stat().st_mtime)}-{path.name}"))
             logger.warning(f"{path} is of an earlier run, or damaged: it is {aside.name} now")
 
 
-def load_checkpoint(run: SimpleNamespace, folder: Path, args: argparse.Namespace) -> None:
-    """The inverse of `save_checkpoint`; refuses one that was made with other settings."""
-    accelerator, saved = run.accelerator, json.loads((folder / "settings.json").read_text())
-    there, here = saved["settings"], run.settings
-    odd = [k for k in sorted(there | here) if there.get(k) != here.get(k)]
-    if odd := [f"{k} {there.get(k)} there, {here.get(k)} here" for k in odd]:
-        raise ValueError(f"--resume_from_checkpoint {folder} was made with other settings: {'; '.join(odd)}")
-    run.state = saved["state"]
-    run.resumed = run.state["step"]
+def load_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:
+    """Restore weights, optimizer, schedule, EMA, random states and the position in the data.
+
+    Raises `ValueError` when the checkpoint was made with other settings, and names all of them.
+    """
+    accelerator = run.accelerator
+    checkpoint = json.loads((folder / "settings.json").read_text())
+    saved = checkpoint["settings"]
+    current = run.settings
+    differences = []
+    for name in sorted(saved | current):
+        if saved.get(name) != current.get(name):
+            differences.append(f"{name} {saved.get(name)} then, {current.get(name)} now")
+    if differences:
+        raise ValueError(f"--resume_from_checkpoint {folder} was made with other settings: {'; '.join(differences)}")
+    run.state = TrainState(**checkpoint["state"])
+    run.resumed_at = run.state.step
     if folder.resolve().parent == Path(args.output_dir).resolve():
         run.saved = Path(args.output_dir, folder.resolve().name)
+    live_weights = folder
     if run.ema:
         load_weights(run.transformer, folder, args)
-        run.ema.shadow_params = [p.detach().clone() for p in trainable(run.transformer)]
-        run.ema.optimization_step = run.state["ema_step"]
-    load_weights(run.transformer, folder / ("live" if run.ema else ""), args)
+        run.ema.shadow_params = [p.detach().clone() for p in trainable_parameters(run.transformer)]
+        run.ema.optimization_step = run.state.ema_step
+        live_weights = folder / "live"
+    load_weights(run.transformer, live_weights, args)
     optimizers = [] if accelerator.is_fsdp2 else [run.optimizer]
     load_accelerator_state(folder, [], optimizers, [run.lr_scheduler], [], accelerator.process_index)
     if accelerator.is_fsdp2 and (folder / "optimizer.bin").is_file():
         load_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, run.optimizer, run.transformer, folder)
-    logger.info(f"resumed {folder}, step {run.state['step']}")
+    logger.info(f"resumed {folder}, step {run.state.step}")
 
 
-# --- Logs, card, Hub -------------------------------------------------------------------------------------------------
-def start_trackers(run: SimpleNamespace, args: argparse.Namespace) -> None:
-    """A resumed run continues its tracker's run. `metrics.jsonl` holds the same numbers, for the card's picture."""
-    step = run.state["step"]
+# --- 9. Validation and logs; nothing here touches the random state of training ---------------------------------------
+def split_between_ranks(accelerator: Accelerator, count: int) -> list[tuple[int, bool]]:
+    """Return this rank's part of `count` items: the index of each, and whether it counts."""
+    items = []
+    for start in range(0, count, accelerator.num_processes):
+        index = start + accelerator.process_index
+        # Sharded weights need every rank in each forward pass: a surplus rank repeats an item that does not count.
+        items.append((index % count, index < count))
+    return items
+
+
+@torch.no_grad()
+def evaluate(
+    wan: Wan,
+    transformer: torch.nn.Module,
+    dataset: LatentDataset,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    measure: Callable[..., dict[str, torch.Tensor]],
+    sigmas: Iterable[float] = EVAL_SIGMAS,
+) -> list[dict]:
+    """Measure the first `--max_eval_clips` clips at fixed noise and sigmas; the ranks share them.
+
+    `measure(prediction, target, latents)` returns named tensors, as `motion_errors` does; the three are
+    `(1, C, F, H, W)`. Returns a row for each clip and sigma, in that order and on every rank: `clip` (its index),
+    `sigma`, and what was measured, on the CPU.
+    """
+    rows = []
+    model = accelerator.unwrap_model(transformer).eval()
+    for index, counts in split_between_ranks(accelerator, min(len(dataset), args.max_eval_clips)):
+        batch = {}
+        for name, tensor in dataset.load_fixed(index).items():
+            batch[name] = tensor[None].to(accelerator.device)
+        latents, noise = batch["latents"], batch["noise"]  # (1, C, F, H, W)
+        target = noise - latents
+        for sigma in sigmas:
+            batch["sigmas"] = torch.tensor([sigma], device=accelerator.device)
+            noisy_latents = (1 - batch["sigmas"]) * latents + batch["sigmas"] * noise
+            prediction = predict_flow(wan, model, noisy_latents, batch)
+            if counts:
+                row = {"clip": index, "sigma": sigma}
+                for name, value in measure(prediction, target, latents).items():
+                    row[name] = value.cpu()
+                rows.append(row)
+    return sorted(gather_object(rows), key=lambda row: (row["clip"], row["sigma"]))
+
+
+def held_out_metrics(rows: list[dict]) -> dict[str, float]:
+    """Average the rows of `evaluate`: the error in all, of moving and static voxels, and at each sigma."""
+    columns = {}
+    for name in rows[0]:
+        if name not in ("clip", "sigma"):
+            columns[name] = torch.stack([row[name] for row in rows])
+    metrics = {f"val/{name}": value for name, value in mean_errors(columns).items()}
+    for sigma in sorted({row["sigma"] for row in rows}):
+        errors = torch.stack([row["mse"] for row in rows if row["sigma"] == sigma])
+        metrics[f"val/mse_sigma_{sigma}"] = errors.double().mean().item()
+    return metrics
+
+
+def sample_paths(step: int, args: argparse.Namespace) -> list[Path]:
+    """Name the sample videos of a step, one a prompt."""
+    return [Path(args.output_dir, "samples", f"step-{step:06d}-{i}.mp4") for i in range(len(args.validation_prompt))]
+
+
+@torch.no_grad()
+def sample_videos(run: "Run", args: argparse.Namespace) -> None:
+    """Write one mp4 a prompt, by the stock pipeline and its own scheduler around the live transformer.
+
+    The ranks share the prompts.
+    """
+    accelerator = run.accelerator
+    paths = sample_paths(run.state.step, args)
+    paths[0].parent.mkdir(exist_ok=True)
+    model = accelerator.unwrap_model(run.transformer).eval()
+    vae = load_vae(args, accelerator.device)
+    scheduler = getattr(diffusers, run.wan.scheduler).from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision
+    )
+    pipeline = WanPipeline(tokenizer=None, text_encoder=None, transformer=model, vae=vae, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    negative_prompt_embeds = load_prompt(args, run.captions[args.validation_negative_prompt])[None]
+    for i, counts in split_between_ranks(accelerator, len(paths)):
+        if stop_is_asked(run):
+            break
+        prompt_embeds = load_prompt(args, run.captions[args.validation_prompt[i]])[None]
+        video = pipeline(
+            prompt_embeds=prompt_embeds.to(accelerator.device),
+            negative_prompt_embeds=negative_prompt_embeds.to(accelerator.device),
+            height=args.height,
+            width=args.width,
+            num_frames=args.num_frames,
+            guidance_scale=args.validation_guidance_scale,
+            num_inference_steps=args.validation_num_inference_steps,
+            generator=torch.Generator().manual_seed(args.seed),
+        ).frames[0]
+        if counts:
+            partial = paths[i].with_name(f".{paths[i].name}")  # with the suffix that chooses the format
+            export_to_video(video, str(partial), fps=args.fps)
+            partial.replace(paths[i])
+    del pipeline, vae
+    free_memory()
+    accelerator.wait_for_everyone()
+    log_samples(accelerator, paths, run.state.step, args)
+
+
+def log_samples(accelerator: Accelerator, paths: list[Path], step: int, args: argparse.Namespace) -> None:
+    """Send the sample videos that were written to the tracker."""
+    written = [(i, path) for i, path in enumerate(paths) if path.is_file()]
+    for tracker, (i, path) in itertools.product(accelerator.trackers, written):
+        if tracker.name == "tensorboard":  # whose own video support needs a package that is no longer kept
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            frames = iio.imread(path, plugin="pyav")  # (F, H, W, 3)
+            gif = iio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / args.fps, loop=0)
+            size = {"height": frames.shape[1], "width": frames.shape[2], "colorspace": 3}
+            value = Summary.Value(tag=f"sample/{i}", image=Summary.Image(**size, encoded_image_string=gif))
+            tracker.writer.file_writer.add_summary(Summary(value=[value]), step)
+        else:
+            video = importlib.import_module(tracker.name).Video(str(path), caption=args.validation_prompt[i])
+            tracker.log({f"sample/{i}": video}, step=step)
+
+
+def validate(run: "Run", args: argparse.Namespace) -> None:
+    """Measure held-out clips and sample videos, by the EMA if there is one.
+
+    That is done before the first step, every so many steps, and after the last. What a run that was stopped had made
+    at this step already is not made again, but for the last samples.
+    """
+    step = run.state.step
+    last = step >= run.max_steps
+    evaluates = len(run.held_out) > 0 and (step % args.eval_steps == 0 or last)
+    samples = len(args.validation_prompt) > 0 and (step % args.validation_steps == 0 or last)
+    if run.resumed_at == step:
+        evaluated = any("val/mse" in row and row["step"] == step for row in read_metrics(args.output_dir))
+        sampled = not last and all(path.is_file() for path in sample_paths(step, args))
+        evaluated, sampled = broadcast_object_list([evaluated, sampled])  # of the main process, which has the files
+        evaluates = evaluates and not evaluated
+        samples = samples and not sampled
+    if not (evaluates or samples):
+        return
+    with averaged_weights(run.transformer, run.ema):
+        if evaluates:
+            measure = functools.partial(motion_errors, motion_bounds=run.motion_bounds)
+            metrics = held_out_metrics(
+                evaluate(run.wan, run.transformer, run.held_out, run.accelerator, args, measure)
+            )
+            log_metrics(run.accelerator, metrics, step, args)
+            logger.info(f"step {step}: held-out mse {metrics['val/mse']:.4f}")
+        if samples and not stop_is_asked(run):
+            sample_videos(run, args)
+    run.accelerator.unwrap_model(run.transformer).train()
+
+
+def start_trackers(run: "Run", args: argparse.Namespace) -> None:
+    """Start the tracker; a resumed run continues its tracker's run, and `metrics.jsonl` up to its step."""
+    step = run.state.step
     if run.accelerator.is_main_process:
-        rows = [row for row in read_metrics(args.output_dir) if run.resumed is not None and row["step"] <= step]
-        Path(args.output_dir, "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    name = {"name": run.state["name"], "resume": "allow"}
-    wandb = name | {"id": name["name"], "dir": args.output_dir}
-    kwargs = {"wandb": wandb, "trackio": name, "tensorboard": {"purge_step": step + 1}}
-    config = {k: v for k, v in published_settings(args).items() if isinstance(v, (bool, int, float, str))}
-    run.accelerator.init_trackers("ltd-wan", config, init_kwargs=kwargs)
+        lines = []
+        for row in read_metrics(args.output_dir):
+            if run.resumed_at is not None and row["step"] <= step:
+                lines.append(json.dumps(row) + "\n")
+        Path(args.output_dir, "metrics.jsonl").write_text("".join(lines))
+    name = run.state.tracker_run
+    init_kwargs = {
+        "wandb": {"name": name, "id": name, "resume": "allow", "dir": args.output_dir},
+        "trackio": {"name": name, "resume": "allow"},
+        "tensorboard": {"purge_step": step + 1},
+    }
+    config = {}
+    for key, value in published_settings(args).items():
+        if isinstance(value, bool | int | float | str):  # all that tensorboard takes
+            config[key] = value
+    run.accelerator.init_trackers("ltd-wan", config, init_kwargs=init_kwargs)
 
 
-def log_metrics(accelerator: Accelerator, values: dict[str, float], step: int, args: argparse.Namespace) -> None:
+def log_metrics(accelerator: Accelerator, metrics: dict[str, float], step: int, args: argparse.Namespace) -> None:
+    """Log to the tracker, and to `metrics.jsonl`, from which the card's curves are drawn."""
     path = Path(args.output_dir, "metrics.jsonl")
     with writing(path):
-        accelerator.log(values, step=step)
+        accelerator.log(metrics, step=step)
         if accelerator.is_main_process:
             with open(path, "a") as file:
-                file.write(json.dumps({"step": step} | values) + "\n")
+                file.write(json.dumps({"step": step} | metrics) + "\n")
 
 
 def read_metrics(output_dir: str) -> list[dict]:
-    """The rows of `metrics.jsonl`, without a last one that a full disk or a fallen machine cut short."""
-    path, rows = Path(output_dir, "metrics.jsonl"), []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    """Read the rows of `metrics.jsonl`, without a last one that a full disk or a dead machine cut short."""
+    path = Path(output_dir, "metrics.jsonl")
+    rows = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
     return rows
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB of the GPU, or of the process where there is none."""
+    """Return the peak in GiB: of the GPU, or of the process where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Of the GPU: a process cannot forget its own."""
+    """Forget the GPU's peak so far; a process cannot forget its own."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
+# --- 10. Card and Hub ------------------------------------------------------------------------------------------------
 def hub_id(name: str | None) -> str | None:
-    """`name` if it is a repository's and no local path, which must not get into a card."""
-    return name if name and not os.path.exists(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+    """Return `name` if it is a repository's, and not a local path, which must not get into a card."""
+    if name and not os.path.exists(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return name
+    return None
 
 
 def published_settings(args: argparse.Namespace) -> dict:
-    """The flags without any path of this machine: a local model or dataset goes by its last name."""
-    local = ("output_dir", "cache_dir", "config", "resume_from_checkpoint", "train_data_dir")
-    settings = {k: v for k, v in vars(args).items() if k not in local}
-    for key in ("pretrained_model_name_or_path", "transformer_path", "init_lora", "dataset_name"):
-        settings[key] = hub_id(settings[key]) or (Path(settings[key]).resolve().name if settings[key] else None)
+    """Return the flags without any path of this machine: a local model or dataset goes by its last name."""
+    settings = {name: value for name, value in vars(args).items() if name not in LOCAL_SETTINGS}
+    for name in ("pretrained_model_name_or_path", "transformer_path", "init_lora", "dataset_name"):
+        if settings[name] and not hub_id(settings[name]):
+            settings[name] = Path(settings[name]).resolve().name
     return settings
 
 
 def usage_code(args: argparse.Namespace, repo_id: str) -> str:
-    """Python that samples from the published weights; a test runs it."""
-    settings, lora = published_settings(args), args.train_type == "lora"
-    source, prompt = settings["transformer_path"] if lora else repo_id, [*args.validation_prompt, args.trigger_word]
-    where = "".join(f', {k}="{settings[k]}"' for k in ("revision", "variant") if settings[k])
-    load = ""
-    if source and lora and source.endswith(".safetensors"):
-        load = f'from_single_file({json.dumps(source)}, config=base, subfolder="transformer"'
-    elif source:
-        nested = not lora or transformer_subfolder(args.transformer_path)
-        load = f"from_pretrained({json.dumps(source)}" + ', subfolder="transformer"' * bool(nested)
-    parts = "vae=vae" + ", transformer=transformer" * bool(load)
-    load = load and f"transformer = WanTransformer3DModel.{load}, dtype=torch.bfloat16)\n"
+    """Write Python that samples from the published weights; a test runs it."""
+    settings = published_settings(args)
+    lora = args.train_type == "lora"
+    prompt = next(iter([*args.validation_prompt, args.trigger_word or "a dog runs"]))
+    version = ""
+    for name in ("revision", "variant"):
+        if settings[name]:
+            version += f', {name}="{settings[name]}"'
+
+    # A LoRA may sit on a transformer other than the base's; a fine-tune is one itself.
+    source = settings["transformer_path"] if lora else repo_id
+    load_transformer_line = ""
+    components = "vae=vae"
+    if source:
+        components += ", transformer=transformer"
+        if lora and source.endswith(".safetensors"):
+            call = f'from_single_file({json.dumps(source)}, config=base, subfolder="transformer"'
+        elif not lora or transformer_subfolder(args.transformer_path):
+            call = f'from_pretrained({json.dumps(source)}, subfolder="transformer"'
+        else:
+            call = f"from_pretrained({json.dumps(source)}"
+        load_transformer_line = f"transformer = WanTransformer3DModel.{call}, dtype=torch.bfloat16)\n"
+    load_lora_line = f'pipe.load_lora_weights("{repo_id}")' if lora else ""
+
     return f"""import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.utils import export_to_video
 
 base = {json.dumps(settings["pretrained_model_name_or_path"])}
-vae = AutoencoderKLWan.from_pretrained(base, subfolder="vae", dtype=torch.float32{where})
-{load}pipe = WanPipeline.from_pretrained(base, {parts}, dtype=torch.bfloat16{where})
+vae = AutoencoderKLWan.from_pretrained(base, subfolder="vae", dtype=torch.float32{version})
+{load_transformer_line}pipe = WanPipeline.from_pretrained(base, {components}, dtype=torch.bfloat16{version})
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-{f'pipe.load_lora_weights("{repo_id}")' if lora else ""}
+{load_lora_line}
 video = pipe(
-    {json.dumps(prompt[0] or "a dog runs", ensure_ascii=False)},
+    {json.dumps(prompt, ensure_ascii=False)},
     height={args.height}, width={args.width}, num_frames={args.num_frames},
     num_inference_steps={args.validation_num_inference_steps}, guidance_scale={args.validation_guidance_scale},
 ).frames[0]
 export_to_video(video, "output.mp4", fps={args.fps:g})"""
 
 
-def model_card(args: argparse.Namespace, repo_id: str, samples: list[str], facts: dict) -> ModelCard:
-    """Front matter by `ModelCardData`; a body with working code, the settings and the held-out curves."""
-    lora, ltd, settings = args.train_type == "lora", args.loss == "ltd", published_settings(args)
-    dataset, widget = hub_id(args.dataset_name), zip(args.validation_prompt, samples, strict=True)
-    bases = (args.transformer_path or args.pretrained_model_name_or_path, args.init_lora)
-    bases = [name for name in bases if hub_id(name)]
+def card_data(args: argparse.Namespace, samples: list[str]) -> ModelCardData:
+    """Fill in the card's front matter, by which the Hub finds and shows a model."""
+    lora = args.train_type == "lora"
     tags = ["text-to-video", "diffusers-training", "diffusers", "wan", "wan-diffusers"]
-    front = ModelCardData(
+    if args.loss == "ltd":
+        tags.append("ltd")
+    if lora:
+        tags += ["lora", "template:sd-lora"]
+    bases = []
+    for name in (args.transformer_path or args.pretrained_model_name_or_path, args.init_lora):
+        if hub_id(name):
+            bases.append(name)
+    relation = None
+    if bases:
+        relation = "adapter" if lora else "finetune"
+    widget = []
+    for prompt, sample in zip(args.validation_prompt, samples, strict=True):
+        widget.append({"text": prompt, "output": {"url": sample}})
+    dataset = hub_id(args.dataset_name)
+    return ModelCardData(
         base_model=bases if len(bases) > 1 else next(iter(bases), None),
-        base_model_relation=("adapter" if lora else "finetune") if bases else None,
+        base_model_relation=relation,
         library_name="diffusers",
         pipeline_tag="text-to-video",
         license=args.license,
         datasets=[dataset] if dataset else None,
         instance_prompt=args.trigger_word if lora else None,
-        tags=tags + ["ltd"] * ltd + ["lora", "template:sd-lora"] * lora,
-        widget=[{"text": prompt, "output": {"url": sample}} for prompt, sample in widget] or None,
+        tags=tags,
+        widget=widget or None,
     )
-    keys = [k for k in CARD_SETTINGS.split() if settings[k] is not None and (ltd or not k.startswith("ltd_"))]
-    table = {k: settings[k] for k in keys} | facts
-    table["libraries"] = ", ".join(f"{m.__name__} {m.__version__}" for m in (diffusers, transformers, torch))
-    rows = ["| {} | {} |".format(k, html.escape(str(v)).replace("|", "\\|")) for k, v in table.items()]
-    paper = "[Latent Temporal Discrepancy](https://huggingface.co/papers/2601.20504)"
+
+
+def settings_table(args: argparse.Namespace, facts: dict) -> str:
+    """Write the card's table of settings and facts, in Markdown."""
+    settings = published_settings(args)
+    table = {}
+    for name in CARD_SETTINGS:
+        of_another_loss = name.startswith("ltd_") and args.loss != "ltd"
+        if settings[name] is not None and not of_another_loss:
+            table[name] = settings[name]
+    table |= facts
+    versions = [f"{module.__name__} {module.__version__}" for module in (diffusers, transformers, torch)]
+    table["libraries"] = ", ".join(versions)
+    lines = ["| setting | value |", "|---|---|"]
+    for name, value in table.items():
+        text = html.escape(str(value)).replace("|", "\\|")
+        lines.append(f"| {name} | {text} |")
+    return "\n".join(lines)
+
+
+def model_card(args: argparse.Namespace, repo_id: str, samples: list[str], facts: dict) -> ModelCard:
+    """Write the card: front matter, code that works, the settings and the held-out curves."""
+    lora = args.train_type == "lora"
+    introduction = "A LoRA for" if lora else "A fine-tune of"
+    introduction += " Wan text-to-video, trained with `train_ltd.py`."
+    if args.loss == "ltd":
+        paper = "[Latent Temporal Discrepancy](https://huggingface.co/papers/2601.20504)"
+        introduction += f" The squared error of each voxel was weighted by its motion, the {paper} of the clip."
     body = [
-        f"---\n{front.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}",
-        f"{'A LoRA for' if lora else 'A fine-tune of'} Wan text-to-video, trained with `train_ltd.py`."
-        + f" The squared error of each voxel was weighted by its motion, the {paper} of the clip." * ltd,
-        "<Gallery />" * bool(samples),
-        f"## How to use\n\n```python\n{usage_code(args, repo_id)}\n```",
-        f"For ComfyUI, put `{COMFYUI_FILE}` into `models/loras`." if lora else "This is the transformer alone.",
-        f"Put <code>{html.escape(args.trigger_word)}</code> before the prompt." if args.trigger_word else "",
+        f"---\n{card_data(args, samples).to_yaml()}\n---",
+        f"# {repo_id.split('/')[-1]}",
+        introduction,
+    ]
+    if samples:
+        body.append("<Gallery />")
+    body.append(f"## How to use\n\n```python\n{usage_code(args, repo_id)}\n```")
+    if lora:
+        body.append(f"For ComfyUI, put `{COMFYUI_FILE}` into `models/loras`.")
+    else:
+        body.append("This is the transformer alone.")
+    if args.trigger_word:
+        body.append(f"Put <code>{html.escape(args.trigger_word)}</code> before the prompt.")
+    body += [
         "## Training",
-        "\n".join(["| setting | value |", "|---|---|", *rows]),
-        "Every flag is in `training_settings.json`. The base model's licence and the rights in the clips apply too.",
+        settings_table(args, facts),
+        "Every flag is in `training_settings.json`. The base model's license and the rights in the clips apply too.",
         "![training and held-out error over the steps](curves.png)",
         f"## Citation\n\n```bibtex\n{CITATION}\n```\n",
     ]
-    return ModelCard("\n\n".join(paragraph for paragraph in body if paragraph))
+    return ModelCard("\n\n".join(body))
+
+
+def draw_curves(rows: list[dict], path: Path) -> None:
+    """Draw training and held-out error over the steps, from the rows of `metrics.jsonl`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for name, color in (("mse", "0.7"), ("val/mse", "C0"), ("val/mse_motion", "C1"), ("val/mse_static", "C2")):
+        steps = [row["step"] for row in rows if name in row]
+        errors = [row[name] for row in rows if name in row]
+        if steps:
+            axes.plot(steps, errors, color, marker="." if "val" in name else "", label=name)
+    axes.set(xlabel="optimizer step", ylabel="unweighted squared error")
+    axes.legend()
+    figure.savefig(path)
 
 
 def with_retries(call, *args, **kwargs):
@@ -1580,47 +2137,41 @@ def publish(args: argparse.Namespace, repo_id: str, files: list[Path]) -> None:
     logger.info(f"published: {url}")
 
 
-def finish(run: SimpleNamespace, repo_id: str | None, args: argparse.Namespace) -> None:
-    """Final weights, card, settings and pictures in the output folder, and on the Hub if asked for."""
-    folder, lora = Path(args.output_dir), args.train_type == "lora"
-    samples = [path.relative_to(folder).as_posix() for path in sample_paths(run.state["step"], args)]
-    with averaged_weights(run), writing(folder):
+def save_and_publish(run: "Run", repo_id: str | None, args: argparse.Namespace) -> None:
+    """Write the final weights, card, settings and curves to the output folder, and to the Hub if asked for."""
+    folder = Path(args.output_dir)
+    with averaged_weights(run.transformer, run.ema), writing(folder):
         save_weights(run.accelerator, run.transformer, folder, args)
     if not run.accelerator.is_main_process:
         return
+    samples = [path.relative_to(folder).as_posix() for path in sample_paths(run.state.step, args)]
+    facts = run.facts | {"steps": run.state.step}
     with writing(folder):
         draw_curves(read_metrics(args.output_dir), folder / "curves.png")
         settings = json.dumps(published_settings(args), indent=2, ensure_ascii=False)
         (folder / "training_settings.json").write_text(settings + "\n", encoding="utf-8")
-        facts = run.facts | {"steps": run.state["step"]}
         model_card(args, repo_id or folder.resolve().name, samples, facts).save(folder / "README.md")
     if repo_id:
-        weights = [folder / LORA_FILE, folder / COMFYUI_FILE] if lora else sorted(folder.glob("transformer/*"))
-        names = ["README.md", "training_settings.json", "curves.png", *samples]
-        publish(args, repo_id, weights + [folder / name for name in names])
+        if args.train_type == "lora":
+            files = [folder / LORA_FILE, folder / COMFYUI_FILE]
+        else:
+            files = sorted(folder.glob("transformer/*"))
+        for name in ("README.md", "training_settings.json", "curves.png", *samples):
+            files.append(folder / name)
+        publish(args, repo_id, files)
 
 
-def draw_curves(rows: list[dict], path: Path) -> None:
-    """Training and held-out error over the steps, from the rows of `metrics.jsonl`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    for key, colour in (("mse", "0.7"), ("val/mse", "C0"), ("val/mse_motion", "C1"), ("val/mse_static", "C2")):
-        if points := [(row["step"], row[key]) for row in rows if key in row]:
-            axes.plot(*zip(*points, strict=True), colour, marker="." if "val" in key else "", label=key)
-    axes.set(xlabel="optimizer step", ylabel="unweighted squared error")
-    axes.legend()
-    figure.savefig(path)
-
-
-# --- The run ---------------------------------------------------------------------------------------------------------
+# --- 11. The run -----------------------------------------------------------------------------------------------------
 def fsdp_is_asked() -> bool:
-    """By `accelerate launch`, whatever comes of it."""
+    """Tell whether `accelerate launch` asks for FSDP, whatever comes of it."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Set up processes, precision, accumulation and logging, and make the output folder.
+
+    Raises `ValueError` when FSDP was asked for in a form whose checkpoints would be pickles.
+    """
     if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
         # PR_SET_PDEATHSIG: accelerate's launcher of one process dies of a signal and passes nothing on.
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -1644,8 +2195,10 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     if fsdp_is_asked():
         # A sharded state dict would be pickles; examples/accelerate/fsdp2.yaml has all that is needed.
         if not accelerator.is_fsdp2 or accelerator.state.fsdp_plugin.state_dict_type.name != "FULL_STATE_DICT":
-            needed = "fsdp_version: 2 with fsdp_state_dict_type: FULL_STATE_DICT on GPUs is needed"
-            raise ValueError(f"FSDP was asked for, but accelerate set up {accelerator.distributed_type}; {needed}")
+            raise ValueError(
+                f"FSDP was asked for, but accelerate set up {accelerator.distributed_type}; "
+                "fsdp_version: 2 with fsdp_state_dict_type: FULL_STATE_DICT on GPUs is needed"
+            )
         # Its own one would round timesteps and sums of gradients to bfloat16.
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
     if torch.cuda.is_available():
@@ -1655,6 +2208,36 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     for noisy in ("httpx", "httpx2", "accelerate.checkpointing", "accelerate.accelerator", "accelerate.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return accelerator
+
+
+@dataclass
+class Run:
+    """What training works with, prepared by accelerate. `set_up` builds it."""
+
+    accelerator: Accelerator
+    wan: Wan
+    transformer: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    dataloader: torch.utils.data.DataLoader
+    dataset: LatentDataset
+    held_out: LatentDataset
+    captions: dict[str, str]  # caption -> file of its embedding
+    motion_bounds: torch.Tensor  # (2,): LTD below which a voxel is static, above which it is in motion
+    ema: EMAModel | None
+    samples_per_update: int
+    updates_per_epoch: int
+    max_steps: int
+    settings: dict  # what a checkpoint and the run that resumes it must agree on
+    facts: dict  # what the log and the card say of this run
+    state: TrainState
+    notice: "Notice"
+    deadline: float = math.inf  # of time.monotonic()
+    checkpoint_repo: str | None = None  # where checkpoints are uploaded to
+    resumed_at: int | None = None  # step of the checkpoint that was loaded
+    saved: Path | None = None  # the newest checkpoint
+    pushed: Path | None = None  # the checkpoint that was uploaded last, or is being uploaded
+    upload: threading.Thread | None = None
 
 
 class Notice:
@@ -1683,7 +2266,7 @@ def heeded_signals() -> Iterator[Notice]:
             signal.signal(number, handler)
 
 
-def stop_is_asked(run: SimpleNamespace) -> bool:
+def stop_is_asked(run: "Run") -> bool:
     """By a signal to any rank or by the clock; all ranks agree."""
     if time.monotonic() > min(run.notice.at, run.deadline):
         run.accelerator.set_trigger()
@@ -1709,180 +2292,275 @@ def lock_folder(accelerator: Accelerator, folder: str) -> io.IOBase:
     return file
 
 
-def set_up(args: argparse.Namespace, accelerator: Accelerator, index: dict) -> SimpleNamespace:
-    """What a run works with: data, model, optimizer and schedule, prepared by accelerate, and its `state`."""
-    clips, held_out, captions = prepare_data(args, accelerator)
-    run = SimpleNamespace(accelerator=accelerator, index=index, captions=captions, ema=None)
-    run.resumed = run.saved = run.pushed = run.upload = None  # step, checkpoint, checkpoint, its thread
-    # Goes into checkpoints; `bad_steps` are those skipped in a row, `name` is the tracker's for this run.
-    run.state = {"step": 0, "skipped_steps": 0, "bad_steps": 0}
-    run.state["name"] = f"{Path(args.output_dir).resolve().name}-{int(time.time())}"
-    run.dataset, run.held_out = LatentDataset(clips, captions, args), LatentDataset(held_out, captions, args)
-    run.update = samples_per_update(args, accelerator)  # how many clips make one
-    run.updates_per_epoch = len(run.dataset) // run.update
-    if not run.updates_per_epoch:
-        remedy = f"lower --train_batch_size {args.train_batch_size}, --gradient_accumulation_steps or the processes"
-        raise ValueError(f"{len(run.dataset)} clips are fewer than the {run.update} of one update; {remedy}")
-    # An epoch is cut to whole updates, so that no sample counts twice.
-    sampler = torch.utils.data.RandomSampler(run.dataset, num_samples=run.updates_per_epoch * run.update)
-    kwargs = {"num_workers": args.dataloader_num_workers, "pin_memory": torch.cuda.is_available()}
-    kwargs["worker_init_fn"] = ignore_signals
-    dataloader = torch.utils.data.DataLoader(run.dataset, args.train_batch_size, sampler=sampler, **kwargs)
-    run.max_steps = args.max_train_steps or args.num_train_epochs * run.updates_per_epoch
-    # Clips have equally many voxels, so their quantiles pool into the dataset's.
-    thresholds = np.quantile([clip["ltd_quantiles"] for clip in clips], MOTION_QUANTILES)
-    run.thresholds = torch.tensor(thresholds, dtype=torch.float32, device=accelerator.device)
+def samples_per_update(args: argparse.Namespace, accelerator: Accelerator) -> int:
+    """Return how many clips make one update of the weights."""
+    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
+
+def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
+    """Prepare data, model, optimizer and schedule. Raises `ValueError` when the clips are too few for one update."""
+    # Data
+    clips, held_out, captions = prepare_data(args, accelerator)
+    dataset = LatentDataset(clips, captions, args)
+    per_update = samples_per_update(args, accelerator)
+    updates_per_epoch = len(dataset) // per_update
+    if not updates_per_epoch:
+        raise ValueError(
+            f"{len(dataset)} clips are fewer than the {per_update} of one update; lower --train_batch_size "
+            f"{args.train_batch_size}, --gradient_accumulation_steps or the processes"
+        )
+    # An epoch is cut to whole updates, so that no sample counts twice.
+    sampler = torch.utils.data.RandomSampler(dataset, num_samples=updates_per_epoch * per_update)
+    dataloader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=args.train_batch_size,
+        sampler=sampler,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_signals,
+    )
+    max_steps = args.max_train_steps or args.num_train_epochs * updates_per_epoch
+    # Clips have equally many voxels, so their quantiles pool into the dataset's.
+    motion_bounds = np.quantile([clip["ltd_quantiles"] for clip in clips], MOTION_QUANTILES)
+
+    # Model
     set_seed(args.seed)
-    transformer = load_transformer(args)
+    transformer = load_transformer(args, wan)
     if args.train_type == "lora":
         add_lora(transformer, args)
     if args.torch_compile:
         torch._dynamo.config.optimize_ddp = False  # it would split checkpointed blocks, which the compiler refuses
         transformer.compile_repeated_blocks()
-    if accelerator.is_fsdp2:  # it moves block by block what it shards, and leaves autocast to its caller
-        autocast = {"dtype": torch.bfloat16, "enabled": args.mixed_precision == "bf16", "cache_enabled": False}
-        transformer.forward = torch.autocast(accelerator.device.type, **autocast)(transformer.forward)
+    if accelerator.is_fsdp2:
+        # FSDP2 moves block by block what it shards, and leaves autocast to its caller.
+        autocast = torch.autocast(
+            accelerator.device.type,
+            dtype=torch.bfloat16,
+            enabled=args.mixed_precision == "bf16",
+            cache_enabled=False,
+        )
+        transformer.forward = autocast(transformer.forward)
     else:
         transformer.to(accelerator.device)
     if accelerator.device.type == "cpu":
-        for parameter in transformer.parameters():  # memory-mapped: unaligned, they round otherwise than DDP's copies
+        for parameter in transformer.parameters():
+            # Memory-mapped parameters are unaligned, and round otherwise than DDP's copies.
             parameter.data = parameter.data.clone()
-    kwargs = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
+
+    # Optimizer and schedule
     if args.optimizer == "adamw8bit":
-        optimizer = importlib.import_module("bitsandbytes").optim.AdamW8bit(trainable(transformer), **kwargs)
+        optimizer = importlib.import_module("bitsandbytes").optim.AdamW8bit(
+            trainable_parameters(transformer), lr=args.learning_rate, weight_decay=args.adam_weight_decay
+        )
     else:
-        optimizer = torch.optim.AdamW(trainable(transformer), fused=torch.cuda.is_available(), **kwargs)
-    warmup = min(100, run.max_steps // 20) if args.lr_warmup_steps is None else args.lr_warmup_steps
-    schedule = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=run.max_steps)
-    prepared = accelerator.prepare(transformer, optimizer, dataloader, schedule)
-    run.transformer, run.optimizer, run.dataloader, run.lr_scheduler = prepared
+        optimizer = torch.optim.AdamW(
+            trainable_parameters(transformer),
+            lr=args.learning_rate,
+            weight_decay=args.adam_weight_decay,
+            fused=torch.cuda.is_available(),
+        )
+    warmup_steps = args.lr_warmup_steps
+    if warmup_steps is None:
+        warmup_steps = min(100, max_steps // 20)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=max_steps
+    )
+    transformer, optimizer, dataloader, lr_scheduler = accelerator.prepare(
+        transformer, optimizer, dataloader, lr_scheduler
+    )
+    ema = None
     if args.use_ema:
-        run.ema = EMAModel(trainable(run.transformer), decay=EMA_DECAY)
+        ema = EMAModel(trainable_parameters(transformer), decay=EMA_DECAY)
+
     # What a checkpoint and the run that resumes it must agree on
-    names = ["train_type", "seed", "use_ema"]
-    names += ["rank", "lora_alpha", "lora_target_modules", "quantization"] if args.train_type == "lora" else []
-    run.settings = {"clips": len(run.dataset), "samples_per_update": run.update, "fsdp": accelerator.is_fsdp2 or None}
-    run.settings |= {k: getattr(args, k) for k in names}
+    settings = {
+        "clips": len(dataset),
+        "samples_per_update": per_update,
+        "fsdp": accelerator.is_fsdp2 or None,
+        "train_type": args.train_type,
+        "seed": args.seed,
+        "use_ema": args.use_ema,
+    }
+    if args.train_type == "lora":
+        for name in ("rank", "lora_alpha", "lora_target_modules", "quantization"):
+            settings[name] = getattr(args, name)
+    run = Run(
+        accelerator=accelerator,
+        wan=wan,
+        transformer=transformer,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        dataloader=dataloader,
+        dataset=dataset,
+        held_out=LatentDataset(held_out, captions, args),
+        captions=captions,
+        motion_bounds=torch.tensor(motion_bounds, dtype=torch.float32, device=accelerator.device),
+        ema=ema,
+        samples_per_update=per_update,
+        updates_per_epoch=updates_per_epoch,
+        max_steps=max_steps,
+        settings=settings,
+        facts={},
+        state=TrainState(tracker_run=f"{Path(args.output_dir).resolve().name}-{int(time.time())}"),
+        notice=Notice(),
+    )
     run.facts = run_facts(run, args)
     logger.info("; ".join(f"{name}: {value}" for name, value in run.facts.items()))
     return run
 
 
-def run_facts(run: SimpleNamespace, args: argparse.Namespace) -> dict:
-    """What the log, the dry run's table and the card say of a run."""
-    accelerator, clips = run.accelerator, run.dataset.clips
+def run_facts(run: Run, args: argparse.Namespace) -> dict:
+    """Collect what the log and the card say of a run."""
+    accelerator = run.accelerator
+    clips = run.dataset.clips
     transformer = accelerator.unwrap_model(run.transformer)
-    patches = math.prod(transformer.config.patch_size)
-    shape = read_cached(args, clips[0]["path"], "latents", slice(1)).shape[1:]
-    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"{platform.machine()} CPU"
+    shape = read_cached(args, clips[0]["path"], "latents", slice(1)).shape[1:]  # (C, F, H, W)
+    tokens = math.prod(shape[1:]) // math.prod(transformer.config.patch_size)
+    trainable = sum(parameter.numel() for parameter in trainable_parameters(transformer))
+    device = f"{platform.machine()} CPU"
+    if accelerator.device.type == "cuda":
+        device = torch.cuda.get_device_name()
     return {
-        "clips": f"{len(run.dataset)}, and {len(run.held_out)} held out",
-        "captions": sum(len(c["captions"]) for c in clips),
-        "latents": f"{tuple(shape)}, {math.prod(shape[1:]) // patches:,} tokens per clip",
-        "updates": f"{run.max_steps} of {run.update} clips, {run.updates_per_epoch} an epoch",
-        "trainable parameters": f"{sum(p.numel() for p in trainable(transformer)):,}",
+        "clips": f"{len(clips)}, and {len(run.held_out)} held out",
+        "captions": sum(len(clip["captions"]) for clip in clips),
+        "latents": f"{tuple(shape)}, {tokens:,} tokens per clip",
+        "updates": f"{run.max_steps} of {run.samples_per_update} clips, {run.updates_per_epoch} an epoch",
+        "trainable parameters": f"{trainable:,}",
         "hardware": f"{accelerator.num_processes} x {device}",
     }
 
 
-def train(run: SimpleNamespace, args: argparse.Namespace) -> None:
-    """The loop over micro-batches, and once in a while a log line, a checkpoint, a look at held-out clips."""
-    accelerator, transformer, state = run.accelerator, run.transformer, run.state
-    bar = tqdm(total=run.max_steps, initial=state["step"], desc="training", disable=not accelerator.is_main_process)
-    skip = state["step"] % run.updates_per_epoch * args.gradient_accumulation_steps
-    rows, update, names, started = [], [], [], time.perf_counter()
-    reset_peak_memory(accelerator.device)  # what encoding took is no matter any more
-    for epoch in range(state["step"] // run.updates_per_epoch, math.ceil(run.max_steps / run.updates_per_epoch)):
+def train(run: Run, args: argparse.Namespace, compute_loss: Callable) -> None:
+    """Train to the last step, or until a stop is asked for, which leaves a checkpoint.
+
+    Raises `RuntimeError` when ten steps in a row have a loss or gradient that is not finite.
+    """
+    accelerator = run.accelerator
+    transformer = run.transformer
+    state = run.state
+    progress = tqdm(total=run.max_steps, initial=state.step, desc="training", disable=not accelerator.is_main_process)
+    reset_peak_memory(accelerator.device)  # what encoding took does not matter any more
+    batches_to_skip = state.step % run.updates_per_epoch * args.gradient_accumulation_steps
+    first_epoch = state.step // run.updates_per_epoch
+    history = []  # of the finite micro-batches since the last log line: loss and errors
+    micro_batches = []  # the same of this update
+    names = []  # of this update's clips
+    started = time.perf_counter()
+    for epoch in range(first_epoch, math.ceil(run.max_steps / run.updates_per_epoch)):
         run.dataset.epoch = epoch
         run.dataloader.set_epoch(epoch)
-        for batch in accelerator.skip_first_batches(run.dataloader, skip) if skip else run.dataloader:
+        dataloader = run.dataloader
+        if batches_to_skip:
+            dataloader = accelerator.skip_first_batches(dataloader, batches_to_skip)
+            batches_to_skip = 0
+        for batch in dataloader:
             if stop_is_asked(run):  # what has accumulated is dropped
-                return save_checkpoint(run, args)
+                save_checkpoint(run, args)
+                return
+
+            # ---- one micro-batch ----
             torch.manual_seed(int(batch["seed"][0]))  # LoRA dropout: tied to the sample, like all that is random
             with accelerator.accumulate(transformer):
-                loss, row = training_loss(transformer, batch, run.thresholds, args)
-                accelerator.backward(loss)
-                update, names = [*update, row], [*names, *batch["name"]]
-                if not accelerator.sync_gradients:
-                    continue
-                grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm or math.inf)
-                if isinstance(grad_norm, DTensor):
-                    grad_norm = grad_norm.full_tensor()
-                finite = bool(torch.isfinite(grad_norm))  # of averaged gradients: all ranks agree
-                if finite:
-                    run.optimizer.step()
-                run.lr_scheduler.step()
-                run.optimizer.zero_grad()
+                latents, noise = batch["latents"], batch["noise"]  # (B, C, F, H, W)
+                sigmas = batch["sigmas"].view(-1, 1, 1, 1, 1)
+                noisy_latents = (1 - sigmas) * latents + sigmas * noise
+                target = noise - latents  # rectified flow: the velocity from clip to noise
 
-            # once an update
-            state["step"] += 1
-            bar.update()
+                prediction = predict_flow(run.wan, transformer, noisy_latents, batch)
+                loss = compute_loss(prediction, target, batch, args)  # ltd_loss, unless --loss mse
+                accelerator.backward(loss)
+
+                errors = motion_errors(prediction, target, latents, run.motion_bounds)
+                micro_batches.append({"loss": loss.detach(), **errors})
+                names += batch["name"]
+                if accelerator.sync_gradients:
+                    grad_norm = clip_gradients(accelerator, transformer, args.max_grad_norm)
+                    # Every rank sees the same norm of averaged gradients: all skip the step, or none does.
+                    finite = bool(grad_norm.isfinite())
+                    if finite:
+                        run.optimizer.step()
+                    run.lr_scheduler.step()
+                    run.optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+
+            # ---- once an update ----
+            state.step += 1
+            progress.update()
             if finite:
-                rows += update
-                state["bad_steps"] = 0
+                history += micro_batches
+                state.bad_steps = 0
                 if run.ema:
-                    run.ema.step(trainable(transformer))
+                    run.ema.step(trainable_parameters(transformer))
             else:
-                state["skipped_steps"] += 1
-                state["bad_steps"] += 1
-                bad = ", ".join(gather_object(names))
-                logger.warning(f"step {state['step']} skipped: its loss or gradient is not finite; its clips: {bad}")
-                if state["bad_steps"] == MAX_BAD_STEPS:
-                    raise RuntimeError(f"{MAX_BAD_STEPS} steps in a row were not finite; clips of the last one: {bad}")
-            update, names, last = [], [], state["step"] == run.max_steps
-            if rows and (state["step"] % args.logging_steps == 0 or last):
-                seconds = (time.perf_counter() - started) / len(rows) * args.gradient_accumulation_steps
-                rows = accelerator.gather(torch.stack(rows))  # of all micro-batches since the last line, and all ranks
-                values = {"loss": rows[:, 0].mean().item(), "weight_mean": rows[:, 1].mean().item()}
-                values |= {"weight_max": rows[:, 2].max().item()} | motion_means(rows[:, 3:])
-                values |= {"grad_norm": float(grad_norm), "lr": run.lr_scheduler.get_last_lr()[0], "epoch": epoch}
-                values |= {"seconds_per_step": seconds, "clips_per_second": run.update / seconds}
-                values |= {"peak_memory_gib": max(gather_object([peak_memory(accelerator.device)]))}
-                values |= {"skipped_steps": state["skipped_steps"]}
-                log_metrics(accelerator, values, state["step"], args)
-                bar.set_postfix(loss=f"{values['loss']:.4f}", mse=f"{values['mse']:.4f}")
-                rows, started = [], time.perf_counter()
+                state.skipped_steps += 1
+                state.bad_steps += 1
+                clips = ", ".join(gather_object(names))
+                logger.warning(f"step {state.step} skipped: its loss or gradient is not finite; its clips: {clips}")
+                if state.bad_steps == MAX_BAD_STEPS:
+                    raise RuntimeError(
+                        f"{MAX_BAD_STEPS} steps in a row were not finite; clips of the last one: {clips}"
+                    )
+            micro_batches = []
+            names = []
+            last = state.step == run.max_steps
+
+            # ---- once in a while: log, checkpoint, validate ----
+            if history and (state.step % args.logging_steps == 0 or last):
+                updates = len(history) / args.gradient_accumulation_steps
+                seconds = (time.perf_counter() - started) / updates
+                metrics = average(accelerator, history) | {
+                    "grad_norm": grad_norm.item(),
+                    "lr": run.lr_scheduler.get_last_lr()[0],
+                    "epoch": epoch,
+                    "seconds_per_step": seconds,
+                    "clips_per_second": run.samples_per_update / seconds,
+                    "peak_memory_gib": max(gather_object([peak_memory(accelerator.device)])),
+                    "skipped_steps": state.skipped_steps,
+                }
+                log_metrics(accelerator, metrics, state.step, args)
+                progress.set_postfix(loss=f"{metrics['loss']:.4f}", mse=f"{metrics['mse']:.4f}")
+                history = []
+                started = time.perf_counter()
             paused = time.perf_counter()
-            if state["step"] % args.checkpointing_steps == 0 or last:
+            if state.step % args.checkpointing_steps == 0 or last:
                 save_checkpoint(run, args)
-            look(run, args)
+            validate(run, args)
             started += time.perf_counter() - paused
             if last:
                 return
-        skip = 0
 
 
-def look(run: SimpleNamespace, args: argparse.Namespace) -> None:
-    """
-    Before the first step, every so many, after the last: held-out errors and sample videos, by the EMA if any. What
-    a run that was stopped had made at this step already is not made again, but for the last samples.
-    """
-    step, last = run.state["step"], run.state["step"] >= run.max_steps
-    evaluates = len(run.held_out) > 0 and (step % args.eval_steps == 0 or last)
-    samples = len(args.validation_prompt) > 0 and (step % args.validation_steps == 0 or last)
-    if run.resumed == step:
-        seen = any("val/mse" in row and row["step"] == step for row in read_metrics(args.output_dir))
-        there = not last and all(path.is_file() for path in sample_paths(step, args))
-        seen, there = broadcast_object_list([seen, there])  # of the main process, which has the files
-        evaluates, samples = evaluates and not seen, samples and not there
-    if evaluates or samples:
-        with averaged_weights(run):
-            if evaluates and (values := evaluate(run, args)):
-                log_metrics(run.accelerator, values, step, args)
-                logger.info(f"step {step}: held-out mse {values['val/mse']:.4f}")
-            if samples and not stop_is_asked(run):
-                sample_videos(run, args)
-        run.accelerator.unwrap_model(run.transformer).train()
+def clip_gradients(accelerator: Accelerator, transformer: torch.nn.Module, max_norm: float) -> torch.Tensor:
+    """Clip the gradient's norm to `max_norm`, or not at all if that is 0; returns the norm before, a scalar."""
+    grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), max_norm or math.inf)
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
+    return grad_norm
 
 
-def dry_run(run: SimpleNamespace, args: argparse.Namespace) -> None:
+def average(accelerator: Accelerator, history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Average loss and errors over micro-batches and ranks. `weight` is the loss's mean weight, loss over error."""
+    columns = {}
+    for name in history[0]:
+        columns[name] = accelerator.gather(torch.stack([row[name] for row in history]))
+    metrics = {"loss": columns.pop("loss").mean().item(), **mean_errors(columns)}
+    metrics["weight"] = metrics["loss"] / metrics["mse"]
+    return metrics
+
+
+def dry_run(run: "Run", args: argparse.Namespace, compute_loss: Callable) -> None:
     """One update, a LoRA round trip in memory, and a table of what the whole run would need."""
     batch = next(iter(run.dataloader))
-    loss, row = training_loss(run.transformer, batch, run.thresholds, args)
+    sigmas = batch["sigmas"].view(-1, 1, 1, 1, 1)
+    noisy_latents = (1 - sigmas) * batch["latents"] + sigmas * batch["noise"]
+    target = batch["noise"] - batch["latents"]
+    prediction = predict_flow(run.wan, run.transformer, noisy_latents, batch)
+    loss = compute_loss(prediction, target, batch, args)
+    mse = F.mse_loss(prediction.detach().float(), target)
     run.accelerator.backward(loss)
     run.optimizer.step()
-    lora = gathered_weights(run.accelerator, run.transformer, args)
+    lora = gather_weights(run.accelerator, run.transformer, args)
     if args.train_type == "lora" and run.accelerator.is_main_process:
         comfyui = comfyui_state_dict(lora, args.rank, args.lora_alpha)
         loaded = WanPipeline.lora_state_dict({k: v.clone() for k, v in comfyui.items()})  # it scales in place
@@ -1893,7 +2571,7 @@ def dry_run(run: SimpleNamespace, args: argparse.Namespace) -> None:
     rows, seen = open_dataset(args, args.dataset_split)[0], {c["path"] for c in run.dataset.clips + run.held_out.clips}
     count = len(rows) if isinstance(rows, datasets.Dataset) else len(seen)
     size = sum(Path(args.cache_dir, path).stat().st_size for path in seen) / len(seen) * count / 2**20
-    loss, mse = run.accelerator.reduce(row, "mean")[[0, 3]].tolist()
+    loss, mse = run.accelerator.reduce(torch.stack([loss.detach(), mse]), "mean").tolist()
     skipped = Path(args.output_dir, "skipped.jsonl")
     table = {
         "videos": f"{count}, of which {len(seen)} were tried",
@@ -1909,10 +2587,11 @@ def dry_run(run: SimpleNamespace, args: argparse.Namespace) -> None:
         print("\n".join(f"{name:22}{value}" for name, value in table.items()))
 
 
-def end(run: SimpleNamespace, args: argparse.Namespace) -> None:
-    """
-    Waits for the upload of a checkpoint: the interpreter, once it shuts down, starts no more threads, which that
-    would need. The last one follows, if the network was busy when it was written.
+def end(run: Run, args: argparse.Namespace) -> None:
+    """Wait for the upload of a checkpoint, and end the trackers.
+
+    The interpreter, once it shuts down, starts no more threads, which the upload would need. The last checkpoint
+    follows here, if the network was busy when it was written.
     """
     if run.upload:
         run.upload.join()
@@ -1924,37 +2603,43 @@ def end(run: SimpleNamespace, args: argparse.Namespace) -> None:
     run.accelerator.end_training()
 
 
-def main(args: argparse.Namespace) -> None:
-    started, accelerator = time.monotonic(), build_accelerator(args)
+def main(args: argparse.Namespace, compute_loss: Callable = compute_loss) -> None:
+    """Train. `compute_loss(prediction, target, batch, args)` may be another loss than this file's."""
+    started = time.monotonic()
+    accelerator = build_accelerator(args)
     with lock_folder(accelerator, args.output_dir):
         # 1. What can be refused is refused before anything is paid for
-        index = check_model(args)
-        pushes = (args.push_to_hub or args.push_checkpoints_to_hub) and not args.dry_run
-        repo_id = create_hub_repo(args) if pushes and accelerator.is_main_process else None
+        wan = identify_wan(args)
+        repo_id = None
+        if (args.push_to_hub or args.push_checkpoints_to_hub) and not args.dry_run and accelerator.is_main_process:
+            repo_id = create_hub_repo(args)
 
         # 2. Data, model, optimizer
-        run = set_up(args, accelerator, index)
-        run.checkpoint_repo = repo_id if args.push_checkpoints_to_hub else None
-        run.deadline = started + 3600 * (args.max_train_hours or math.inf)
+        run = set_up(args, accelerator, wan)
+        if args.push_checkpoints_to_hub:
+            run.checkpoint_repo = repo_id
+        if args.max_train_hours:
+            run.deadline = started + 3600 * args.max_train_hours
         if args.dry_run:
-            return dry_run(run, args)
+            dry_run(run, args, compute_loss)
+            return
 
         # 3. From where a checkpoint stopped, or from a first look at the untrained model
         with heeded_signals() as run.notice:
             resume(run, args)
             start_trackers(run, args)
-            look(run, args)
-            if run.state["step"] < run.max_steps:
-                train(run, args)
-            stopped = run.state["step"] < run.max_steps or stop_is_asked(run)
+            validate(run, args)
+            if run.state.step < run.max_steps:
+                train(run, args, compute_loss)
+            stopped = run.state.step < run.max_steps or stop_is_asked(run)
         if stopped:
-            logger.warning(f"stopped at step {run.state['step']}; to go on, add --resume_from_checkpoint latest")
+            logger.warning(f"stopped at step {run.state.step}; to go on, add --resume_from_checkpoint latest")
             end(run, args)
             sys.exit(EXIT_STOPPED)
 
         # 4. Weights, card, Hub
         run.facts["hardware"] += f", {(time.monotonic() - started) / 3600:.2f} h"
-        finish(run, repo_id if args.push_to_hub else None, args)
+        save_and_publish(run, repo_id if args.push_to_hub else None, args)
         end(run, args)
         logger.info(f"done; look into {args.output_dir}")
 
