@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import ctypes
 import difflib
-import fcntl
 import functools
 import hashlib
 import html
@@ -37,21 +36,18 @@ import math
 import os
 import platform
 import re
-import resource
 import shlex
 import shutil
 import signal
 import sys
-import sysconfig
-import threading
 import time
 import urllib.parse
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import datasets
@@ -77,6 +73,7 @@ from accelerate.utils import (
 from accelerate.utils.fsdp_utils import load_fsdp_optimizer, save_fsdp_optimizer
 from datasets.distributed import split_dataset_by_node
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.training_utils import (
@@ -87,8 +84,7 @@ from diffusers.training_utils import (
     free_memory,
 )
 from diffusers.utils import check_min_version, export_to_video
-from diffusers.video_processor import VideoProcessor
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, httpx, validate_repo_id
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -110,9 +106,7 @@ logger = get_logger(__name__)
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 MAX_SEQUENCE_LENGTH = 512  # what WanPipeline.__call__ pads to; encode_prompt's own default is 226
 EMA_DECAY = 0.999  # reached gradually
-# diffusers' names of torch's attention kernels that have a backward pass
-ATTENTION_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
-# torch's operators in which all of them end: what selective checkpointing keeps
+# torch's operators in which its attention ends: what selective checkpointing keeps
 ATTENTION_OPERATORS = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -149,26 +143,38 @@ COMFYUI_NAMES = {
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MEDIA_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".gif", ".png", ".jpg", ".jpeg", ".webp"}
+ARCHIVES = ("zip://", "tar://", "gzip://")
 TIME_TOLERANCE = 1e-3  # seconds; Matroska rounds presentation times to milliseconds
 MAX_PIXELS = 2**26  # of a picture, twice those of 8K: decoding more is refused
 MAX_SECONDS = 6 * 3600  # of a video of which more than its start is asked for
 MAX_CHARACTERS = 10_000  # of a caption; the text encoder reads 512 tokens
 
 # Cache and statistics
-CACHE_FORMAT = 1  # part of every cache key: raise it when what is cached changes
+CACHE_FORMAT = 2  # part of every entry's key: raise it when what is cached changes
 HUB_CACHES = (huggingface_hub.constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
+# What an entry says of its clip, beside the big tensors
+STATISTICS = (
+    "ltd",
+    "ltd_per_frame",
+    "ltd_quantiles",
+    "gaps",
+    "mean",
+    "std",
+    "crop_fraction",
+    "orientation_differs",
+    "windows",  # how many clips the video has
+)
 DAMAGE = (SafetensorError, ValueError, KeyError, TypeError)  # what reading a damaged cache entry raises
 STATS_WINDOW = 3  # the window of the LTD statistics, whatever --ltd_window, so that runs stay comparable
 MOTION_QUANTILES = (0.5, 0.9)  # of the dataset's LTD: voxels below the first are "static", above the second "motion"
 CUT_RATIO = 4.0  # a gap this many times the clip's median gap is taken for a hard cut
-MIN_VAE_PSNR = 20.0  # dB; Wan's VAE gives 30 and more, frames in [0, 1] instead of [-1, 1] about 11
 
 # Training
 SIGMA_DRAWS = 1024
 EVAL_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 MAX_BAD_STEPS = 10
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # spot notice, Slurm, Ctrl-C
-SAME_NOTICE = 3.0  # seconds in which a launcher and a process group may both deliver one notice
+STRIP_FRAMES = 8  # of a sample in tensorboard
+STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")  # spot notice, Slurm, Ctrl-C, a closed terminal
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped early with a checkpoint, start again
 
 # Files, card and Hub
@@ -179,6 +185,8 @@ CHECKPOINT_BRANCH = "checkpoints"  # of the Hub's repository
 HUB_ERRORS = (HfHubHTTPError, httpx.HTTPError, ConnectionError, RuntimeError)  # the client wraps some in the last
 PASSING = (429, *range(500, 600))  # HTTP states worth another try
 RETRY_DELAYS = (1, 2, 4, 8, 16)  # seconds between tries at the Hub
+MAX_RETRY_DELAY = 600  # seconds, whatever the Hub asks for
+CHECKPOINT_FORMAT = 2  # raise it when `load_checkpoint` could not read an older one
 CARD_SETTINGS = (
     "pretrained_model_name_or_path",
     "transformer_path",
@@ -206,6 +214,14 @@ CARD_SETTINGS = (
     "mixed_precision",
     "seed",
 )
+# Flags of earlier versions, and what took their place
+REMOVED_FLAGS = {
+    "min_ltd": "filter the table by `examples/visualize_ltd.py report --write_metadata kept.jsonl --min_ltd ...`",
+    "max_ltd": "filter the table by `examples/visualize_ltd.py report --write_metadata kept.jsonl --max_ltd ...`",
+    "drop_cuts": "filter the table by `examples/visualize_ltd.py report --write_metadata kept.jsonl --drop_cuts`",
+    "dry_run": "try a small run: --max_train_samples 4 --max_train_steps 1",
+    "skip_vae_check": "leave it out, for nothing is checked any more that it could skip",
+}
 LOCAL_SETTINGS = ("output_dir", "cache_dir", "config", "resume_from_checkpoint", "train_data_dir")  # not for the card
 CITATION = """@article{wu2026ltd, title={Latent Temporal Discrepancy as Motion Prior}, year={2026},
   author={Wu, Meiqi and Song, Bingze and Lin, Ruimin and Zhu, Chen and Feng, Xiaokun and Wu, Jiahong and others},
@@ -281,6 +297,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dataset_config_name", help="configuration of it")
     add("--dataset_revision", help="branch, tag or commit of it")
     add("--dataset_split", default="train", help="split to train on")
+    add("--max_train_samples", type=positive_int, help="use only the first so many rows, for a trial")
     add("--streaming", action=switch, default=False, help="cache a Hub dataset without downloading it first")
     add("--train_data_dir", help="folder with metadata.jsonl/csv/parquet or clip.mp4 + clip.txt pairs, or such a file")
     add("--video_column", default="video", help="column of the clips: paths, embedded bytes, or a Video feature")
@@ -293,13 +310,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--clips_per_video", type=positive_int, default=1, help="windows of a long video, evenly spread; 1: its start")
     add("--max_skipped", type=share, default=0.1, help="stop when more than this share of the videos is unusable")
     add("--caption_dropout", type=share, default=0.1, help="share of samples with an empty caption; guidance needs it")
-    add("--validation_split", help="held-out clips: a fraction of the videos such as 0.1, or the name of a split")
+    add("--validation_fraction", type=share, help="hold out this share of the videos, such as 0.1")
+    add("--validation_split", help="hold out this split of the dataset")
     add("--cache_dir", help="encoded clips and captions, reusable by other runs (default: OUTPUT_DIR/cache)")
     add("--cache_dtype", choices=["float16", "float32"], default="float16", help="precision of the cache")
-    add("--skip_vae_check", action=switch, default=False, help="accept a VAE that cannot reproduce a clip")
-    add("--min_ltd", type=float, help="drop clips whose mean LTD is below this")
-    add("--max_ltd", type=float, help="drop clips whose mean LTD is above this")
-    add("--drop_cuts", action=switch, default=False, help="drop clips in which a hard cut is suspected")
 
     add = parser.add_argument_group("loss and noise").add_argument
     add("--loss", choices=["ltd", "mse"], default="ltd", help="weight on the squared error; mse is the weight 1")
@@ -326,7 +340,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_grad_norm", type=non_negative_float, default=1.0, help="clip the gradient's norm; 0: never")
     add("--gradient_checkpointing", nargs="?", const="full", choices=["none", "selective", "full"], default="full",
         help="recompute activations (81 frames fit); selective keeps attention's, the costliest to recompute")
-    add("--attention_backend", choices=ATTENTION_BACKENDS, help="diffusers' name of a kernel (default: torch chooses)")
+    add("--attention_backend", help="diffusers' name of a kernel, such as _native_cudnn (default: torch chooses)")
     add("--mixed_precision", choices=["no", "bf16"], help="default: bf16 on a GPU, where no is TF32; no on a CPU")
     add("--torch_compile", action=switch, default=False, help="compile the transformer's repeated block")
     add("--use_ema", action=switch, default=False, help="keep, validate and publish an average (decay 0.999)")
@@ -335,6 +349,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("checkpoints, validation, logging").add_argument
     add("--output_dir", default="outputs", help="where everything is written")
+    add("--overwrite_output_dir", action=switch, default=False, help="delete the checkpoints of an earlier run in it")
     add("--checkpointing_steps", type=positive_int, default=250, help="write checkpoint-STEP every so many updates")
     add("--checkpoints_total_limit", type=positive_int, help="keep only so many checkpoints, the newest")
     add("--resume_from_checkpoint", help="'latest', 'hub' (the newest there), or the path of one")
@@ -347,7 +362,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--validation_negative_prompt", default="", help="negative prompt of a sample")
     add("--logging_steps", type=positive_int, default=10, help="log every so many updates")
     add("--report_to", choices=["tensorboard", "wandb", "trackio", "none"], default="tensorboard", help="tracker")
-    add("--dry_run", action=switch, default=False, help="a few clips, one update, a LoRA round trip, a table")
 
     add = parser.add_argument_group("Hub (log in with `hf auth login` or HF_TOKEN)").add_argument
     add("--push_to_hub", action=switch, default=False, help="create the repository first, upload to it at the end")
@@ -365,10 +379,23 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     Raises `ValueError` with everything that is wrong at once, each with its remedy; argparse itself exits with 2.
     """
     command_line = sys.argv[1:] if input_args is None else [str(argument) for argument in input_args]
+    for argument in command_line:
+        name = argument.split("=")[0].removeprefix("--").removeprefix("no-")
+        if argument.startswith("--") and name in REMOVED_FLAGS:
+            raise ValueError(f"--{name} is gone: {REMOVED_FLAGS[name]}")
     parser = build_parser()
     args = parser.parse_args(command_line)
     if args.config:
-        args = parser.parse_args(recipe_flags(args.config, parser, command_line) + command_line)
+        recipe = read_recipe(args.config, parser)
+        lengths = ("num_train_epochs", "max_train_steps")
+        for name in list(recipe):
+            # Of what the command line gives, nothing may come from the recipe: neither more items of a list nor the
+            # other one of the two lengths of a run.
+            rivals = lengths if name in lengths else (name,)
+            if any(getattr(args, rival) is not None for rival in rivals) and parser.get_default(name) is None:
+                del recipe[name]
+        parser.set_defaults(**recipe)
+        args = parser.parse_args(command_line)
 
     full = args.train_type == "full"
     if args.learning_rate is None:
@@ -385,35 +412,52 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args.trigger_word = with_trigger(args, "") or None
     args.validation_prompt = [with_trigger(args, prompt) for prompt in args.validation_prompt or []]
     args.validation_negative_prompt = prompt_clean(args.validation_negative_prompt)
-    with contextlib.suppress(ValueError, TypeError):
-        args.validation_split = float(args.validation_split)  # else it is None, or the name of a split
     check_args(args)
     return args
 
 
-def recipe_flags(path: str, parser: argparse.ArgumentParser, command_line: list[str]) -> list[str]:
-    """The YAML recipe as flags, so that argparse checks types and choices; without those on the command line."""
+def read_recipe(path: str, parser: argparse.ArgumentParser) -> dict:
+    """Read a YAML file of `flag: value` lines.
+
+    Raises `ValueError` for a name that is no flag, with the nearest, and for a value that the flag does not take.
+    """
     try:
-        recipe = dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path} must hold lines of `flag: value` ({error})") from error
-    actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
-    given = {a.split("=")[0].removeprefix("--").removeprefix("no-") for a in command_line if a.startswith("--")}
-    lengths = {"num_train_epochs", "max_train_steps"}  # of a run: one overrides the other
-    given |= lengths if given & lengths else set()
-    flags = []
-    for key, value in recipe.items():
-        if key not in actions:
-            nearest = difflib.get_close_matches(str(key), actions, n=1, cutoff=0)[0]
-            raise ValueError(f"--config {path}: there is no flag `{key}`; the nearest is `{nearest}`")
-        switch = isinstance(actions[key], argparse.BooleanOptionalAction)
-        if switch and not isinstance(value, bool):
-            raise ValueError(f"--config {path}: `{key}` must be true or false, got {value!r}")
-        if switch and key not in given:
-            flags.append(f"--{key}" if value else f"--no-{key}")
-        elif value is not None and key not in given:
-            flags += [f"--{key}={v}" for v in (value if isinstance(value, list) else [value])]
-    return flags
+        # BaseLoader leaves each value as it is written: `no`, `007` and `1e-4` are not what YAML makes of them.
+        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"--config {path} must hold lines of `flag: value`")
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    values = {}
+    for name, text in recipe.items():
+        if name in REMOVED_FLAGS:
+            raise ValueError(f"--config {path}: `{name}` is gone: {REMOVED_FLAGS[name]}")
+        if name not in actions:
+            nearest = difflib.get_close_matches(name, actions, n=1, cutoff=0)[0]
+            raise ValueError(f"--config {path}: there is no flag `{name}`; the nearest is `{nearest}`")
+        if text in ("", "null", "~"):
+            continue
+        try:
+            if isinstance(text, list):
+                values[name] = [recipe_value(actions[name], item) for item in text]
+            else:
+                values[name] = recipe_value(actions[name], text)
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"--config {path}: `{name}`: {error}") from error
+    return values
+
+
+def recipe_value(action: argparse.Action, text: str):
+    """Convert a recipe's text to what its flag holds. Raises `ValueError` for what the flag does not take."""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if text not in ("true", "false"):
+            raise ValueError(f"must be true or false, got {text}")
+        return text == "true"
+    value = action.type(text) if action.type else text
+    if action.choices and value not in action.choices:
+        raise ValueError(f"must be one of {', '.join(action.choices)}, got {text}")
+    return value
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -439,26 +483,20 @@ def check_args(args: argparse.Namespace) -> None:
         problems.append("--quantization and adamw8bit go with one GPU or DDP, not with FSDP")
 
     # Clips
-    for name in ("height", "width"):
-        value = getattr(args, name)
-        nearest = max(16, round(value / 16) * 16)
-        if value != nearest:
-            problems.append(f"--{name} must be a multiple of 16, got {value}; try {nearest}")
-    nearest = max(1, round((args.num_frames - 1) / 4) * 4 + 1)
-    if args.num_frames != nearest:
-        problems.append(
-            f"--num_frames must be 4k+1 (the VAE would drop the rest), got {args.num_frames}; try {nearest}"
-        )
     if bool(args.dataset_name) == bool(args.train_data_dir):
         problems.append("give one of --dataset_name and --train_data_dir")
     if args.train_data_dir and not os.path.exists(args.train_data_dir):
         problems.append(f"--train_data_dir {args.train_data_dir} does not exist")
     if args.streaming and not args.dataset_name:
         problems.append("--streaming goes with --dataset_name; a local folder needs none")
-    if isinstance(args.validation_split, float) and not 0 < args.validation_split < 1:
-        problems.append(f"--validation_split must be in (0, 1), got {args.validation_split}")
-    if args.min_ltd is not None and args.max_ltd is not None and args.min_ltd > args.max_ltd:
-        problems.append("--min_ltd must not be above --max_ltd")
+    if args.validation_fraction in (0, 1):
+        problems.append(f"--validation_fraction must be in (0, 1), got {args.validation_fraction}")
+    if args.validation_fraction and args.validation_split:
+        problems.append("give one of --validation_fraction and --validation_split")
+    if args.validation_split and re.fullmatch(r"[\d.]+", args.validation_split):
+        problems.append(
+            f"--validation_split is the name of a split: try --validation_fraction {args.validation_split}"
+        )
 
     # Loss and noise
     if args.ltd_window < 2:
@@ -481,8 +519,8 @@ def check_args(args: argparse.Namespace) -> None:
     for package in packages:
         if not importlib.util.find_spec(package):
             problems.append(f"a package is missing: pip install {package}")
-    if args.torch_compile and not has_compiler():
-        problems.append("--torch_compile needs a C compiler and Python.h: --no-torch_compile")
+    if args.attention_backend and args.attention_backend not in [name.value for name in AttentionBackendName]:
+        problems.append(f"--attention_backend {args.attention_backend}: diffusers knows no kernel of that name")
     if args.mixed_precision == "bf16" and torch.cuda.is_available():
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             problems.append("--mixed_precision bf16: this GPU has no bf16; use no")
@@ -507,13 +545,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("\n- ".join(["these settings do not work:", *problems]))
 
 
-def has_compiler() -> bool:
-    """What torch.compile builds its kernels with: C on a GPU, C++ on a CPU, and Python's headers."""
-    variable, names = ("CC", ("gcc", "clang")) if torch.cuda.is_available() else ("CXX", ("g++", "clang++"))
-    headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
-    return headers and bool(os.environ.get(variable) or any(map(shutil.which, names)))
-
-
 def with_trigger(args: argparse.Namespace, caption: str) -> str:
     return prompt_clean(f"{args.trigger_word or ''} {caption}")
 
@@ -525,20 +556,24 @@ class Wan:
 
     subfolder: str  # of the pipeline's folder, where the transformer is
     scheduler: str  # class of the pipeline's own scheduler, by which samples are made
+    size_multiple: int  # of height and width, in pixels: what one token covers
+    frame_multiple: int  # a clip has a multiple of this many frames, and one more
 
 
 def identify_wan(args: argparse.Namespace) -> Wan:
     """Read the configurations of the base and of `--transformer_path`, before anything big is downloaded.
 
-    Raises `ValueError` for what is no Wan2.1 text-to-video model, by the name of what gives it away, and for what
-    cannot be read.
+    Raises `ValueError` for what is no Wan2.1 text-to-video model, by the name of what gives it away, for what cannot
+    be read, and for a size that the model cannot make.
     """
     base = args.pretrained_model_name_or_path
     path = args.transformer_path
     keys = []
     try:
         index = WanPipeline.load_config(base, revision=args.revision)
-        configs = [index, WanTransformer3DModel.load_config(base, subfolder="transformer", revision=args.revision)]
+        transformer = WanTransformer3DModel.load_config(base, subfolder="transformer", revision=args.revision)
+        vae = AutoencoderKLWan.load_config(base, subfolder="vae", revision=args.revision)
+        configs = [index, transformer]
         if path and path.endswith(".safetensors"):
             with safe_open(path, framework="pt") as file:
                 keys = list(file.keys())
@@ -561,7 +596,29 @@ def identify_wan(args: argparse.Namespace) -> Wan:
         raise ValueError(
             f"{names} is no Wan2.1 text-to-video model, all that this script trains: it has {unsupported[0]}"
         )
-    return Wan(subfolder="transformer", scheduler=index["scheduler"][1])
+    wan = Wan(
+        subfolder="transformer",
+        scheduler=index["scheduler"][1],
+        size_multiple=vae.get("scale_factor_spatial", 8) * transformer["patch_size"][1],
+        frame_multiple=vae.get("scale_factor_temporal", 4),
+    )
+    check_size(args, wan)
+    return wan
+
+
+def check_size(args: argparse.Namespace, wan: Wan) -> None:
+    """Refuse a size that the model cannot make, with the nearest that it can. Raises `ValueError`."""
+    for name in ("height", "width"):
+        value = getattr(args, name)
+        nearest = max(1, round(value / wan.size_multiple)) * wan.size_multiple
+        if value != nearest:
+            raise ValueError(f"--{name} must be a multiple of {wan.size_multiple}, got {value}; try {nearest}")
+    nearest = max(0, round((args.num_frames - 1) / wan.frame_multiple)) * wan.frame_multiple + 1
+    if args.num_frames != nearest:
+        raise ValueError(
+            f"--num_frames must be {wan.frame_multiple}k+1, for the VAE would drop the rest; got {args.num_frames}, "
+            f"try {nearest}"
+        )
 
 
 def transformer_subfolder(path: str) -> str | None:
@@ -585,21 +642,18 @@ def load_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKLWan
     return vae.requires_grad_(False).to(device)
 
 
-def latent_constants(vae: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation of the VAE's latents, each `(1, C, 1, 1, 1)`."""
-    mean = torch.tensor(vae.config.latents_mean, device=vae.device).view(1, -1, 1, 1, 1)
-    std = torch.tensor(vae.config.latents_std, device=vae.device).view(1, -1, 1, 1, 1)
-    return mean, std
-
-
 @torch.no_grad()
-def encode_clip(vae: AutoencoderKLWan, frames: torch.Tensor) -> torch.Tensor:
-    """Encode frames `(F, 3, H, W)` uint8 to normalized latents `(C, F', H/8, W/8)` float32, the posterior's mode."""
+def encode_clip(vae: AutoencoderKLWan, frames: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Encode frames `(F, 3, H, W)` uint8 to the tensors that training needs of a clip, float32.
+
+    That is `latents` `(C, F', H/8, W/8)`: the posterior's mode, normalized.
+    """
     pixels = frames.to(vae.device, torch.float32).div(127.5).sub(1)
     pixels = pixels.transpose(0, 1)[None]  # (1, 3, F, H, W)
     latents = vae.encode(pixels).latent_dist.mode()
-    mean, std = latent_constants(vae)
-    return ((latents - mean) / std)[0]
+    mean = torch.tensor(vae.config.latents_mean, device=vae.device).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std, device=vae.device).view(1, -1, 1, 1, 1)
+    return {"latents": ((latents - mean) / std)[0]}
 
 
 def load_transformer(args: argparse.Namespace, wan: Wan) -> WanTransformer3DModel:
@@ -670,20 +724,27 @@ def predict_flow(
 
 
 # --- 3. Clips: dataset -> clips -> frames ----------------------------------------------------------------------------
+class Bucket(NamedTuple):
+    """The size of a clip in frames and pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+
 class ClipError(ValueError):
     """A clip cannot be used, and why. `num_frames` is how many frames there were, when they were too few."""
 
-    num_frames: int | None = None
+    def __init__(self, reason: str, num_frames: int | None = None):
+        super().__init__(reason)
+        self.num_frames = num_frames
 
 
-def open_dataset(
-    args: argparse.Namespace, split: str
-) -> tuple[datasets.Dataset | datasets.IterableDataset, Path, bool]:
+def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset | datasets.IterableDataset, Path]:
     """Open a split of `--train_data_dir` or `--dataset_name`.
 
-    Returns the rows with undecoded `video` and `text`, the folder that relative paths start from, and whether the
-    paths may lead anywhere: those of a table that the user names, and files that a folder has beside their captions.
-    Raises `ValueError` for a split or a column that is not there.
+    Returns the rows with undecoded `video` and `text`, and the folder that relative paths start from. Raises
+    `ValueError` for a split or a column that is not there.
     """
     root = Path(args.train_data_dir or args.dataset_name)
     folder = root
@@ -697,7 +758,9 @@ def open_dataset(
             break
     pairs = folder.is_dir() and any(clip.with_suffix(".txt").is_file() for clip in find_media(folder))
     if folder == root and split != args.dataset_split and (table.is_file() or pairs):
-        raise ValueError(f"--validation_split {split}: {root} has no such folder; a fraction such as 0.1 works")
+        raise ValueError(
+            f"--validation_split {split}: {root} has no such folder; --validation_fraction 0.1 needs none"
+        )
 
     if table.is_file():
         if table.suffix not in TABLE_BUILDERS:
@@ -705,7 +768,7 @@ def open_dataset(
         dataset = datasets.load_dataset(TABLE_BUILDERS[table.suffix], data_files=str(table), split="train")
         folder = table.parent
     elif pairs:
-        return pair_clips_with_captions(folder), folder, True
+        return pair_clips_with_captions(folder), folder
     else:
         dataset = datasets.load_dataset(
             str(folder) if folder.is_dir() else args.dataset_name,
@@ -715,7 +778,7 @@ def open_dataset(
             streaming=args.streaming,
         )
 
-    # Frames are decoded by `read_clips`, at the times that training asks for.
+    # Frames are decoded by `read_clip`, at the times that training asks for.
     if args.streaming:
         dataset = dataset.decode(False)  # before select_columns: after it, it has no effect on a Hub's files
     columns = dataset.column_names
@@ -736,7 +799,7 @@ def open_dataset(
         dataset = dataset.rename_column(video_column, "video")
     if args.caption_column != "text":
         dataset = dataset.rename_column(args.caption_column, "text")
-    return dataset, folder, root.is_file()
+    return dataset, folder
 
 
 def find_media(folder: Path) -> Iterator[Path]:
@@ -762,11 +825,11 @@ def pair_clips_with_captions(folder: Path) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
-def locate_clip(value: str | dict | bytes | None, folder: Path, trusted: bool, args) -> str | bytes:
+def locate_clip(value: str | dict | bytes | None, folder: Path, args: argparse.Namespace) -> str | bytes:
     """Return the path or the bytes of a clip, from whatever the video column holds.
 
-    Rows that are not trusted may be hostile: those of a folder must stay in it, those of a Hub's dataset on the Hub;
-    both may lead into the caches of the libraries. Raises `ClipError`.
+    Rows may be hostile: those of a folder must stay in it, those of a Hub's dataset on the Hub; both may lead into the
+    caches of the libraries. Raises `ClipError`.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -776,24 +839,24 @@ def locate_clip(value: str | dict | bytes | None, folder: Path, trusted: bool, a
         return value
     if not isinstance(value, str) or "\0" in value:
         raise ClipError("neither a path nor bytes")
-    if not (folder.is_dir() or "://" in value or os.path.isabs(value)):
+    on_hub = not folder.is_dir()
+    if on_hub and "://" not in value and not os.path.isabs(value):
         revision = urllib.parse.quote(args.dataset_revision or "main", safe="")
         value = f"hf://datasets/{args.dataset_name}@{revision}/{value}"
-    *archives, target = value.split("::")  # as in zip://clip.mp4::hf://datasets/user/clips/all.zip
-    path = folder / target
-    remote = "://" in target
-    if remote:
-        inside = target.startswith("hf://") and not folder.is_dir()
-    else:
-        inside = any(path.resolve().is_relative_to(Path(root).resolve()) for root in (folder, *HUB_CACHES))
-    if not trusted and not (inside and all(a.startswith(("zip://", "tar://", "gzip://")) for a in archives)):
-        raise ClipError("leads out of the dataset's folder")
-    if remote or archives:
+    if "://" in value:
+        *archives, target = value.split("::")  # as in zip://clip.mp4::hf://datasets/user/clips/all.zip
+        known = all(archive.startswith(ARCHIVES) for archive in archives)
+        if not (on_hub and known and target.startswith("hf://")):
+            raise ClipError("leads out of the dataset's folder")
         try:
             with fsspec.open(value, "rb") as file:
                 return file.read()
         except Exception as error:  # of any file system and archive that there is
             raise ClipError(f"cannot be read: {error}") from error
+    # By its words: a link inside the folder is the user's own, and may lead anywhere.
+    path = Path(os.path.abspath(folder / value))
+    if not any(path.is_relative_to(os.path.abspath(root)) for root in (folder, *HUB_CACHES)):
+        raise ClipError("leads out of the dataset's folder")
     if not path.is_file():
         raise ClipError("file not found")
     if not path.stat().st_size:
@@ -819,36 +882,37 @@ def open_source(source: str | bytes) -> io.IOBase:
     return open(source, "rb")
 
 
-def read_clips(source: str | bytes, args: argparse.Namespace) -> tuple[torch.Tensor, float, bool]:
-    """Decode the windows of one video, or an image.
+def read_clip(
+    source: str | bytes, bucket: Bucket, fps: float, clips_per_video: int = 1
+) -> tuple[torch.Tensor, float, bool]:
+    """Decode a clip from the start of a video, or an image; or several clips, evenly spread over the video.
 
     Returns frames `(clips, F, 3, H, W)` uint8, the share of the picture that the crop throws away, and whether a
     portrait video meets a landscape crop or the other way round. Raises `ClipError` without a video stream or with too
     few frames, and `av.FFmpegError` for what cannot be decoded.
     """
     starts = np.zeros(1)
-    if args.clips_per_video > 1:
-        span = args.num_frames / args.fps
+    if clips_per_video > 1:
+        span = bucket.frames / fps
         seconds = video_seconds(source)
-        count = min(args.clips_per_video, max(1, int(seconds / span + TIME_TOLERANCE)))
+        count = min(clips_per_video, max(1, int(seconds / span + TIME_TOLERANCE)))
         starts = np.linspace(0, max(0, seconds - span), count)
-    times = np.add.outer(starts, np.arange(args.num_frames) / args.fps).ravel()
+    times = np.add.outer(starts, np.arange(bucket.frames) / fps).ravel()
     frames = []
     height, width = 0, 0
     for picture in frames_at(source, times):
         height, width = picture.shape[:2]
-        frames.append(resize_and_crop(picture, args.height, args.width))
-    if len(frames) < args.num_frames:
-        error = ClipError(f"too short: {len(frames)} frames at {args.fps:g} fps, {args.num_frames} needed")
-        error.num_frames = len(frames)
-        raise error
+        frames.append(resize_and_crop(picture, bucket.height, bucket.width))
+    if len(frames) < bucket.frames:
+        raise ClipError(f"too short: {len(frames)} frames at {fps:g} fps, {bucket.frames} needed", len(frames))
 
-    whole_clips = len(frames) // args.num_frames
-    frames = torch.stack(frames[: whole_clips * args.num_frames])
-    scale = max(args.height / height, args.width / width)
-    crop_fraction = 1 - args.height * args.width / scale**2 / (height * width)
-    orientation_differs = (height - width) * (args.height - args.width) < 0
-    return frames.unflatten(0, (whole_clips, args.num_frames)), max(0.0, crop_fraction), orientation_differs
+    count = len(frames) // bucket.frames
+    frames = torch.stack(frames[: count * bucket.frames]).unflatten(0, (count, bucket.frames))
+    scale = max(bucket.height / height, bucket.width / width)
+    kept_area = (bucket.height / scale) * (bucket.width / scale)
+    crop_fraction = max(0.0, 1 - kept_area / (height * width))
+    orientation_differs = (height - width) * (bucket.height - bucket.width) < 0
+    return frames, crop_fraction, orientation_differs
 
 
 def video_stream(container) -> av.VideoStream:
@@ -927,301 +991,432 @@ def resize_and_crop(picture: np.ndarray, height: int, width: int) -> torch.Tenso
 
 
 # --- 4. Cache: frames -> latents, captions -> prompt_embeds ----------------------------------------------------------
+@dataclass(frozen=True)
+class Clip:
+    """A clip as training knows it: a window of a video, or an image. What is big of it waits in the cache."""
+
+    order: tuple[int, int, int]  # shard, row and window: sorts clips as the dataset has them
+    name: str  # its file, with #1, #2, ... after it for the later windows of a video
+    captions: list[str]
+    identity: str  # hash of the video's contents, which its copies and windows share
+    path: str  # of its entry, in the cache folder
+    encoded: bool  # by this start; else it was in the cache already
+    ltd: float  # mean over voxels, of LTD with the window STATS_WINDOW, as all that follows
+    ltd_per_frame: list[float]
+    ltd_quantiles: list[float]  # over voxels, at 0, 5, ... 100 %
+    gaps: list[float]  # mean distance of each latent frame to the next
+    mean: float  # of the latents, as is `std`
+    std: float
+    crop_fraction: float  # share of the picture that the crop throws away
+    orientation_differs: bool  # a portrait video meets a landscape crop, or the other way round
+
+    def largest_jump(self) -> tuple[float, int]:
+        """Find the largest gap as a multiple of their median, and the latent frame before it.
+
+        The first gap does not count: latent frame 0 is one picture and not four, so a causal VAE inflates it. Returns
+        `(0, 0)` for a clip too short to tell.
+        """
+        gaps = self.gaps[1:]
+        if len(gaps) < 3:
+            return 0.0, 0
+        median = max(sorted(gaps)[len(gaps) // 2], 1e-9)
+        return max(gaps) / median, 1 + gaps.index(max(gaps))
+
+    def cut_is_suspected(self) -> bool:
+        """Tell whether a gap is so large that there may be a hard cut."""
+        return self.largest_jump()[0] > CUT_RATIO
+
+
+@dataclass
+class Video:
+    """A row of the dataset on its way into the cache."""
+
+    order: tuple[int, int]  # shard and row
+    name: str
+    captions: list[str]
+    identity: str = ""
+    statistics: list[dict] = field(default_factory=list)  # of its clips, when they are in the cache
+    frames: torch.Tensor | None = None  # (clips, F, 3, H, W) uint8, when they are not
+    crop_fraction: float = 0.0
+    orientation_differs: bool = False
+    reason: str | None = None  # why it cannot be used
+    num_frames: int | None = None  # how many frames there were, when they were too few
+
+
 def cache_key(*parts) -> str:
-    return hashlib.blake2b(json.dumps([CACHE_FORMAT, *parts]).encode(), digest_size=16).hexdigest()
+    """Hash whatever an entry depends on to the name of its file."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def model_identity(args: argparse.Namespace, *subfolders: str) -> str:
-    """What the cache knows a component by: Hub id and commit, or the contents of a local folder."""
+    """Return what the cache knows a component by: Hub id and commit, or the contents of a local folder."""
     path = args.pretrained_model_name_or_path
     if not os.path.isdir(path):
         _, commit = WanPipeline.load_config(path, revision=args.revision, return_commit_hash=True)
         return f"{path}@{commit}:{args.variant}"
-    files = [f for folder in subfolders for f in sorted(Path(path, folder).glob("*")) if f.is_file()]
-    return cache_key([(f.name, content_hash(str(f))) for f in files])
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Says what could not be written: on a full disk safetensors and torch.save raise what is no `OSError`."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        left = "The cache and older checkpoints are intact: make room, then use --resume_from_checkpoint latest"
-        raise RuntimeError(f"cannot write {path}: {error}. {left}.") from error
-
-
-def checksums(tensor: torch.Tensor) -> list[int]:
-    """CRC-32 of each row, so that one window of a video can be checked alone."""
-    return [zlib.crc32(row.numpy().tobytes()) for row in tensor]
+    hashes = []
+    for subfolder in subfolders:
+        for file in sorted(Path(path, subfolder).glob("*")):
+            if file.is_file():
+                hashes.append((file.name, content_hash(str(file))))
+    return cache_key(hashes)
 
 
 def save_entry(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write beside and rename, so that a killed run leaves no half entry."""
+    """Write a cache entry: beside, then renamed, so that a killed run leaves no half of one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {"crc32": json.dumps({k: checksums(v) for k, v in tensors.items()})})
-        os.replace(partial, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    partial.replace(path)
 
 
-def read_checked(file: safe_open, name: str, rows: slice = slice(None)) -> torch.Tensor:
-    """Rows of a tensor of an open cache entry; `ValueError` when they are not those that were written."""
-    tensor, sums = file.get_slice(name)[rows], (file.metadata() or {}).get("crc32")
-    if sums and checksums(tensor) != json.loads(sums)[name][rows]:
-        raise ValueError(f"the checksum of {name} is wrong")
-    return tensor
-
-
-def read_statistics(path: Path) -> dict[str, list] | None:
-    """All of a cache entry but the big tensors; `None` when it is absent or damaged, so that it is made again."""
+def load_statistics(path: Path) -> dict | None:
+    """Load the small tensors of an entry, as numbers and lists; `None` when it is absent or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {k: read_checked(file, k).tolist() for k in file.keys() if k not in ("latents", "prompt_embeds")}
+            return {name: file.get_tensor(name).tolist() for name in file.keys() if name in STATISTICS}
     except FileNotFoundError:
         return None
     except DAMAGE as error:
-        logger.warning(f"cache entry {path} is damaged and made again: {error}", main_process_only=False)
+        logger.warning(f"cache entry {path} is damaged and encoded again: {error}", main_process_only=False)
         return None
 
 
-def read_cached(args: argparse.Namespace, file: str, name: str, rows: slice = slice(None)) -> torch.Tensor:
-    """Rows of a big tensor. Checked here and not at the start, which would read all; a damaged entry is removed."""
+def load_entry(args: argparse.Namespace, file: str) -> dict[str, torch.Tensor]:
+    """Load the big tensors of an entry, as float32. Raises `RuntimeError` with the remedy for a damaged one."""
     path = Path(args.cache_dir, file)
     try:
         with safe_open(path, framework="pt") as entry:
-            return read_checked(entry, name, rows)
+            return {name: entry.get_tensor(name).float() for name in entry.keys() if name not in STATISTICS}
     except DAMAGE as error:
         path.unlink(missing_ok=True)
-        remedy = "It was removed; start again with --resume_from_checkpoint latest, and it is made again"
-        raise RuntimeError(f"cache entry {path} is damaged: {error}. {remedy}.") from error
-
-
-@torch.no_grad()
-def check_vae(vae: AutoencoderKLWan, frames: torch.Tensor, latents: torch.Tensor, args: argparse.Namespace) -> None:
-    """Decode as the stock pipeline does and compare with the clip's own pixels: a wrong pixel range cannot pass."""
-    mean, std = latent_constants(vae)
-    video = vae.decode(latents[None] * std + mean, return_dict=False)[0]
-    video = VideoProcessor().postprocess_video(video, output_type="pt")[0]
-    psnr = -10 * math.log10(F.mse_loss(video.cpu(), frames.float() / 255).item() + 1e-10)
-    logger.info(f"VAE check: the first clip comes back with {psnr:.1f} dB")
-    if psnr < MIN_VAE_PSNR and not args.skip_vae_check:
-        problem = f"the VAE of {args.pretrained_model_name_or_path} is broken, untrained or another model's"
-        raise ValueError(f"{problem}: {psnr:.1f} dB, below {MIN_VAE_PSNR:g}; --skip_vae_check goes on all the same")
+        raise RuntimeError(
+            f"cache entry {path} is damaged: {error}. It was removed; start again with "
+            "--resume_from_checkpoint latest, and it is encoded again."
+        ) from error
 
 
 def latent_statistics(latents: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a run needs to know of `(clips, C, F, H, W)` latents without reading them again; each `(clips, ...)`."""
-    ltd, latents = latent_temporal_discrepancy(latents, STATS_WINDOW), latents.float()
+    """Compute what a run needs to know of latents `(C, F, H, W)` without reading them again."""
+    latents = latents.float()
+    ltd = latent_temporal_discrepancy(latents[None], STATS_WINDOW)[0]  # (F, H, W)
+    quantiles = np.quantile(ltd.flatten().cpu().numpy(), np.linspace(0, 1, 21))
     return {
-        "ltd": ltd.mean(dim=(1, 2, 3)),
-        "ltd_per_frame": ltd.mean(dim=(2, 3)),
-        "ltd_quantiles": torch.from_numpy(np.quantile(ltd.flatten(1).cpu().numpy(), np.linspace(0, 1, 21), axis=1).T),
-        "gaps": torch.linalg.vector_norm(latents.diff(dim=2), dim=1).mean(dim=(2, 3)),
-        "mean": latents.mean(dim=(1, 2, 3, 4)),
-        "std": latents.std(dim=(1, 2, 3, 4)),
+        "ltd": ltd.mean(),
+        "ltd_per_frame": ltd.mean(dim=(1, 2)),
+        "ltd_quantiles": torch.from_numpy(quantiles),
+        "gaps": torch.linalg.vector_norm(latents.diff(dim=1), dim=0).mean(dim=(1, 2)),
+        "mean": latents.mean(),
+        "std": latents.std(),
     }
 
 
-def stream_rows(dataset: datasets.IterableDataset, rank: int, world: int) -> Iterator[tuple[tuple[int, int], dict]]:
+class ClipReader(torch.utils.data.IterableDataset):
+    """Reads this rank's rows of a split: of what is cached the statistics, of all else the frames.
+
+    The processes of a `DataLoader` share the rows. A stream is read by one: `datasets` would split it once more.
     """
-    A rank's rows with their numbers `(shard, row)`, which sort into the dataset's order whatever the ranks. They are
-    whole shards, of which nobody else downloads anything, unless those are too few to share evenly.
+
+    def __init__(self, args: argparse.Namespace, split: str, accelerator: Accelerator):
+        self.args = args
+        self.rank = accelerator.process_index
+        self.world = accelerator.num_processes
+        self.dataset, self.folder = open_dataset(args, split)
+        self.streaming = isinstance(self.dataset, datasets.IterableDataset)
+        self.bucket = Bucket(args.num_frames, args.height, args.width)
+        self.key = cache_key(
+            CACHE_FORMAT,
+            model_identity(args, "vae"),
+            self.bucket,
+            args.fps,
+            args.clips_per_video,
+            args.cache_dtype,
+        )
+
+    def count(self) -> int | None:
+        """Return how many rows this rank reads; `None` for a stream."""
+        if self.streaming:
+            return None
+        rows = min(len(self.dataset), self.args.max_train_samples or len(self.dataset))
+        return len(range(self.rank, rows, self.world))
+
+    def __iter__(self) -> Iterator[Video]:
+        if self.streaming:
+            rows = stream_rows(self.dataset, self.rank, self.world)
+            if self.args.max_train_samples:
+                rows = itertools.islice(rows, math.ceil(self.args.max_train_samples / self.world))
+        else:
+            rows = self.local_rows()
+        for order, row in rows:
+            yield self.read(order, row)
+
+    def local_rows(self) -> Iterator[tuple[tuple[int, int], dict]]:
+        """Yield the rows of this rank and loader process with their place, `(0, row)`."""
+        worker = torch.utils.data.get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for position in range(first, self.count(), step):
+            number = self.rank + position * self.world
+            yield (0, number), self.dataset[number]
+
+    def read(self, order: tuple[int, int], row: dict) -> Video:
+        """Read a row. What makes its video unusable is the result's `reason`, and no exception."""
+        value = row["video"]
+        name = value.get("path") if isinstance(value, dict) else value
+        if not isinstance(name, str):
+            name = f"row {order}"
+        video = Video(order, name, read_captions(row["text"], name, self.args))
+        try:
+            source = locate_clip(value, self.folder, self.args)
+            video.identity = content_hash(source)
+            video.statistics = self.cached_statistics(video.identity)
+            if not video.statistics:
+                video.frames, video.crop_fraction, video.orientation_differs = read_clip(
+                    source, self.bucket, self.args.fps, self.args.clips_per_video
+                )
+        except ClipError as error:
+            video.reason = str(error)
+            video.num_frames = error.num_frames
+        except (OSError, av.FFmpegError) as error:
+            video.reason = f"cannot be read: {error}"
+        return video
+
+    def entry_path(self, identity: str, window: int) -> str:
+        """Name the cache entry of a clip, relative to the cache folder."""
+        return f"latents/{cache_key(self.key, identity, window)}.safetensors"
+
+    def cached_statistics(self, identity: str) -> list[dict]:
+        """Load the statistics of all clips of a video; none when one of them is not in the cache."""
+        statistics = []
+        windows = 1  # how many there are stands in the first entry
+        while len(statistics) < windows:
+            entry = load_statistics(Path(self.args.cache_dir, self.entry_path(identity, len(statistics))))
+            if entry is None:
+                return []
+            windows = entry.pop("windows")
+            statistics.append(entry)
+        return statistics
+
+
+def stream_rows(dataset: datasets.IterableDataset, rank: int, world: int) -> Iterator[tuple[tuple[int, int], dict]]:
+    """Yield a rank's rows with their place `(shard, row)`, which sorts into the dataset's order whatever the ranks.
+
+    They are whole shards, of which nobody else downloads anything, unless those are too few to share evenly.
     """
     shards = dataset.num_shards
     if shards % world and shards < 8 * world:
-        yield from (((0, n), row) for n, row in itertools.islice(enumerate(dataset), rank, None, world))
+        for number, row in itertools.islice(enumerate(dataset), rank, None, world):
+            yield (0, number), row
     else:
         for shard in range(rank, shards, world):
-            yield from (((shard, n), row) for n, row in enumerate(split_dataset_by_node(dataset, shard, shards)))
+            for number, row in enumerate(split_dataset_by_node(dataset, shard, shards)):
+                yield (shard, number), row
 
 
-def load_video(row: tuple[int, dict], folder: Path, trusted: bool, key: str, args) -> tuple[dict, tuple | None]:
-    """A row's `video`, as `cache_videos` returns it; and if it is neither cached nor skipped, what to encode."""
-    number, row = row
-    value, captions = row["video"], row["text"] if isinstance(row["text"], list) else [row["text"]]
-    name = value.get("path") if isinstance(value, dict) else value
-    video = {"number": number, "file": name if isinstance(name, str) else f"row {number}", "encoded": False}
-    captions = ["" if c is None else str(c) for c in captions or [""]]
-    if max(map(len, captions)) > MAX_CHARACTERS:
-        logger.warning(f"{video['file']}: caption cut to {MAX_CHARACTERS} characters", main_process_only=False)
-    video["captions"] = [with_trigger(args, c[:MAX_CHARACTERS]) for c in captions]
-    try:
-        source = locate_clip(value, folder, trusted, args)
-        video["identity"] = content_hash(source)
-        video["path"] = f"latents/{cache_key(key, video['identity'])}.safetensors"
-        video["statistics"] = read_statistics(Path(args.cache_dir, video["path"]))
-        return video, None if video["statistics"] else read_clips(source, args)
-    except (ClipError, OSError, av.FFmpegError) as error:
-        video["reason"] = str(error) if isinstance(error, ClipError) else f"cannot be read: {error}"
-        video["num_frames"] = getattr(error, "num_frames", None)
-        return video, None
+def read_captions(value: str | list | None, name: str, args: argparse.Namespace) -> list[str]:
+    """Return the captions of a row, with the trigger word: at least one, which may be empty."""
+    values = value if isinstance(value, list) else [value]
+    captions = []
+    for text in values or [""]:
+        text = "" if text is None else str(text)
+        if len(text) > MAX_CHARACTERS:
+            logger.warning(f"{name}: caption cut to {MAX_CHARACTERS} characters", main_process_only=False)
+        captions.append(with_trigger(args, text[:MAX_CHARACTERS]))
+    return captions
 
 
-def ahead(function, items: Iterable) -> Iterator:
-    """`map` that works on the next item, in a thread, while its caller is busy with the last result."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = []
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 1:
-                yield waiting.pop(0).result()
-        for last in waiting:
-            yield last.result()
+def encode_video(vae: AutoencoderKLWan, video: Video, reader: ClipReader, args: argparse.Namespace) -> None:
+    """Encode the clips of a video into the cache, and leave their statistics in place of the frames."""
+    entries = []
+    for frames in video.frames:
+        tensors = encode_clip(vae, frames)
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            video.reason = "the VAE returned values that are not finite"
+            return
+        entry = latent_statistics(tensors["latents"])
+        entry["crop_fraction"] = torch.tensor(video.crop_fraction)
+        entry["orientation_differs"] = torch.tensor(video.orientation_differs)
+        entry["windows"] = torch.tensor(len(video.frames))
+        for name, tensor in tensors.items():
+            entry[name] = tensor.to(getattr(torch, args.cache_dtype))
+        entries.append(entry)
+    for window, entry in enumerate(entries):
+        save_entry(entry, Path(args.cache_dir, reader.entry_path(video.identity, window)))
+        statistics = {name: entry[name].tolist() for name in STATISTICS}
+        del statistics["windows"]
+        video.statistics.append(statistics)
 
 
-def cache_videos(args: argparse.Namespace, accelerator: Accelerator, split: str, limit: int | None) -> list[dict]:
+def cache_clips(args: argparse.Namespace, accelerator: Accelerator, split: str) -> tuple[list[Clip], list[Video]]:
+    """Encode each video of a split that is not in the cache yet; the ranks share the work.
+
+    Returns on every rank all clips, and the videos that cannot be used, each with its `reason`; both in the dataset's
+    order.
     """
-    Encode each video of a split that is not in the cache yet; the ranks share the work. Returns on every rank a
-    dictionary a video, in the dataset's order: `number`, `file`, `captions`, `encoded` (now), and either `identity`,
-    `path` and `statistics` (lists over its clips), or why it was skipped, `reason`, and its `num_frames`.
-    """
-    dataset, folder, trusted = open_dataset(args, split)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    if isinstance(dataset, datasets.IterableDataset):
-        rows, total = itertools.islice(stream_rows(dataset, rank, world), limit and math.ceil(limit / world)), None
-    else:
-        numbers = range(rank, min(len(dataset), limit or len(dataset)), world)
-        rows, total = ((number, dataset[number]) for number in numbers), len(numbers)
-    settings = [args.height, args.width, args.num_frames, args.fps, args.clips_per_video, args.cache_dtype]
-    vae, key, videos = None, cache_key(model_identity(args, "vae"), *settings), []
-    load = functools.partial(load_video, folder=folder, trusted=trusted, key=key, args=args)
-    for video, decoded in tqdm(ahead(load, rows), f"caching {split}", total, unit="video", disable=rank > 0):
-        if decoded:
-            frames, cropped, turned = decoded
-            vae = vae or load_vae(args, accelerator.device)
-            latents = torch.stack([encode_clip(vae, clip) for clip in frames])
-            if not any(v["encoded"] for v in videos):
-                check_vae(vae, frames[0], latents[0], args)
-            tensors = {"cropped": torch.full((len(frames),), cropped), "turned": torch.full((len(frames),), turned)}
-            tensors |= latent_statistics(latents) | {"latents": latents.to(getattr(torch, args.cache_dtype))}
-            if torch.isfinite(latents).all():
-                save_entry(tensors, Path(args.cache_dir, video["path"]))
-                video |= {"statistics": {k: v.tolist() for k, v in tensors.items() if k != "latents"}, "encoded": True}
-            else:
-                video["reason"] = "the VAE returned values that are not finite"
-        if "reason" in video:
-            logger.warning(f"skipped {video['file']}: {video['reason']}", main_process_only=False)
-        videos.append(video)
+    reader = ClipReader(args, split, accelerator)
+    workers = 0 if reader.streaming else args.dataloader_num_workers
+    loader = torch.utils.data.DataLoader(reader, batch_size=None, num_workers=workers)
+    vae = None
+    clips = []
+    skipped = []
+    progress = tqdm(total=reader.count(), desc=f"caching {split}", unit="video", disable=reader.rank > 0)
+    for video in loader:
+        encodes = video.frames is not None
+        if encodes:
+            if vae is None:
+                vae = load_vae(args, accelerator.device)
+            encode_video(vae, video, reader, args)
+            video.frames = None
+        if video.reason:
+            logger.warning(f"skipped {video.name}: {video.reason}", main_process_only=False)
+            skipped.append(video)
+        for window, statistics in enumerate(video.statistics):
+            clip = Clip(
+                order=(*video.order, window),
+                name=f"{video.name}#{window}" if len(video.statistics) > 1 else video.name,
+                captions=video.captions,
+                identity=video.identity,
+                path=reader.entry_path(video.identity, window),
+                encoded=encodes,
+                **statistics,
+            )
+            clips.append(clip)
+        progress.update()
+    progress.close()
     del vae
     free_memory()
-    return sorted(gather_object(videos), key=lambda video: video["number"])
+    clips = sorted(gather_object(clips), key=lambda clip: clip.order)
+    skipped = sorted(gather_object(skipped), key=lambda video: video.order)
+    return clips, skipped
 
 
 @torch.no_grad()
-def cache_captions(args: argparse.Namespace, accelerator: Accelerator, captions: set[str]) -> tuple[dict, int]:
-    """Encode each caption that is not in the cache yet. Returns caption -> file, and how many were encoded now."""
+def cache_captions(args: argparse.Namespace, accelerator: Accelerator, captions: set[str]) -> dict[str, str]:
+    """Encode each caption that is not in the cache yet. Returns the file of each, relative to the cache folder."""
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-    key = cache_key(model_identity(args, "text_encoder", "tokenizer"), str(dtype), args.cache_dtype)
-    files = {c: f"text/{cache_key(key, c)}.safetensors" for c in sorted(captions)}
-    missing = [c for c in files if read_statistics(Path(args.cache_dir, files[c])) is None]
+    identity = model_identity(args, "text_encoder", "tokenizer")
+    key = cache_key(CACHE_FORMAT, identity, str(dtype), args.cache_dtype)
+    files = {caption: f"text/{cache_key(key, caption)}.safetensors" for caption in sorted(captions)}
+    missing = [caption for caption, file in files.items() if load_statistics(Path(args.cache_dir, file)) is None]
     accelerator.wait_for_everyone()  # every rank has looked before any writes
     if missing:
-        kwargs = {"revision": args.revision, "variant": args.variant, "dtype": dtype, "transformer": None, "vae": None}
-        pipeline = WanPipeline.from_pretrained(args.pretrained_model_name_or_path, **kwargs).to(accelerator.device)
+        pipeline = WanPipeline.from_pretrained(
+            args.pretrained_model_name_or_path,
+            revision=args.revision,
+            variant=args.variant,
+            dtype=dtype,
+            transformer=None,
+            vae=None,
+        ).to(accelerator.device)
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         for caption in tqdm(mine, desc="caching captions", disable=not accelerator.is_main_process):
-            embeds, _ = pipeline.encode_prompt(caption, None, False, max_sequence_length=MAX_SEQUENCE_LENGTH)
-            length = int(embeds[0].any(dim=-1).nonzero().max()) + 1  # the rest is the pipeline's zero padding
+            prompt_embeds, _ = pipeline.encode_prompt(
+                caption, do_classifier_free_guidance=False, max_sequence_length=MAX_SEQUENCE_LENGTH
+            )
+            prompt_embeds = prompt_embeds[0]  # (512, D)
+            length = int(prompt_embeds.any(dim=-1).nonzero().max()) + 1  # the rest is the pipeline's zero padding
             if length == MAX_SEQUENCE_LENGTH:
                 logger.warning(f"caption cut to {length} tokens: {caption[:60]}...", main_process_only=False)
-            embeds = embeds[0, :length].to(getattr(torch, args.cache_dtype))
-            save_entry({"prompt_embeds": embeds}, Path(args.cache_dir, files[caption]))
+            prompt_embeds = prompt_embeds[:length].to(getattr(torch, args.cache_dtype))
+            save_entry({"prompt_embeds": prompt_embeds}, Path(args.cache_dir, files[caption]))
         del pipeline
         free_memory()
     accelerator.wait_for_everyone()
-    return files, len(missing)
+    logger.info(f"captions: {len(files)}, of which {len(missing)} were encoded now")
+    return files
 
 
-def usable_videos(args: argparse.Namespace, accelerator: Accelerator, split: str, limit: int | None) -> list[dict]:
-    """The cached videos of a split; those skipped go to `skipped.jsonl`. Refuses to go on with too few."""
-    videos = cache_videos(args, accelerator, split, limit)
-    skipped = [v for v in videos if "reason" in v]
+def usable_clips(args: argparse.Namespace, accelerator: Accelerator, split: str) -> list[Clip]:
+    """Return the clips of a split, and list the videos that cannot be used in `skipped.jsonl`.
+
+    Raises `ValueError` when those are more than `--max_skipped` allows.
+    """
+    clips, skipped = cache_clips(args, accelerator, split)
+    count = len({clip.order[:2] for clip in clips}) + len(skipped)
     if skipped and accelerator.is_main_process:
-        logger.warning(f"{len(skipped)} of {len(videos)} videos were skipped; see skipped.jsonl")
+        logger.warning(f"{len(skipped)} of {count} videos were skipped; see skipped.jsonl")
         with open(Path(args.output_dir, "skipped.jsonl"), "a", encoding="utf-8") as file:
-            for v in skipped:
-                file.write(json.dumps({"file": v["file"], "reason": v["reason"]}, ensure_ascii=False) + "\n")
-    too_many = len(skipped) > args.max_skipped * len(videos) and not args.dry_run  # which looks at a few videos only
-    if len(skipped) == len(videos) or too_many:
-        message = "; ".join(f"{v['file']}: {v['reason']}" for v in skipped[:3])
-        message = f"{len(skipped)} of {len(videos)} videos cannot be used ({message}; all in skipped.jsonl). "
-        lengths = [v.get("num_frames", 0) or 0 if "reason" in v else args.num_frames for v in videos]
+            for video in skipped:
+                line = json.dumps({"file": video.name, "reason": video.reason}, ensure_ascii=False)
+                file.write(line + "\n")
+    if not clips or len(skipped) > args.max_skipped * count:
+        examples = "; ".join(f"{video.name}: {video.reason}" for video in skipped[:3])
+        message = f"{len(skipped)} of {count} videos cannot be used ({examples}; all in skipped.jsonl). "
+        lengths = [video.num_frames or 0 for video in skipped] + [args.num_frames] * (count - len(skipped))
         lengths.sort(reverse=True)
-        shortest = lengths[math.ceil(0.9 * len(lengths)) - 1] if lengths else 0
-        if 0 < shortest < args.num_frames:
-            message += f"--num_frames {(shortest - 1) // 4 * 4 + 1} would keep 90 % of them. "
-        raise ValueError(f"{message}Mend them, or raise --max_skipped {args.max_skipped:g}.")
-    return [v for v in videos if "reason" not in v]
+        length_of_most = lengths[math.ceil(0.9 * count) - 1] if lengths else 0
+        if 0 < length_of_most < args.num_frames:
+            message += f"--num_frames {(length_of_most - 1) // 4 * 4 + 1} would keep 90 % of them. "
+        raise ValueError(f"{message}Repair them, or raise --max_skipped {args.max_skipped:g}.")
+    return clips
 
 
-def select_clips(args: argparse.Namespace, videos: list[dict]) -> list[dict]:
-    """One dictionary a clip, that is a window of a video, without those that the LTD flags drop."""
-    kept, count = [], 0
-    low = -math.inf if args.min_ltd is None else args.min_ltd
-    high = math.inf if args.max_ltd is None else args.max_ltd
-    for video in videos:
-        windows = len(video["statistics"]["ltd"])
-        for window in range(windows):
-            clip = {k: v[window] for k, v in video["statistics"].items()} | {"window": window, "path": video["path"]}
-            clip |= {"name": video["file"] + f"#{window}" * (windows > 1), "captions": video["captions"]}
-            gaps = sorted(clip["gaps"][1:])  # a causal VAE inflates the first: latent frame 0 is one picture, not four
-            cut = len(gaps) > 2 and gaps[-1] > CUT_RATIO * gaps[len(gaps) // 2]
-            if cut:
-                logger.warning(f"{clip['name']}: a hard cut is suspected; cut it into shots, or use --drop_cuts")
-            if low <= clip["ltd"] <= high and not (cut and args.drop_cuts):
-                kept.append(clip)
-            count += 1
-    if len(kept) < count:
-        logger.info(f"--min_ltd, --max_ltd and --drop_cuts dropped {count - len(kept)} of {count} clips")
-    return kept
+def prepare_data(
+    args: argparse.Namespace, accelerator: Accelerator, with_captions: bool = True
+) -> tuple[list[Clip], list[Clip], dict[str, str]]:
+    """Return the training clips, the held-out clips and the file of every caption's embedding, all of them cached.
 
-
-def prepare_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[list[dict], list[dict], dict[str, str]]:
-    """Training clips, held-out clips and the file of every caption's embedding, all of them cached."""
+    Without `with_captions` no text encoder is loaded, and there are no files. Raises `ValueError` when too few videos
+    can be used, or none is left to train on.
+    """
     Path(args.output_dir, "skipped.jsonl").unlink(missing_ok=True)
-    limit = 2 * samples_per_update(args, accelerator) + 2 if args.dry_run else None
-    videos, held_out = usable_videos(args, accelerator, args.dataset_split, limit), []
-    if isinstance(args.validation_split, float):
-        # By content, so that copies and windows of one video stay on one side.
-        identities = sorted({v["identity"] for v in videos}, key=lambda identity: cache_key(args.seed, identity))
-        chosen = set(identities[: max(1, round(args.validation_split * len(identities)))])
-        if len(chosen) == len(identities):
-            raise ValueError(f"--validation_split {args.validation_split} leaves no video to train on")
-        held_out = [v for v in videos if v["identity"] in chosen]
-        videos = [v for v in videos if v["identity"] not in chosen]
+    clips = usable_clips(args, accelerator, args.dataset_split)
+    held_out = []
+    if args.validation_fraction:
+        clips, held_out = hold_out(clips, args)
     elif args.validation_split:
-        held_out = usable_videos(args, accelerator, args.validation_split, limit)
-    captions = {c for v in videos + held_out for c in v["captions"]}
-    captions |= {"", args.validation_negative_prompt, *args.validation_prompt}
-    files, new_captions = cache_captions(args, accelerator, captions)
-    new_videos = sum(v["encoded"] for v in videos + held_out)
-    size = sum(Path(args.cache_dir, v["path"]).stat().st_size for v in videos + held_out)
-    there = f"{len(videos)} training and {len(held_out)} held-out videos, {size / 2**20:.1f} MiB in {args.cache_dir}"
-    logger.info(f"cache: {there}; encoded now: {new_videos} videos, {new_captions} captions")
-    if not new_videos and not new_captions:
-        logger.info("warm start: neither the VAE nor the text encoder was loaded")
-    summarize(args, videos)
-    clips, held_out = select_clips(args, videos), select_clips(args, held_out)
-    if not clips:
-        raise ValueError("--min_ltd, --max_ltd and --drop_cuts left no clip; see the LTD summary above")
-    return clips, held_out, files
+        held_out = usable_clips(args, accelerator, args.validation_split)
+    both = clips + held_out
+    size = sum(Path(args.cache_dir, clip.path).stat().st_size for clip in both)
+    encoded = sum(clip.encoded for clip in both)
+    logger.info(
+        f"cache: {len(clips)} training and {len(held_out)} held-out clips, {size / 2**20:.1f} MiB in "
+        f"{args.cache_dir}; {encoded} were encoded now"
+    )
+    summarize(args, clips)
+    if not with_captions:
+        return clips, held_out, {}
+    captions = {"", args.validation_negative_prompt, *args.validation_prompt}
+    for clip in both:
+        captions.update(clip.captions)
+    return clips, held_out, cache_captions(args, accelerator, captions)
 
 
-def summarize(args: argparse.Namespace, videos: list[dict]) -> None:
-    """Captions, crop, latents and LTD of the training videos, with the warnings that save money."""
-    statistics = {k: np.concatenate([v["statistics"][k] for v in videos]) for k in videos[0]["statistics"]}
-    captions = [c for v in videos for c in v["captions"]]
-    mean, std = statistics["mean"].mean(), math.sqrt((statistics["std"] ** 2).mean())
-    quantiles = " ".join(f"{q:.3f}" for q in np.quantile(statistics["ltd"], [0, 0.1, 0.5, 0.9, 1]))
+def hold_out(clips: list[Clip], args: argparse.Namespace) -> tuple[list[Clip], list[Clip]]:
+    """Split off `--validation_fraction` of the videos, by their contents: copies and windows stay on one side."""
+    # The 1 is that of earlier versions: who is held out must not change.
+    identities = sorted({clip.identity for clip in clips}, key=lambda identity: cache_key(1, args.seed, identity))
+    count = max(1, round(args.validation_fraction * len(identities)))
+    if count == len(identities):
+        raise ValueError(f"--validation_fraction {args.validation_fraction} leaves no video to train on")
+    chosen = set(identities[:count])
+    training = [clip for clip in clips if clip.identity not in chosen]
+    held_out = [clip for clip in clips if clip.identity in chosen]
+    return training, held_out
+
+
+def summarize(args: argparse.Namespace, clips: list[Clip]) -> None:
+    """Log captions, crop, latents and LTD of the training clips, with the warnings that save money.
+
+    Raises `ValueError` for latents that cannot be right.
+    """
+    captions = [caption for clip in clips for caption in clip.captions]
+    mean = float(np.mean([clip.mean for clip in clips]))
+    std = math.sqrt(np.mean([clip.std**2 for clip in clips]))
+    ltd = [clip.ltd for clip in clips]
+    quantiles = " ".join(f"{value:.3f}" for value in np.quantile(ltd, [0, 0.1, 0.5, 0.9, 1]))
+    per_frame = " ".join(f"{value:.3f}" for value in np.mean([clip.ltd_per_frame for clip in clips], axis=0))
+    crop_fraction = np.mean([clip.crop_fraction for clip in clips])
     logger.info(f"captions: {len(captions)}, {captions.count(with_trigger(args, ''))} of them empty")
-    logger.info(f"crop: {statistics['cropped'].mean():.0%} of the picture is thrown away")
+    logger.info(f"crop: {crop_fraction:.0%} of the picture is thrown away")
     logger.info(f"latents: mean {mean:.3f}, std {std:.3f}")
-    logger.info(f"LTD: mean {statistics['ltd'].mean():.3f}; over clips (0, 10, 50, 90, 100 %) {quantiles}")
-    logger.info(f"LTD: over latent frames {' '.join(f'{d:.3f}' for d in statistics['ltd_per_frame'].mean(0))}")
-    if turned := [v["file"] for v in videos if any(v["statistics"]["turned"])]:
+    logger.info(f"LTD: mean {np.mean(ltd):.3f}; over clips (0, 10, 50, 90, 100 %) {quantiles}")
+    logger.info(f"LTD: over latent frames {per_frame}")
+    turned = [clip.name for clip in clips if clip.orientation_differs]
+    if turned:
         logger.warning(f"portrait clips in a landscape crop, or the other way round: {', '.join(turned)}")
+    cuts = [clip.name for clip in clips if clip.cut_is_suspected()]
+    if cuts:
+        logger.warning(f"a hard cut is suspected, cut these clips into shots: {', '.join(cuts)}")
     if not 0.02 < std < 50 or abs(mean) > 10:
         raise ValueError(f"latents of mean {mean:.3g} and std {std:.3g} cannot be right; is this the model's own VAE?")
     if abs(mean) > 0.5 or not 0.5 < std < 1.5:
@@ -1250,7 +1445,7 @@ class LatentDataset(torch.utils.data.Dataset):
     So ranks differ, batches of any shape agree, and a resumed run goes on exactly.
     """
 
-    def __init__(self, clips: list[dict], captions: dict[str, str], args: argparse.Namespace):
+    def __init__(self, clips: list[Clip], captions: dict[str, str], args: argparse.Namespace):
         self.clips = clips
         self.captions = captions  # caption -> file of its embedding
         self.args = args
@@ -1264,30 +1459,32 @@ class LatentDataset(torch.utils.data.Dataset):
         generator = torch.Generator().manual_seed(seed)
         clip = self.clips[index]
         sigma = draw_sigmas(self.args, generator)[0]
-        caption = clip["captions"][torch.randint(len(clip["captions"]), (), generator=generator)]
+        caption = clip.captions[torch.randint(len(clip.captions), (), generator=generator)]
         if torch.rand((), generator=generator) < self.args.caption_dropout:
             caption = ""
         sample = self.load(clip, caption, generator)
-        return sample | {"sigmas": sigma, "seed": str(seed), "name": clip["name"]}
+        return sample | {"sigmas": sigma, "seed": str(seed), "name": clip.name}
 
-    def load(self, clip: dict, caption: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Load latents `(C, F, H, W)` and prompt_embeds `(512, D)`, and draw noise of the latents' shape; float32."""
-        rows = slice(clip["window"], clip["window"] + 1)
-        latents = read_cached(self.args, clip["path"], "latents", rows)[0].float()
-        noise = torch.randn(latents.shape, generator=generator)
-        return {"latents": latents, "noise": noise, "prompt_embeds": load_prompt(self.args, self.captions[caption])}
+    def load(self, clip: Clip, caption: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Load a clip's tensors, such as `latents` `(C, F, H, W)`, and `prompt_embeds` `(512, D)`, and draw `noise`.
+
+        All are float32; the noise has the shape of the latents.
+        """
+        sample = load_entry(self.args, clip.path)
+        sample["noise"] = torch.randn(sample["latents"].shape, generator=generator)
+        sample["prompt_embeds"] = self.load_prompt(caption)
+        return sample
 
     def load_fixed(self, index: int) -> dict[str, torch.Tensor]:
         """Load a clip with its first caption and always the same noise, to measure held-out errors."""
         clip = self.clips[index]
         generator = torch.Generator().manual_seed(sample_seed("eval", self.args.seed, index))
-        return self.load(clip, clip["captions"][0], generator)
+        return self.load(clip, clip.captions[0], generator)
 
-
-def load_prompt(args: argparse.Namespace, file: str) -> torch.Tensor:
-    """Load a cached caption as the stock pipeline pads it, with zeros: `(512, D)` float32."""
-    embeds = read_cached(args, file, "prompt_embeds").float()
-    return F.pad(embeds, (0, 0, 0, MAX_SEQUENCE_LENGTH - len(embeds)))
+    def load_prompt(self, caption: str) -> torch.Tensor:
+        """Load a cached caption as the stock pipeline pads it, with zeros: `(512, D)` float32."""
+        prompt_embeds = load_entry(self.args, self.captions[caption])["prompt_embeds"]
+        return F.pad(prompt_embeds, (0, 0, 0, MAX_SEQUENCE_LENGTH - len(prompt_embeds)))
 
 
 # --- 6. Loss ---------------------------------------------------------------------------------------------------------
@@ -1452,6 +1649,8 @@ def save_weights(
     model = accelerator.unwrap_model(transformer)
     folder.mkdir(parents=True, exist_ok=True)
     if args.train_type == "lora":
+        if not state_dict:
+            raise RuntimeError("the LoRA has no tensors: report this, with your command line")
         # diffusers reads alpha from the file's metadata: without it, every user would have to know the scale.
         WanPipeline.save_lora_weights(folder, state_dict, **_collate_lora_metadata({"transformer": model}))
         comfyui = comfyui_state_dict(state_dict, args.rank, args.lora_alpha)
@@ -1499,6 +1698,7 @@ class TrainState:
     skipped_steps: int = 0  # in all
     bad_steps: int = 0  # in a row
     ema_step: int = 0  # the EMA's own count of updates
+    pushed: list[str] = field(default_factory=list)  # names of the checkpoints that this run has on the Hub
 
 
 def list_checkpoints(output_dir: str) -> list[Path]:
@@ -1559,26 +1759,25 @@ def save_checkpoint(run: "Run", args: argparse.Namespace) -> None:
         for stale in folder.parent.glob(".checkpoint-*.partial"):
             shutil.rmtree(stale)
     accelerator.wait_for_everyone()
-    with writing(folder):
-        # Not `save_state`, which writes the whole model too, frozen base and all: save_weights does that part.
-        partial.mkdir(parents=True, exist_ok=True)
-        optimizers = [] if accelerator.is_fsdp2 else [run.optimizer]
-        save_accelerator_state(partial, [], optimizers, [run.lr_scheduler], [], accelerator.process_index, step=0)
-        if accelerator.is_fsdp2 and run.optimizer.state:  # empty before the first update
-            save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, run.optimizer, run.transformer, partial)
-        if run.ema:
-            save_weights(accelerator, run.transformer, partial / "live", args)
-            run.state.ema_step = run.ema.optimization_step
-        with averaged_weights(run.transformer, run.ema):
-            save_weights(accelerator, run.transformer, partial, args)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            text = json.dumps({"settings": run.settings, "state": asdict(run.state)}, indent=2)
-            (partial / "settings.json").write_text(text)
-            lines = [f"{digest}  {name}\n" for name, digest in file_sums(partial).items()]
-            (partial / SUMS_FILE).write_text("".join(lines))
-            partial.rename(folder)
-            drop_checkpoints(run, args)
+    # Not `save_state`, which writes the whole model too, frozen base and all: save_weights does that part.
+    partial.mkdir(parents=True, exist_ok=True)
+    optimizers = [] if accelerator.is_fsdp2 else [run.optimizer]
+    save_accelerator_state(partial, [], optimizers, [run.lr_scheduler], [], accelerator.process_index, step=0)
+    if accelerator.is_fsdp2 and run.optimizer.state:  # empty before the first update
+        save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, run.optimizer, run.transformer, partial)
+    if run.ema:
+        save_weights(accelerator, run.transformer, partial / "live", args)
+        run.state.ema_step = run.ema.optimization_step
+    with averaged_weights(run.transformer, run.ema):
+        save_weights(accelerator, run.transformer, partial, args)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        contents = {"format": CHECKPOINT_FORMAT, "settings": run.settings, "state": asdict(run.state)}
+        (partial / "settings.json").write_text(json.dumps(contents, indent=2))
+        lines = [f"{digest}  {name}\n" for name, digest in file_sums(partial).items()]
+        (partial / SUMS_FILE).write_text("".join(lines))
+        partial.rename(folder)
+        drop_checkpoints(run, args)
     run.saved = folder
     logger.info(f"{folder} written in {time.perf_counter() - started:.1f} s")
     if run.checkpoint_repo:
@@ -1591,53 +1790,106 @@ def drop_checkpoints(run: "Run", args: argparse.Namespace) -> None:
     if not args.checkpoints_total_limit:
         return
     for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-        if not (old == run.pushed and run.upload.is_alive()):
-            # Renamed first, so that a half-deleted one is never resumed.
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}.old.partial")))
+        uploading = run.upload and not run.upload.done() and old.name == run.state.pushed[-1]
+        if not uploading:
+            remove_checkpoint(old)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint. Rename first, so that a half-deleted one is never resumed."""
+    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old.partial")))
 
 
 def push_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:
-    """In the background; left out while an earlier one is under way."""
-    if run.upload and run.upload.is_alive():
-        return logger.warning(f"{folder.name} is not uploaded yet: the network is busy with {run.pushed.name}")
-    run.pushed = folder
-    run.upload = threading.Thread(target=upload_checkpoint, args=(run.checkpoint_repo, folder, args))
-    run.upload.start()
+    """Start to upload a checkpoint in the background; it is left out while an earlier one is under way."""
+    if run.upload and not run.upload.done():
+        logger.warning(f"{folder.name} is not uploaded yet: the network is busy with {run.state.pushed[-1]}")
+        return
+    run.state.pushed.append(folder.name)
+    stale = []
+    if args.checkpoints_total_limit:
+        stale = run.state.pushed[: -args.checkpoints_total_limit]
+        run.state.pushed = run.state.pushed[-args.checkpoints_total_limit :]
+    run.upload = HfApi().run_as_future(upload_checkpoint, run.checkpoint_repo, folder, stale)
 
 
-def upload_checkpoint(repo_id: str, folder: Path, args: argparse.Namespace) -> None:
-    """One commit that also removes what the limit drops. Training does not die of what goes wrong here."""
+def upload_checkpoint(repo_id: str, folder: Path, stale: list[str]) -> None:
+    """Upload a checkpoint, then delete `stale` ones of this run. Training does not die of what goes wrong here."""
     try:
-        names = sorted(hub_checkpoints(repo_id) - {folder.name}, key=checkpoint_step)
-        older = [name for name in names if checkpoint_step(name) < checkpoint_step(folder.name)]
-        stale = older[: -(args.checkpoints_total_limit or sys.maxsize) + 1 or None]
-        stale += names[len(older) :]  # of an earlier run: nobody must resume them in place of this one
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        operations = [CommitOperationAdd(path.relative_to(folder.parent).as_posix(), path) for path in files]
-        operations += [CommitOperationDelete(f"{name}/") for name in stale]
-        commit = {"commit_message": folder.name, "revision": CHECKPOINT_BRANCH}
-        with_retries(huggingface_hub.create_commit, repo_id, operations, **commit)
+        with_retries(
+            huggingface_hub.upload_folder,
+            repo_id=repo_id,
+            folder_path=folder,
+            path_in_repo=folder.name,
+            revision=CHECKPOINT_BRANCH,
+            commit_message=f"Upload {folder.name}",
+        )
+        for name in stale:
+            with_retries(
+                huggingface_hub.delete_folder,
+                path_in_repo=name,
+                repo_id=repo_id,
+                revision=CHECKPOINT_BRANCH,
+                commit_message=f"Delete {name}",
+            )
     except Exception as error:
         logger.warning(f"the upload of {folder.name} failed, training goes on: {error}")
 
 
-def hub_checkpoints(repo_id: str) -> set[str]:
-    """Names of those on the Hub that have their sums; the sums tell whether all files are there."""
-    files = with_retries(huggingface_hub.list_repo_files, repo_id, revision=CHECKPOINT_BRANCH)
-    return {match[1] for file in files if (match := re.fullmatch(rf"(checkpoint-\d+)/{SUMS_FILE}", file))}
-
-
 def fetch_checkpoint(repo_id: str, output_dir: str) -> None:
-    """The newest intact one of the Hub, beside those that are there: downloaded elsewhere, then renamed."""
-    kwargs = {"revision": CHECKPOINT_BRANCH, "local_dir": Path(output_dir, ".fetched")}
-    for name in sorted(hub_checkpoints(repo_id), key=checkpoint_step, reverse=True):
+    """Download the newest intact checkpoint of the Hub to `output_dir`, unless it is there already."""
+    names = set()
+    for file in with_retries(huggingface_hub.list_repo_files, repo_id, revision=CHECKPOINT_BRANCH):
+        name, _, rest = file.partition("/")
+        if rest == SUMS_FILE and re.fullmatch(r"checkpoint-\d+", name):
+            names.add(name)
+    for name in sorted(names, key=checkpoint_step, reverse=True):
         folder = Path(output_dir, name)
         if not folder.is_dir() or not is_intact(folder):
-            with_retries(huggingface_hub.snapshot_download, repo_id, allow_patterns=f"{name}/*", **kwargs)
+            fetched = Path(output_dir, ".fetched")  # beside, then renamed: complete or absent
+            with_retries(
+                huggingface_hub.snapshot_download,
+                repo_id,
+                revision=CHECKPOINT_BRANCH,
+                allow_patterns=f"{name}/*",
+                local_dir=fetched,
+            )
             shutil.rmtree(folder, ignore_errors=True)
-            (kwargs["local_dir"] / name).rename(folder)
+            (fetched / name).rename(folder)
         if is_intact(folder):
             return
+
+
+def check_output_dir(args: argparse.Namespace) -> None:
+    """Refuse to mix two runs in one folder, and a checkpoint that cannot be resumed. Raises `ValueError`."""
+    asked = args.resume_from_checkpoint
+    existing = list_checkpoints(args.output_dir)
+    first_of_another_run = 0
+    if asked in ("latest", "hub"):
+        if existing:
+            read_checkpoint(existing[-1])
+        return
+    if asked:
+        checkpoint = read_checkpoint(Path(asked))
+        if Path(asked).resolve().parent == Path(args.output_dir).resolve():
+            first_of_another_run = checkpoint["state"]["step"] + 1
+    others = [path.name for path in existing if checkpoint_step(path.name) >= first_of_another_run]
+    if others and not args.overwrite_output_dir:
+        raise ValueError(
+            f"--output_dir {args.output_dir} holds {others[-1]} of an earlier run. Go on with it by "
+            "--resume_from_checkpoint latest, take another folder, or delete it by --overwrite_output_dir."
+        )
+
+
+def read_checkpoint(folder: Path) -> dict:
+    """Read `settings` and `state` of a checkpoint. Raises `ValueError` for one of an earlier version."""
+    checkpoint = json.loads((folder / "settings.json").read_text())
+    if checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(
+            f"{folder} is of an earlier version, which alone can resume it. Start a new run from its weights by "
+            "--init_lora, or by --transformer_path after full fine-tuning."
+        )
+    return checkpoint
 
 
 def resume(run: "Run", args: argparse.Namespace) -> None:
@@ -1669,20 +1921,21 @@ def resume(run: "Run", args: argparse.Namespace) -> None:
         logger.warning(f"no checkpoint in {args.output_dir} to resume from: starting afresh")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        set_aside_earlier_run(run, args, starts_afresh=folder is None)
+        remove_later(run, args, starts_afresh=folder is None)
 
 
-def set_aside_earlier_run(run: "Run", args: argparse.Namespace, starts_afresh: bool) -> None:
-    """Rename what an earlier run left: `latest` must not go back to its checkpoints, nor the limit count them."""
+def remove_later(run: "Run", args: argparse.Namespace, starts_afresh: bool) -> None:
+    """Delete what lies ahead of this run: damaged checkpoints, and those of a run that is to be overwritten.
+
+    `latest` must not go back to them, nor the limit count them.
+    """
     step = 0 if starts_afresh else run.state.step
-    later = [path for path in list_checkpoints(args.output_dir) if checkpoint_step(path.name) >= step]
-    samples = Path(args.output_dir, "samples")
-    if starts_afresh and samples.is_dir():
-        later.append(samples)
-    for path in later:
-        if path != run.saved:
-            aside = path.rename(path.with_name(f"earlier-{int(path.stat().st_mtime)}-{path.name}"))
-            logger.warning(f"{path} is of an earlier run, or damaged: it is {aside.name} now")
+    for path in list_checkpoints(args.output_dir):
+        if checkpoint_step(path.name) >= step and path != run.saved:
+            logger.warning(f"{path} is damaged, or of the run that is overwritten: it is deleted")
+            remove_checkpoint(path)
+    if starts_afresh:
+        shutil.rmtree(Path(args.output_dir, "samples"), ignore_errors=True)
 
 
 def load_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:
@@ -1691,7 +1944,7 @@ def load_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:
     Raises `ValueError` when the checkpoint was made with other settings, and names all of them.
     """
     accelerator = run.accelerator
-    checkpoint = json.loads((folder / "settings.json").read_text())
+    checkpoint = read_checkpoint(folder)
     saved = checkpoint["settings"]
     current = run.settings
     differences = []
@@ -1799,11 +2052,11 @@ def sample_videos(run: "Run", args: argparse.Namespace) -> None:
     )
     pipeline = WanPipeline(tokenizer=None, text_encoder=None, transformer=model, vae=vae, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    negative_prompt_embeds = load_prompt(args, run.captions[args.validation_negative_prompt])[None]
+    negative_prompt_embeds = run.dataset.load_prompt(args.validation_negative_prompt)[None]
     for i, counts in split_between_ranks(accelerator, len(paths)):
         if stop_is_asked(run):
             break
-        prompt_embeds = load_prompt(args, run.captions[args.validation_prompt[i]])[None]
+        prompt_embeds = run.dataset.load_prompt(args.validation_prompt[i])[None]
         video = pipeline(
             prompt_embeds=prompt_embeds.to(accelerator.device),
             negative_prompt_embeds=negative_prompt_embeds.to(accelerator.device),
@@ -1825,19 +2078,18 @@ def sample_videos(run: "Run", args: argparse.Namespace) -> None:
 
 
 def log_samples(accelerator: Accelerator, paths: list[Path], step: int, args: argparse.Namespace) -> None:
-    """Send the sample videos that were written to the tracker."""
-    written = [(i, path) for i, path in enumerate(paths) if path.is_file()]
-    for tracker, (i, path) in itertools.product(accelerator.trackers, written):
-        if tracker.name == "tensorboard":  # whose own video support needs a package that is no longer kept
-            from tensorboard.compat.proto.summary_pb2 import Summary
-
+    """Send the sample videos that were written to the tracker; to tensorboard, which has no videos, as frames."""
+    for tracker, (i, path) in itertools.product(accelerator.trackers, enumerate(paths)):
+        if not path.is_file():
+            continue
+        prompt = args.validation_prompt[i]
+        if tracker.name == "tensorboard":
             frames = iio.imread(path, plugin="pyav")  # (F, H, W, 3)
-            gif = iio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / args.fps, loop=0)
-            size = {"height": frames.shape[1], "width": frames.shape[2], "colorspace": 3}
-            value = Summary.Value(tag=f"sample/{i}", image=Summary.Image(**size, encoded_image_string=gif))
-            tracker.writer.file_writer.add_summary(Summary(value=[value]), step)
+            shown = np.linspace(0, len(frames) - 1, STRIP_FRAMES).round().astype(int)
+            tracker.writer.add_images(f"sample/{i}", frames[shown], step, dataformats="NHWC")
+            tracker.writer.add_text(f"sample/{i}/prompt", prompt, step)
         else:
-            video = importlib.import_module(tracker.name).Video(str(path), caption=args.validation_prompt[i])
+            video = importlib.import_module(tracker.name).Video(str(path), caption=prompt)
             tracker.log({f"sample/{i}": video}, step=step)
 
 
@@ -1896,12 +2148,10 @@ def start_trackers(run: "Run", args: argparse.Namespace) -> None:
 
 def log_metrics(accelerator: Accelerator, metrics: dict[str, float], step: int, args: argparse.Namespace) -> None:
     """Log to the tracker, and to `metrics.jsonl`, from which the card's curves are drawn."""
-    path = Path(args.output_dir, "metrics.jsonl")
-    with writing(path):
-        accelerator.log(metrics, step=step)
-        if accelerator.is_main_process:
-            with open(path, "a") as file:
-                file.write(json.dumps({"step": step} | metrics) + "\n")
+    accelerator.log(metrics, step=step)
+    if accelerator.is_main_process:
+        with open(Path(args.output_dir, "metrics.jsonl"), "a") as file:
+            file.write(json.dumps({"step": step} | metrics) + "\n")
 
 
 def read_metrics(output_dir: str) -> list[dict]:
@@ -1919,6 +2169,8 @@ def peak_memory(device: torch.device) -> float:
     """Return the peak in GiB: of the GPU, or of the process where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # Windows has none
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -2085,21 +2337,27 @@ def draw_curves(rows: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
-def with_retries(call, *args, **kwargs):
-    """The Hub's passing faults (429, 5xx, a broken connection) are waited out, all others raised at once."""
-    for delay in (*RETRY_DELAYS, None):
+def with_retries(call: Callable, *args, **kwargs):
+    """Call the Hub once more after a passing fault (429, 5xx, a broken connection); raise all others at once.
+
+    The Hub's client does so itself for most of what it reads and uploads, but not when it creates or commits.
+    """
+    for delay in RETRY_DELAYS:
         try:
             return call(*args, **kwargs)
         except HUB_ERRORS as error:
-            fault = error.__cause__ if isinstance(error, RuntimeError) else error  # the client wraps some faults
-            answer = fault.response if isinstance(fault, HfHubHTTPError) else None
-            passing = isinstance(fault, HUB_ERRORS) and (answer is None or answer.status_code in PASSING)
-            if delay is None or not passing:
+            fault = error
+            if isinstance(error, RuntimeError) and error.__cause__:  # the client wraps some faults
+                fault = error.__cause__
+            response = fault.response if isinstance(fault, HfHubHTTPError) else None
+            if not isinstance(fault, HUB_ERRORS) or (response is not None and response.status_code not in PASSING):
                 raise
-            after = answer.headers.get("retry-after", "") if answer is not None else ""
-            delay = max(delay, int(after) if after.isdigit() else 0)
+            asked = response.headers.get("retry-after", "") if response is not None else ""
+            if asked.isdigit():
+                delay = min(max(delay, int(asked)), MAX_RETRY_DELAY)
             logger.warning(f"the Hub failed ({type(fault).__name__}); trying again in {delay} s")
             time.sleep(delay)
+    return call(*args, **kwargs)
 
 
 def create_hub_repo(args: argparse.Namespace) -> str:
@@ -2140,17 +2398,16 @@ def publish(args: argparse.Namespace, repo_id: str, files: list[Path]) -> None:
 def save_and_publish(run: "Run", repo_id: str | None, args: argparse.Namespace) -> None:
     """Write the final weights, card, settings and curves to the output folder, and to the Hub if asked for."""
     folder = Path(args.output_dir)
-    with averaged_weights(run.transformer, run.ema), writing(folder):
+    with averaged_weights(run.transformer, run.ema):
         save_weights(run.accelerator, run.transformer, folder, args)
     if not run.accelerator.is_main_process:
         return
     samples = [path.relative_to(folder).as_posix() for path in sample_paths(run.state.step, args)]
     facts = run.facts | {"steps": run.state.step}
-    with writing(folder):
-        draw_curves(read_metrics(args.output_dir), folder / "curves.png")
-        settings = json.dumps(published_settings(args), indent=2, ensure_ascii=False)
-        (folder / "training_settings.json").write_text(settings + "\n", encoding="utf-8")
-        model_card(args, repo_id or folder.resolve().name, samples, facts).save(folder / "README.md")
+    draw_curves(read_metrics(args.output_dir), folder / "curves.png")
+    settings = json.dumps(published_settings(args), indent=2, ensure_ascii=False)
+    (folder / "training_settings.json").write_text(settings + "\n", encoding="utf-8")
+    model_card(args, repo_id or folder.resolve().name, samples, facts).save(folder / "README.md")
     if repo_id:
         if args.train_type == "lora":
             files = [folder / LORA_FILE, folder / COMFYUI_FILE]
@@ -2222,7 +2479,6 @@ class Run:
     dataloader: torch.utils.data.DataLoader
     dataset: LatentDataset
     held_out: LatentDataset
-    captions: dict[str, str]  # caption -> file of its embedding
     motion_bounds: torch.Tensor  # (2,): LTD below which a voxel is static, above which it is in motion
     ema: EMAModel | None
     samples_per_update: int
@@ -2231,34 +2487,34 @@ class Run:
     settings: dict  # what a checkpoint and the run that resumes it must agree on
     facts: dict  # what the log and the card say of this run
     state: TrainState
-    notice: "Notice"
+    notice: "StopNotice"
     deadline: float = math.inf  # of time.monotonic()
     checkpoint_repo: str | None = None  # where checkpoints are uploaded to
     resumed_at: int | None = None  # step of the checkpoint that was loaded
     saved: Path | None = None  # the newest checkpoint
-    pushed: Path | None = None  # the checkpoint that was uploaded last, or is being uploaded
-    upload: threading.Thread | None = None
+    upload: Future | None = None  # of the newest of state.pushed
 
 
-class Notice:
-    """
-    Notes when the first signal came. What follows within `SAME_NOTICE` seconds is the same one by another way; a later
-    one ends the process at once.
-    """
+class StopNotice:
+    """The handler of a signal: it only notes that the signal came."""
 
-    at = math.inf
+    received = False
 
     def __call__(self, number: int, frame) -> None:
-        if time.monotonic() > self.at + SAME_NOTICE:
-            os._exit(128 + number)
-        self.at = min(self.at, time.monotonic())
+        self.received = True
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Return the signals that ask a run to stop: those that this system has, and that are not ignored (`nohup`)."""
+    numbers = [signal.Signals[name] for name in STOP_SIGNALS if name in signal.Signals.__members__]
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
-def heeded_signals() -> Iterator[Notice]:
-    """A run stops where it asks `stop_is_asked`; outside of this a signal ends it as ever."""
-    notice = Notice()
-    before = {number: signal.signal(number, notice) for number in STOP_SIGNALS}
+def noted_signals() -> Iterator[StopNotice]:
+    """Let a run stop where it asks `stop_is_asked`; outside of this a signal ends it as ever."""
+    notice = StopNotice()
+    before = {number: signal.signal(number, notice) for number in stop_signals()}
     try:
         yield notice
     finally:
@@ -2266,22 +2522,29 @@ def heeded_signals() -> Iterator[Notice]:
             signal.signal(number, handler)
 
 
-def stop_is_asked(run: "Run") -> bool:
-    """By a signal to any rank or by the clock; all ranks agree."""
-    if time.monotonic() > min(run.notice.at, run.deadline):
+def stop_is_asked(run: Run) -> bool:
+    """Tell whether a signal to any rank, or the clock, asks for a stop; all ranks agree."""
+    if run.notice.received or time.monotonic() > run.deadline:
         run.accelerator.set_trigger()
     return run.accelerator.check_trigger()
 
 
 def ignore_signals(worker: int) -> None:
-    """Loader processes are told by their parent when to end: a signal to the whole group must not take them first."""
-    for number in STOP_SIGNALS:
+    """Let a loader process end when its parent says so: a signal to the whole group must not take it first."""
+    for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
 
 
 def lock_folder(accelerator: Accelerator, folder: str) -> io.IOBase:
-    """An open file that is this run's lock on its output folder; the system drops it with the process."""
+    """Return an open file that is this run's lock on its output folder; the system drops it with the process.
+
+    Raises `ValueError` when another run holds it.
+    """
     file = open(Path(folder, ".lock"), "w")
+    try:
+        import fcntl
+    except ImportError:
+        return file  # Windows has none
     try:
         if accelerator.is_main_process:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2321,7 +2584,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
     )
     max_steps = args.max_train_steps or args.num_train_epochs * updates_per_epoch
     # Clips have equally many voxels, so their quantiles pool into the dataset's.
-    motion_bounds = np.quantile([clip["ltd_quantiles"] for clip in clips], MOTION_QUANTILES)
+    motion_bounds = np.quantile([clip.ltd_quantiles for clip in clips], MOTION_QUANTILES)
 
     # Model
     set_seed(args.seed)
@@ -2393,7 +2656,6 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
         dataloader=dataloader,
         dataset=dataset,
         held_out=LatentDataset(held_out, captions, args),
-        captions=captions,
         motion_bounds=torch.tensor(motion_bounds, dtype=torch.float32, device=accelerator.device),
         ema=ema,
         samples_per_update=per_update,
@@ -2402,7 +2664,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
         settings=settings,
         facts={},
         state=TrainState(tracker_run=f"{Path(args.output_dir).resolve().name}-{int(time.time())}"),
-        notice=Notice(),
+        notice=StopNotice(),
     )
     run.facts = run_facts(run, args)
     logger.info("; ".join(f"{name}: {value}" for name, value in run.facts.items()))
@@ -2414,7 +2676,7 @@ def run_facts(run: Run, args: argparse.Namespace) -> dict:
     accelerator = run.accelerator
     clips = run.dataset.clips
     transformer = accelerator.unwrap_model(run.transformer)
-    shape = read_cached(args, clips[0]["path"], "latents", slice(1)).shape[1:]  # (C, F, H, W)
+    shape = load_entry(args, clips[0].path)["latents"].shape  # (C, F, H, W)
     tokens = math.prod(shape[1:]) // math.prod(transformer.config.patch_size)
     trainable = sum(parameter.numel() for parameter in trainable_parameters(transformer))
     device = f"{platform.machine()} CPU"
@@ -2422,7 +2684,7 @@ def run_facts(run: Run, args: argparse.Namespace) -> dict:
         device = torch.cuda.get_device_name()
     return {
         "clips": f"{len(clips)}, and {len(run.held_out)} held out",
-        "captions": sum(len(clip["captions"]) for clip in clips),
+        "captions": sum(len(clip.captions) for clip in clips),
         "latents": f"{tuple(shape)}, {tokens:,} tokens per clip",
         "updates": f"{run.max_steps} of {run.samples_per_update} clips, {run.updates_per_epoch} an epoch",
         "trainable parameters": f"{trainable:,}",
@@ -2549,44 +2811,6 @@ def average(accelerator: Accelerator, history: list[dict[str, torch.Tensor]]) ->
     return metrics
 
 
-def dry_run(run: "Run", args: argparse.Namespace, compute_loss: Callable) -> None:
-    """One update, a LoRA round trip in memory, and a table of what the whole run would need."""
-    batch = next(iter(run.dataloader))
-    sigmas = batch["sigmas"].view(-1, 1, 1, 1, 1)
-    noisy_latents = (1 - sigmas) * batch["latents"] + sigmas * batch["noise"]
-    target = batch["noise"] - batch["latents"]
-    prediction = predict_flow(run.wan, run.transformer, noisy_latents, batch)
-    loss = compute_loss(prediction, target, batch, args)
-    mse = F.mse_loss(prediction.detach().float(), target)
-    run.accelerator.backward(loss)
-    run.optimizer.step()
-    lora = gather_weights(run.accelerator, run.transformer, args)
-    if args.train_type == "lora" and run.accelerator.is_main_process:
-        comfyui = comfyui_state_dict(lora, args.rank, args.lora_alpha)
-        loaded = WanPipeline.lora_state_dict({k: v.clone() for k, v in comfyui.items()})  # it scales in place
-        for down in (k for k in lora if k.endswith("lora_A.weight")):
-            up = down.replace("lora_A", "lora_B")
-            product = loaded[f"transformer.{up}"] @ loaded[f"transformer.{down}"]
-            torch.testing.assert_close(product, args.lora_alpha / args.rank * lora[up] @ lora[down])
-    rows, seen = open_dataset(args, args.dataset_split)[0], {c["path"] for c in run.dataset.clips + run.held_out.clips}
-    count = len(rows) if isinstance(rows, datasets.Dataset) else len(seen)
-    size = sum(Path(args.cache_dir, path).stat().st_size for path in seen) / len(seen) * count / 2**20
-    loss, mse = run.accelerator.reduce(torch.stack([loss.detach(), mse]), "mean").tolist()
-    skipped = Path(args.output_dir, "skipped.jsonl")
-    table = {
-        "videos": f"{count}, of which {len(seen)} were tried",
-        "skipped": len(skipped.read_text().splitlines()) if skipped.is_file() else 0,
-        "cache to expect": f"{size:.1f} MiB",
-        **run.facts,
-        "latents' mean, std": f"{batch['latents'].mean():.3f}, {batch['latents'].std():.3f}",
-        "peak memory": f"{peak_memory(run.accelerator.device):.2f} GiB",
-        "base model's loss": f"{loss:.4f}, mse {mse:.4f}, on one batch",
-        "LoRA round trip": "passed" if args.train_type == "lora" else "not a LoRA",
-    }
-    if run.accelerator.is_main_process:
-        print("\n".join(f"{name:22}{value}" for name, value in table.items()))
-
-
 def end(run: Run, args: argparse.Namespace) -> None:
     """Wait for the upload of a checkpoint, and end the trackers.
 
@@ -2594,10 +2818,10 @@ def end(run: Run, args: argparse.Namespace) -> None:
     follows here, if the network was busy when it was written.
     """
     if run.upload:
-        run.upload.join()
-        if run.pushed != run.saved:
+        run.upload.result()
+        if run.saved.name not in run.state.pushed:
             push_checkpoint(run, run.saved, args)
-            run.upload.join()
+            run.upload.result()
         drop_checkpoints(run, args)
     run.accelerator.wait_for_everyone()  # a launcher ends all others once one has ended with an error
     run.accelerator.end_training()
@@ -2610,8 +2834,9 @@ def main(args: argparse.Namespace, compute_loss: Callable = compute_loss) -> Non
     with lock_folder(accelerator, args.output_dir):
         # 1. What can be refused is refused before anything is paid for
         wan = identify_wan(args)
+        check_output_dir(args)
         repo_id = None
-        if (args.push_to_hub or args.push_checkpoints_to_hub) and not args.dry_run and accelerator.is_main_process:
+        if (args.push_to_hub or args.push_checkpoints_to_hub) and accelerator.is_main_process:
             repo_id = create_hub_repo(args)
 
         # 2. Data, model, optimizer
@@ -2620,12 +2845,9 @@ def main(args: argparse.Namespace, compute_loss: Callable = compute_loss) -> Non
             run.checkpoint_repo = repo_id
         if args.max_train_hours:
             run.deadline = started + 3600 * args.max_train_hours
-        if args.dry_run:
-            dry_run(run, args, compute_loss)
-            return
 
         # 3. From where a checkpoint stopped, or from a first look at the untrained model
-        with heeded_signals() as run.notice:
+        with noted_signals() as run.notice:
             resume(run, args)
             start_trackers(run, args)
             validate(run, args)
