@@ -17,7 +17,7 @@ order of everything.
 
 Other programs may import these names: parse_args, build_accelerator, identify_wan, prepare_data, read_clip,
 encode_clip, cache_captions, LatentDataset, load_vae, load_transformer, add_lora, predict_flow, evaluate and main.
-`main(args, compute_loss=my_loss)` trains with another loss; it is called as `compute_loss` below.
+`main(args, compute_loss=my_loss)` trains with another loss, which is called, and may call, as `compute_loss` below.
 """
 
 import argparse
@@ -214,6 +214,7 @@ CARD_SETTINGS = (
     "mixed_precision",
     "seed",
 )
+LIST_FLAGS = ("lora_target_modules", "validation_prompt")  # those that hold several values
 # Flags of earlier versions, and what took their place
 REMOVED_FLAGS = {
     "min_ltd": "filter the table by `examples/visualize_ltd.py report --write_metadata kept.jsonl --min_ltd ...`",
@@ -387,13 +388,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(command_line)
     if args.config:
         recipe = read_recipe(args.config, parser)
-        lengths = ("num_train_epochs", "max_train_steps")
-        for name in list(recipe):
-            # Of what the command line gives, nothing may come from the recipe: neither more items of a list nor the
-            # other one of the two lengths of a run.
-            rivals = lengths if name in lengths else (name,)
-            if any(getattr(args, rival) is not None for rival in rivals) and parser.get_default(name) is None:
-                del recipe[name]
+        if args.num_train_epochs or args.max_train_steps:
+            # Both say how long a run is: what the command line says counts.
+            recipe.pop("num_train_epochs", None)
+            recipe.pop("max_train_steps", None)
+        for name in LIST_FLAGS:
+            if getattr(args, name):
+                recipe.pop(name, None)  # argparse would add the command line's to them
         parser.set_defaults(**recipe)
         args = parser.parse_args(command_line)
 
@@ -439,17 +440,20 @@ def read_recipe(path: str, parser: argparse.ArgumentParser) -> dict:
         if text in ("", "null", "~"):
             continue
         try:
-            if isinstance(text, list):
-                values[name] = [recipe_value(actions[name], item) for item in text]
+            if name in LIST_FLAGS:
+                items = text if isinstance(text, list) else [text]
+                values[name] = [recipe_value(actions[name], item) for item in items]
             else:
                 values[name] = recipe_value(actions[name], text)
-        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        except (ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(f"--config {path}: `{name}`: {error}") from error
     return values
 
 
 def recipe_value(action: argparse.Action, text: str):
     """Convert a recipe's text to what its flag holds. Raises `ValueError` for what the flag does not take."""
+    if not isinstance(text, str):
+        raise ValueError(f"takes one value, got {text}")
     if isinstance(action, argparse.BooleanOptionalAction):
         if text not in ("true", "false"):
             raise ValueError(f"must be true or false, got {text}")
@@ -572,7 +576,6 @@ def identify_wan(args: argparse.Namespace) -> Wan:
     try:
         index = WanPipeline.load_config(base, revision=args.revision)
         transformer = WanTransformer3DModel.load_config(base, subfolder="transformer", revision=args.revision)
-        vae = AutoencoderKLWan.load_config(base, subfolder="vae", revision=args.revision)
         configs = [index, transformer]
         if path and path.endswith(".safetensors"):
             with safe_open(path, framework="pt") as file:
@@ -596,6 +599,7 @@ def identify_wan(args: argparse.Namespace) -> Wan:
         raise ValueError(
             f"{names} is no Wan2.1 text-to-video model, all that this script trains: it has {unsupported[0]}"
         )
+    vae = AutoencoderKLWan.load_config(base, subfolder="vae", revision=args.revision)
     wan = Wan(
         subfolder="transformer",
         scheduler=index["scheduler"][1],
@@ -883,14 +887,15 @@ def open_source(source: str | bytes) -> io.IOBase:
 
 
 def read_clip(
-    source: str | bytes, bucket: Bucket, fps: float, clips_per_video: int = 1
+    source: str | bytes, bucket: Bucket | tuple[int, int, int], fps: float, clips_per_video: int = 1
 ) -> tuple[torch.Tensor, float, bool]:
     """Decode a clip from the start of a video, or an image; or several clips, evenly spread over the video.
 
-    Returns frames `(clips, F, 3, H, W)` uint8, the share of the picture that the crop throws away, and whether a
-    portrait video meets a landscape crop or the other way round. Raises `ClipError` without a video stream or with too
-    few frames, and `av.FFmpegError` for what cannot be decoded.
+    `bucket` is the size in frames, height and width. Returns frames `(clips, F, 3, H, W)` uint8, the share of the
+    picture that the crop throws away, and whether a portrait video meets a landscape crop or the other way round.
+    Raises `ClipError` without a video stream or with too few frames, and `av.FFmpegError` for what cannot be decoded.
     """
+    bucket = Bucket(*bucket)
     starts = np.zeros(1)
     if clips_per_video > 1:
         span = bucket.frames / fps
@@ -1475,6 +1480,12 @@ class LatentDataset(torch.utils.data.Dataset):
         sample["prompt_embeds"] = self.load_prompt(caption)
         return sample
 
+    def motion_bounds(self, device: torch.device) -> torch.Tensor:
+        """Return the LTD below which a voxel is static and that above which it is in motion, `(2,)` float32."""
+        # Clips have equally many voxels, so their quantiles pool into the dataset's.
+        quantiles = [clip.ltd_quantiles for clip in self.clips]
+        return torch.tensor(np.quantile(quantiles, MOTION_QUANTILES), dtype=torch.float32, device=device)
+
     def load_fixed(self, index: int) -> dict[str, torch.Tensor]:
         """Load a clip with its first caption and always the same noise, to measure held-out errors."""
         clip = self.clips[index]
@@ -1987,16 +1998,17 @@ def evaluate(
     wan: Wan,
     transformer: torch.nn.Module,
     dataset: LatentDataset,
+    motion_bounds: torch.Tensor,
     accelerator: Accelerator,
     args: argparse.Namespace,
-    measure: Callable[..., dict[str, torch.Tensor]],
     sigmas: Iterable[float] = EVAL_SIGMAS,
+    measure: Callable[..., dict[str, torch.Tensor]] | None = None,
 ) -> list[dict]:
-    """Measure the first `--max_eval_clips` clips at fixed noise and sigmas; the ranks share them.
+    """Measure the error of the first `--max_eval_clips` clips at fixed noise and sigmas; the ranks share them.
 
-    `measure(prediction, target, latents)` returns named tensors, as `motion_errors` does; the three are
-    `(1, C, F, H, W)`. Returns a row for each clip and sigma, in that order and on every rank: `clip` (its index),
-    `sigma`, and what was measured, on the CPU.
+    Returns a row for each clip and sigma, in that order and on every rank: `clip` (its index), `sigma`, and the
+    scalars of `motion_errors`. `measure(prediction, target, latents)`, of three tensors `(1, C, F, H, W)`, may return
+    more named tensors for the row. All are on the CPU.
     """
     rows = []
     model = accelerator.unwrap_model(transformer).eval()
@@ -2010,11 +2022,15 @@ def evaluate(
             batch["sigmas"] = torch.tensor([sigma], device=accelerator.device)
             noisy_latents = (1 - batch["sigmas"]) * latents + batch["sigmas"] * noise
             prediction = predict_flow(wan, model, noisy_latents, batch)
-            if counts:
-                row = {"clip": index, "sigma": sigma}
-                for name, value in measure(prediction, target, latents).items():
-                    row[name] = value.cpu()
-                rows.append(row)
+            if not counts:
+                continue
+            measured = motion_errors(prediction, target, latents, motion_bounds)
+            if measure:
+                measured |= measure(prediction, target, latents)
+            row = {"clip": index, "sigma": sigma}
+            for name, value in measured.items():
+                row[name] = value.cpu()
+            rows.append(row)
     return sorted(gather_object(rows), key=lambda row: (row["clip"], row["sigma"]))
 
 
@@ -2113,10 +2129,8 @@ def validate(run: "Run", args: argparse.Namespace) -> None:
         return
     with averaged_weights(run.transformer, run.ema):
         if evaluates:
-            measure = functools.partial(motion_errors, motion_bounds=run.motion_bounds)
-            metrics = held_out_metrics(
-                evaluate(run.wan, run.transformer, run.held_out, run.accelerator, args, measure)
-            )
+            rows = evaluate(run.wan, run.transformer, run.held_out, run.motion_bounds, run.accelerator, args)
+            metrics = held_out_metrics(rows)
             log_metrics(run.accelerator, metrics, step, args)
             logger.info(f"step {step}: held-out mse {metrics['val/mse']:.4f}")
         if samples and not stop_is_asked(run):
@@ -2583,8 +2597,6 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
         worker_init_fn=ignore_signals,
     )
     max_steps = args.max_train_steps or args.num_train_epochs * updates_per_epoch
-    # Clips have equally many voxels, so their quantiles pool into the dataset's.
-    motion_bounds = np.quantile([clip.ltd_quantiles for clip in clips], MOTION_QUANTILES)
 
     # Model
     set_seed(args.seed)
@@ -2656,7 +2668,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
         dataloader=dataloader,
         dataset=dataset,
         held_out=LatentDataset(held_out, captions, args),
-        motion_bounds=torch.tensor(motion_bounds, dtype=torch.float32, device=accelerator.device),
+        motion_bounds=dataset.motion_bounds(accelerator.device),
         ema=ema,
         samples_per_update=per_update,
         updates_per_epoch=updates_per_epoch,
