@@ -40,7 +40,8 @@ from sprites import (
     trajectory,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # examples/ is a folder of scripts, not a package
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(EXAMPLES / "scores"))  # video_metrics.py: examples/ is folders of scripts, not a package
 
 from video_metrics import dis_dynamic_degree, read_video, temporal_flickering
 

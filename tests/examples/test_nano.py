@@ -2,19 +2,16 @@
 
 import contextlib
 import json
-import sys
 from pathlib import Path
 
+import motion_metrics as metrics
 import numpy as np
 import pytest
+import sprites
 import torch
+import train_vae
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples" / "nano"))
-
-import motion_metrics as metrics  # noqa: E402
-import sprites  # noqa: E402
-import train_vae  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

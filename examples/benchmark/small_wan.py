@@ -3,7 +3,7 @@
 The classes are the real ones (`WanPipeline` and everything in it), so whatever runs on this folder runs on
 `Wan-AI/Wan2.1-T2V-1.3B-Diffusers` too. Only the sizes differ, and the weights are random.
 
-    python examples/small_wan.py --output_dir small-wan --preset small --train_vae_data clips
+    python examples/benchmark/small_wan.py --output_dir small-wan --preset small --train_vae_data clips
 
 `--train_vae_data` fits the VAE to a folder of clips for two minutes, on small crops, so that latents mean something
 and samples can be looked at. The clips it is fitted to are the demo's own and only ones: how well it reconstructs them

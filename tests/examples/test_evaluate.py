@@ -1,6 +1,6 @@
 """examples/evaluate.py: VBench's formulas and environment, VMBench's files, offline measures, report, model card.
 
-    PYTHONPATH=examples python tests/test_evaluate.py FOLDER
+    PYTHONPATH=examples:examples/scores python tests/examples/test_evaluate.py FOLDER
 
 writes the clips whose scores by the real VBench are in `GOLDEN`.
 """
@@ -23,7 +23,7 @@ import video_metrics
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WAN, OURS = score_report.PAPER["Wan2.1 (Base)"], score_report.PAPER["Ours (w/ LTD Loss)"]
 
 # `evaluate.py vbench FOLDER --mode custom_input --dimensions temporal_flickering` on the

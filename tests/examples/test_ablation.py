@@ -3,21 +3,18 @@
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
+import ablation
 import numpy as np
 import pytest
+import sprites
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "nano")]
+import train_ltd
+from ltd_loss import ltd_weights
 
-import ablation  # noqa: E402
-import sprites  # noqa: E402
-
-import train_ltd  # noqa: E402
-from ltd_loss import ltd_weights  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 EXPLORATORY_MAPS = ["per_frame", "per_clip", "normalized", "without_gap_0", "scale_4", "scale_16", "scale_64"]
 PIXEL_MAPS = ["frame_residual", "flow", "motion_mask"]

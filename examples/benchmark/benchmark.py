@@ -1,8 +1,8 @@
 """Measure a training step of `train_ltd.py`, LTD's share of it, caching and start-up, on random weights of true shape.
 
-    python examples/benchmark.py --model nano
-    python examples/benchmark.py --model 1.3b --train_type full --gradient_checkpointing none
-    python examples/benchmark.py --model 1.3b --sweep
+    python examples/benchmark/benchmark.py --model nano
+    python examples/benchmark/benchmark.py --model 1.3b --train_type full --gradient_checkpointing none
+    python examples/benchmark/benchmark.py --model 1.3b --sweep
 
 Nothing is downloaded. Flags that are not listed below go to `train_ltd.py`, so any setting of a run can be measured;
 with `--config recipe.yaml` the clips have the recipe's size. What is timed is the script itself: its `main()` runs,
@@ -53,8 +53,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.benchmark import Timer
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # train_ltd.py is a script in the repository's root, not an installed module
 
 from small_wan import PRESETS, build_small_wan, smooth_videos
 
@@ -565,7 +565,7 @@ def environment() -> dict:
         commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     names = ("torch", "diffusers", "accelerate", "peft")
     return {
-        "command": shlex.join(["python", "examples/benchmark.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "examples/benchmark/benchmark.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{platform.machine()} CPU",
         "cpus": os.cpu_count(),

@@ -20,7 +20,7 @@ from human_eval.analyse import NEITHER
 
 pytest_plugins = ["browser"]
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "examples" / "human_eval"
+SCRIPTS = Path(__file__).resolve().parents[2] / "examples" / "human_eval"
 LABELS = ["ModelOfOld", "ModelOfNew"]
 FRAMES, FPS = 8, 16  # half a second
 

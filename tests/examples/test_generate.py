@@ -30,7 +30,7 @@ import train_ltd
 
 pytest_plugins = ["browser"]
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 2}
 PROMPTS = ["a red square moves", "a <b>bold</b> cat / dog", "<script>window.hacked = 1</script>"]
 

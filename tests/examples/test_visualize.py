@@ -2,26 +2,23 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import sprites
 import torch
+import visualize_ltd
 from conftest import HEIGHT, NUM_FRAMES, WIDTH
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from PIL import Image
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples" / "nano"))
+import train_ltd
+from ltd_loss import latent_temporal_discrepancy
 
-import sprites  # noqa: E402
-import visualize_ltd  # noqa: E402
-
-import train_ltd  # noqa: E402
-from ltd_loss import latent_temporal_discrepancy  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 NANO = ROOT / "examples/nano/wan-nano"  # its VAE is trained, so that latents mean something
 NANO_FLAGS = [f"--pretrained_model_name_or_path={NANO}", "--height=96", "--width=96", "--num_frames=33"]

@@ -1,19 +1,19 @@
 """Write the table of all flags of train_ltd.py into README.md, between its two markers.
 
-python examples/flags.py           # rewrites README.md
-python examples/flags.py --check   # exit code 1 when README.md is out of date
+python examples/recipes/flags.py           # rewrites README.md
+python examples/recipes/flags.py --check   # exit code 1 when README.md is out of date
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # train_ltd.py is a script in the repository's root, not an installed module
 
 from train_ltd import build_parser
 
-BEGIN, END = "<!-- flags: written by examples/flags.py -->", "<!-- end of flags -->"
+BEGIN, END = "<!-- flags: written by examples/recipes/flags.py -->", "<!-- end of flags -->"
 
 
 def flags_table() -> str:
