@@ -40,7 +40,8 @@ from score_report import (
     update_card,
     write_report,
 )
-from video_metrics import PROXIES, clip_format, read_video, temporal_flickering
+from video_metrics import OPENCV_COLORS, PROXIES, temporal_flickering
+from videos import describe_video, read_video
 
 # torch below 2.6: `motion_smoothness` reads its weights with torch.load's old default (VBench pull request 115).
 VBENCH_SETUP = """\
@@ -152,7 +153,8 @@ def run_offline(args):
         entries[metric] = {"videos": kept, "inputs": inputs, "expected": len(inputs), "by": "video_metrics.py"}
     for number, name in enumerate(tqdm(inputs, desc="scoring", unit="video"), start=1):
         if missing := [metric for metric in args.metrics if name not in entries[metric]["videos"]]:
-            fps, video = clip_format(folder / name)[0], read_video(folder / name)
+            fps = float(describe_video(folder / name)["fps"])
+            video = read_video(folder / name, **OPENCV_COLORS)
         for metric in missing:
             value = temporal_flickering(video) if metric == "temporal_flickering" else PROXIES[metric](video, fps)
             entries[metric]["videos"][name] = value

@@ -43,7 +43,8 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # train_ltd.py is a script in the repository's root, not an installed module
 
-from gallery import build_gallery, write_video
+from gallery import build_gallery
+from videos import write_video
 
 import train_ltd
 

@@ -48,15 +48,16 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-from diffusers.utils import export_to_video
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.benchmark import Timer
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # train_ltd.py is a script in the repository's root, not an installed module
+# train_ltd.py is a script in the repository's root, and examples/ is folders of scripts: neither is a package.
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 from small_wan import PRESETS, build_small_wan, smooth_videos
+from videos import write_video
 
 import train_ltd
 from ltd_loss import ltd_loss
@@ -139,7 +140,8 @@ def write_clips(args: argparse.Namespace, settings: argparse.Namespace) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for number in range(NUM_CLIPS):
             video = smooth_videos(1, *size)[0].permute(1, 2, 3, 0) / 2 + 0.5  # (F, H, W, 3)
-            export_to_video(list(video.numpy()), str(folder / f"{number}.mp4"), fps=round(settings.fps))
+            frames = (video * 255).round().byte().numpy()
+            write_video(frames, folder / f"{number}.mp4", settings.fps)
         rows = [{"file_name": f"{n}.mp4", "text": f"a smooth video, number {n}"} for n in range(NUM_CLIPS)]
         (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder

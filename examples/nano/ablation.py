@@ -42,11 +42,15 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # train_ltd.py is a script in the repository's root, not an installed module
+EXAMPLES = ROOT / "examples"
+# train_ltd.py is a script in the repository's root, and examples/ is folders of scripts: neither is a package.
+sys.path[:0] = [str(ROOT), str(EXAMPLES), str(EXAMPLES / "scores")]
 
-from motion_metrics import dis_dynamic_degree, mean_scores, read_video, round_trip, temporal_flickering
+from motion_metrics import mean_scores, round_trip
 from score_model import NANO_SAMPLING, generate, held_out_specs, score
 from sprites import caption, render_clip, write_dataset
+from video_metrics import dis_dynamic_degree, temporal_flickering
+from videos import read_video
 
 import train_ltd
 from ltd_loss import latent_temporal_discrepancy, ltd_weights

@@ -20,7 +20,7 @@ echo "[4/4] training an LTD LoRA"
   train_ltd.py --config examples/recipes/real_clips.yaml --pretrained_model_name_or_path $out/small-wan \
   --train_data_dir $out/clips --output_dir $out/lora --validation_prompt "people ride bicycles down a street" \
   --validation_prompt "a man in a car talks to the camera" "$@"
-"$PYTHON" examples/contact_sheet.py --output $out/lora/samples.png $out/lora/samples/*.mp4
+"$PYTHON" examples/videos.py --output $out/lora/samples.png $out/lora/samples/*.mp4
 cat <<MSG
 
 Done. Open

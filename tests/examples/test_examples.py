@@ -91,7 +91,7 @@ def test_clips_example(tmp_path):
 
 def test_contact_sheet_shows_every_video(clips, tmp_path):
     videos = sorted(clips.glob("*.mp4"))[:3]
-    script = ROOT / "examples/contact_sheet.py"
+    script = ROOT / "examples/videos.py"
     command = [sys.executable, script, "--output", tmp_path / "sheet.png", "--columns", "4", *videos]
     assert subprocess.run(command).returncode == 0
     with Image.open(tmp_path / "sheet.png") as sheet:

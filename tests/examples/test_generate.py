@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from contact_sheet import read_frames
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
+from videos import read_video, write_video
 
 import train_ltd
 
@@ -96,7 +96,7 @@ def record_of(folder: Path) -> dict:
 
 
 def pixels(path: Path) -> np.ndarray:
-    return np.stack([np.asarray(frame, dtype=np.float32) for frame in read_frames(path)])
+    return read_video(path).astype(np.float32)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -498,12 +498,12 @@ def test_a_file_exists_only_when_it_is_complete(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as on a full disk
     try:
         with pytest.raises(OSError):
-            gallery.write_video(frames, tmp_path / "a.mp4", 16)
+            write_video(frames, tmp_path / "a.mp4", 16)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
-    gallery.write_video(frames, tmp_path / "a.mp4", 16)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"] and len(read_frames(tmp_path / "a.mp4")) == 30
+    write_video(frames, tmp_path / "a.mp4", 16)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"] and len(read_video(tmp_path / "a.mp4")) == 30
 
 
 def test_values_that_are_not_finite_make_no_video(run, make_lora):
@@ -548,7 +548,7 @@ def test_a_killed_run_leaves_whole_videos_and_goes_on(run, flags, tmp_path):
     process.communicate()
     made = contents(folder)
     assert 2 <= len(made) < 90
-    assert all(len(read_frames(folder / name)) == 33 for name in made)
+    assert all(len(read_video(folder / name)) == 33 for name in made)
     run(**settings, max_prompts=1)
     after = contents(folder)
     assert {name: after[name] for name in made} == made

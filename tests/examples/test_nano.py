@@ -10,6 +10,7 @@ import pytest
 import sprites
 import torch
 import train_vae
+from videos import read_video
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,7 +127,7 @@ def test_dataset_is_a_videofolder(tmp_path):
         sprites.parse_caption(line["text"])
     index = 0
     video, truth = sprites.render_clip(sprites.clip_spec("dynamic", 1, "train", index))
-    read = metrics.read_video(tmp_path / lines[index]["file_name"])
+    read = read_video(tmp_path / lines[index]["file_name"])
     assert read.shape == video.shape
     assert np.abs(read.astype(float) - video).mean() < 2.5
     with np.load((tmp_path / lines[index]["file_name"]).with_suffix(".npz")) as saved:
