@@ -1,4 +1,4 @@
-"""Write the table of all flags of train_ltd.py into README.md, between its two markers.
+"""Write the table of all flags of train_ltd.py into the README.md beside this file, between its two markers.
 
 python examples/recipes/flags.py           # rewrites README.md
 python examples/recipes/flags.py --check   # exit code 1 when README.md is out of date
@@ -33,7 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
+    readme = Path(__file__).with_name("README.md")
     text = readme.read_text(encoding="utf-8")
     head, rest = text.split(BEGIN)
     wanted = f"{head}{BEGIN}\n\n{flags_table()}\n\n{END}{rest.split(END)[1]}"

@@ -342,7 +342,7 @@ def test_the_readme_says_what_the_runs_say():
     assert_close(kept, ablation.without_nan(results))
     table = table_rows(ablation.write_table(results))
     assert table_rows((folder / "table.md").read_text()) == table
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "examples/nano/README.md").read_text(encoding="utf-8")
     shown = table_rows(readme.split("<!-- ablation -->")[1].split("<!-- /ablation -->")[0])
     assert shown and set(shown) <= set(table)
     for number in range(1 + len(results["primary_contrasts"])):  # all of them, whatever they say

@@ -1,8 +1,7 @@
-"""The recipes, the README's generated parts and the small examples."""
+"""The recipes and the small examples."""
 
 import importlib.util
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,25 +56,6 @@ def test_paper_recipe_is_the_papers_section_3_1(clips):
 
 def test_every_flag_says_what_it_does():
     assert [name for name, action in ACTIONS.items() if not action.help] == []
-
-
-def test_readme_lists_the_flags_as_they_are():
-    result = subprocess.run([sys.executable, ROOT / "examples/recipes/flags.py", "--check"], cwd=ROOT)
-    assert result.returncode == 0, "README.md is out of date: python examples/recipes/flags.py"
-
-
-def test_readme_has_both_commands_and_only_files_that_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "bash examples/quickstart.sh" in text and "bash tests/run.sh" in text
-    named = set(re.findall(r"\b(?:examples|tests)/[\w./-]+\.(?:py|sh|yaml|png)\b", text))
-    assert named and [name for name in sorted(named) if not (ROOT / name).is_file()] == []
-    flags = {
-        f.removeprefix("no-")
-        for f in re.findall(r"train_ltd\.py[^\n]*(?:\n[^\n]*)?", text)
-        for f in re.findall(r"--(\w+)", f)
-    }
-    launcher = {"config_file", "num_processes"}
-    assert sorted(flags - launcher - set(ACTIONS)) == []
 
 
 def test_clips_example(tmp_path):
