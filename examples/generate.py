@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # train_ltd.py is a script in the repository's root, not an installed module
 
 from gallery import build_gallery
-from videos import write_video
+from videos import find_videos, write_video
 
 import train_ltd
 
@@ -351,7 +351,7 @@ def prepare_folder(args, settings: dict, videos: dict[str, dict], accelerator: A
         if old["versions"] != versions:
             logger.warning(f"videos so far were made with {old['versions']}, those to come with {versions}")
             earlier.append(old["versions"])
-    elif any(folder.glob("*.mp4")):
+    elif find_videos(folder):
         differences = ["it holds videos, but no generation.json that says how they were made"]
     if differences:
         message = f"--output_dir {folder} was made otherwise; take another folder, or the same settings"

@@ -23,6 +23,12 @@ MARGIN = 2  # pixels between the pictures of a row
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
+def find_videos(folder: Path | str) -> list[Path]:
+    """List the mp4 files of a folder by name. Hidden ones are left out: `write_video` has not finished them."""
+    paths = sorted(Path(folder).glob("*.mp4"))
+    return [path for path in paths if not path.name.startswith(".")]
+
+
 def describe_video(path: Path | str) -> dict:
     """
     Read a file's header, without decoding a frame.

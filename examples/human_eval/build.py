@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 EXAMPLES = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(EXAMPLES))  # videos.py: examples/ is folders of scripts, not a package
 
-from videos import describe_video, read_video, write_video
+from videos import describe_video, find_videos, read_video, write_video
 
 PAGE_VERSION = 1
 REASONS = ["motion", "text match", "appearance", "overall"]
@@ -79,7 +79,7 @@ def read_generation(folder: Path) -> dict:
 
 def check_pairs(folders: list[Path], prompts: dict[str, str], records: list[dict]) -> tuple[dict, list[str]]:
     """Pairs by file name, each with `prompt`, `seed`, `fps` and `frames`; and a line for everything that is wrong."""
-    names = [{path.name for path in folder.glob("*.mp4") if not path.name.startswith(".")} for folder in folders]
+    names = [{path.name for path in find_videos(folder)} for folder in folders]
     problems = [
         f"{name}: in {folders[side]}, but not in {folders[1 - side]}"
         for side in (0, 1)

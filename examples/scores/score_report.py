@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard
 from video_metrics import PROXIES
-from videos import describe_video
+from videos import describe_video, find_videos
 
 # VBench's `scripts/constant.py`: the range that a score is scaled by, and its weight in the Quality Score. Order and
 # headings are the paper's.
@@ -108,7 +108,7 @@ def write_text(path, text):
 
 def list_videos(folder):
     """Name -> size and time of change of every mp4 in a folder."""
-    videos = {path.name: path.stat() for path in sorted(Path(folder).glob("*.mp4"))}
+    videos = {path.name: path.stat() for path in find_videos(folder)}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in videos.items()}
 
 
@@ -219,7 +219,7 @@ def find_warnings(folders, models, errors):
 def video_formats(folder):
     """All combinations of size, number of frames and frame rate of the videos in a folder, a set of tuples."""
     formats = set()
-    for path in Path(folder).glob("*.mp4"):
+    for path in find_videos(folder):
         formats.add(tuple(describe_video(path).values()))
     return formats
 

@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
-from videos import read_video, write_video
+from videos import find_videos, read_video, write_video
 
 import train_ltd
 
@@ -100,7 +100,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.mp4"))}
+    return {path.name: path.read_bytes() for path in find_videos(folder)}
 
 
 # --- Prompts ---------------------------------------------------------------------------------------------------------
@@ -461,6 +461,15 @@ def test_finished_files_are_kept_and_missing_ones_made_again(run):
     assert {p for p in after if after[p] != before[p]} == {lost} and len(after) == 6
 
 
+def test_a_run_that_was_killed_in_its_first_video_goes_on(run):
+    folder = run(prompt=["a cat"])
+    video = folder / "a cat-0.mp4"
+    content = video.read_bytes()
+    video.rename(folder / ".partial-a cat-0.mp4")
+    run(prompt=["a cat"])
+    assert contents(folder) == {video.name: content}
+
+
 def test_prompts_and_samples_can_be_added(run):
     folder = run(prompt=["a cat"])
     run(prompt=["a dog"], num_samples=2)
@@ -541,7 +550,7 @@ def test_a_killed_run_leaves_whole_videos_and_goes_on(run, flags, tmp_path):
     folder, settings = tmp_path / "base", {"num_samples": 30, "num_frames": 33}
     process = launch(flags(**settings), 1)
     deadline = time.time() + 300
-    while len(list(folder.glob("*.mp4"))) < 2 and process.poll() is None and time.time() < deadline:
+    while len(find_videos(folder)) < 2 and process.poll() is None and time.time() < deadline:
         time.sleep(0.02)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
