@@ -19,6 +19,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+from tqdm.auto import tqdm
+
+SCORES = Path(__file__).resolve().parent / "scores"
+sys.path.insert(0, str(SCORES))  # examples/ is folders of scripts, not a package
+
 from score_report import (
     DIMENSIONS,
     LABELS,
@@ -35,8 +40,8 @@ from score_report import (
     update_card,
     write_report,
 )
-from tqdm.auto import tqdm
-from video_metrics import PROXIES, clip_format, read_video, temporal_flickering
+from video_metrics import OPENCV_COLORS, PROXIES, temporal_flickering
+from videos import describe_video, read_video
 
 # torch below 2.6: `motion_smoothness` reads its weights with torch.load's old default (VBench pull request 115).
 VBENCH_SETUP = """\
@@ -109,7 +114,7 @@ def score_dimension(args, dimension, names, static):
         for name in names:
             (staged / name).symlink_to(Path(args.videos_dir, name).resolve())
         # -I, since the script's folder, whose modules have common names, would come before the environment's packages.
-        command = [args.vbench_python, "-I", Path(__file__).with_name("run_vbench.py"), staged, "--output_dir", work]
+        command = [args.vbench_python, "-I", SCORES / "run_vbench.py", staged, "--output_dir", work]
         command += ["--dimension", dimension, "--mode", {"standard": "vbench_standard"}.get(args.mode, args.mode)]
         code = subprocess.run([*command, *(["--static_filter"] if static else [])]).returncode
         outcome = read_json(Path(work, "outcome.json"))
@@ -148,7 +153,8 @@ def run_offline(args):
         entries[metric] = {"videos": kept, "inputs": inputs, "expected": len(inputs), "by": "video_metrics.py"}
     for number, name in enumerate(tqdm(inputs, desc="scoring", unit="video"), start=1):
         if missing := [metric for metric in args.metrics if name not in entries[metric]["videos"]]:
-            fps, video = clip_format(folder / name)[0], read_video(folder / name)
+            fps = float(describe_video(folder / name)["fps"])
+            video = read_video(folder / name, **OPENCV_COLORS)
         for metric in missing:
             value = temporal_flickering(video) if metric == "temporal_flickering" else PROXIES[metric](video, fps)
             entries[metric]["videos"][name] = value

@@ -4,19 +4,16 @@ import html
 import json
 import logging
 import os
-from fractions import Fraction
 from pathlib import Path
 from string import Template
 from urllib.parse import quote
 
-import av
 import numpy as np
-from contact_sheet import contact_sheet, labelled_row, read_frames
 from tqdm.auto import tqdm
+from videos import contact_sheet, labelled_row, read_video, write_video
 
 logger = logging.getLogger(__name__)
 
-CODEC = {"crf": "10"}  # as Wan's own generate.py, which writes with imageio's quality 8
 MODEL = ("model", "revision", "transformer", "lora")  # the settings in which folders that are compared should differ
 STRIP_COLUMNS, STRIP_WIDTH = 6, 416  # frames, and pixels that a frame may be wide
 
@@ -58,24 +55,6 @@ SECTION = Template("""<section>
 <video src="$video" width="$width" height="$height" controls loop muted playsinline preload="none"></video>
 <img src="$strip" loading="lazy" alt="frames of each model's video, a row each">
 </section>""")
-
-
-def write_video(frames: np.ndarray, path: Path, fps: float) -> None:
-    """
-    H.264 that browsers play, of `(F, H, W, 3)` uint8 with even H and W; the file exists only when it is complete.
-    By PyAV, since diffusers' `export_to_video` returns as if nothing were wrong when the disk is full.
-    """
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        with av.open(str(partial), "w", options={"movflags": "faststart"}) as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options=CODEC)
-            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-            for picture in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_records(folders: list[str]) -> list[dict]:
@@ -130,11 +109,11 @@ def build_gallery(folders: list[str], labels: list[str], output_dir: str, num_sa
         (output_dir / name).mkdir(parents=True, exist_ok=True)
     chosen = {k: entry for k, entry in records[0]["videos"].items() if entry["sample"] < num_samples}
     for name, entry in tqdm(chosen.items(), desc="comparing", unit="prompt"):
-        clips = [read_frames(Path(folder, name)) for folder in folders]
+        clips = [read_video(Path(folder, name)) for folder in folders]
         frames = np.stack([labelled_row(pictures, labels) for pictures in zip(*clips, strict=True)])
         video, strip = output_dir / "videos" / name, output_dir / "strips" / f"{Path(name).stem}.jpg"
         write_video(frames, video, records[0]["settings"]["fps"])
-        scale = min(1, STRIP_WIDTH / clips[0][0].width)
+        scale = min(1, STRIP_WIDTH / clips[0].shape[2])
         contact_sheet(clips, labels, STRIP_COLUMNS, scale).save(strip, quality=90)
         values = {"prompt": entry["prompt"] + f" (sample {entry['sample']})" * (num_samples > 1)}
         values |= {"video": quote(f"videos/{video.name}"), "strip": quote(f"strips/{strip.name}")}

@@ -43,7 +43,8 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # train_ltd.py is a script in the repository's root, not an installed module
 
-from gallery import build_gallery, write_video
+from gallery import build_gallery
+from videos import find_videos, write_video
 
 import train_ltd
 
@@ -350,7 +351,7 @@ def prepare_folder(args, settings: dict, videos: dict[str, dict], accelerator: A
         if old["versions"] != versions:
             logger.warning(f"videos so far were made with {old['versions']}, those to come with {versions}")
             earlier.append(old["versions"])
-    elif any(folder.glob("*.mp4")):
+    elif find_videos(folder):
         differences = ["it holds videos, but no generation.json that says how they were made"]
     if differences:
         message = f"--output_dir {folder} was made otherwise; take another folder, or the same settings"

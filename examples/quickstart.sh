@@ -16,7 +16,7 @@ echo "[3/4] training an LTD LoRA of the nano Wan"
   --train_data_dir $out/clips --output_dir $out/lora \
   --validation_prompt "a large red circle moves quickly to the left over a blue gradient" \
   --validation_prompt "a medium yellow square moves quickly to the bottom right, bouncing over gray clouds" "$@"
-"$PYTHON" examples/contact_sheet.py --output $out/lora/samples.png $out/lora/samples/*.mp4
+"$PYTHON" examples/videos.py --output $out/lora/samples.png $out/lora/samples/*.mp4
 echo "[4/4] measuring the motion of 16 generated videos, without and with the LoRA"
 score() { "$PYTHON" examples/nano/score_model.py examples/nano/wan-nano --mix dynamic --single_sprite --count 16 "$@"; }
 score --output_dir $out/before

@@ -40,8 +40,7 @@ from tqdm.auto import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # train_ltd.py is a script in the repository's root, not an installed module
 
-from contact_sheet import labelled_row
-from gallery import write_video
+from videos import labelled_row, write_video
 
 import train_ltd
 from ltd_loss import latent_temporal_discrepancy
@@ -211,8 +210,11 @@ def video_frames(rows: list[Row]) -> np.ndarray:
     size = VIDEO_WIDTH, round(VIDEO_WIDTH * pictures.shape[1] / pictures.shape[2] / 2) * 2
     for index in range(len(pictures)):
         panels = [Image.fromarray(np.uint8(255 * paint(row, pictures, index))) for row in rows]
-        panels = [panel.resize(size, Image.Resampling.BOX) for panel in panels]  # voxels stay sharp squares
-        frames.append(np.asarray(labelled_row(panels, [row.label.replace("\n", " ") for row in rows])))
+        panels = [
+            np.asarray(panel.resize(size, Image.Resampling.BOX)) for panel in panels
+        ]  # voxels stay sharp squares
+        labels = [row.label.replace("\n", " ") for row in rows]
+        frames.append(labelled_row(panels, labels))
     return np.stack(frames)
 
 

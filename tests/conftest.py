@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers.utils import export_to_video
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "benchmark")]
 
 from small_wan import PRESETS, build_small_wan
 

@@ -17,11 +17,17 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from fractions import Fraction
 from pathlib import Path
 
 import av
 from tqdm.auto import tqdm
+
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(EXAMPLES))  # videos.py: examples/ is folders of scripts, not a package
+
+from videos import describe_video, find_videos, read_video, write_video
 
 PAGE_VERSION = 1
 REASONS = ["motion", "text match", "appearance", "overall"]
@@ -71,21 +77,9 @@ def read_generation(folder: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"settings": {}, "videos": {}}
 
 
-def describe_video(path: Path) -> dict:
-    """What must be equal in a pair, by the file's header alone. Raises `av.FFmpegError` or `ValueError`."""
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ValueError("it has no picture")
-        stream = container.streams.video[0]
-        if not stream.average_rate or not stream.width:
-            raise ValueError("it has no frame rate or size")
-        fps = Fraction(stream.average_rate).limit_denominator(1000)
-        return {"width": stream.width, "height": stream.height, "frames": stream.frames, "fps": fps}
-
-
 def check_pairs(folders: list[Path], prompts: dict[str, str], records: list[dict]) -> tuple[dict, list[str]]:
     """Pairs by file name, each with `prompt`, `seed`, `fps` and `frames`; and a line for everything that is wrong."""
-    names = [{path.name for path in folder.glob("*.mp4") if not path.name.startswith(".")} for folder in folders]
+    names = [{path.name for path in find_videos(folder)} for folder in folders]
     problems = [
         f"{name}: in {folders[side]}, but not in {folders[1 - side]}"
         for side in (0, 1)
@@ -122,21 +116,10 @@ def check_pairs(folders: list[Path], prompts: dict[str, str], records: list[dict
 
 
 def encode(source: Path, target: Path, fps: Fraction, crf: int) -> tuple[int, str]:
-    """Write the pictures of `source` alone as H.264, frame by frame at `fps`; their number and a hash of them."""
-    pictures, count = hashlib.sha256(), 0
-    with av.open(str(source)) as reader, av.open(str(target), "w", options={"movflags": "faststart"}) as writer:
-        video = reader.streams.video[0]
-        video.thread_type = "AUTO"
-        stream = writer.add_stream("libx264", rate=fps, options={"crf": str(crf)})
-        stream.width, stream.height, stream.pix_fmt = video.width, video.height, "yuv420p"
-        for frame in reader.decode(video):
-            frame = frame.reformat(format="yuv420p")
-            frame.pts, frame.time_base = count, 1 / fps
-            pictures.update(frame.to_ndarray())
-            writer.mux(stream.encode(frame))
-            count += 1
-        writer.mux(stream.encode())
-    return count, pictures.hexdigest()
+    """Write the pictures of `source` alone as H.264, frame by frame at `fps`. Returns their number and a hash."""
+    frames = read_video(source, "yuv420p")  # the file's own pixels: nothing is converted
+    write_video(frames, target, fps, "yuv420p", codec={"crf": str(crf)})
+    return len(frames), hashlib.sha256(frames).hexdigest()
 
 
 def equalise(paths: list[Path]) -> None:

@@ -24,7 +24,8 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from tqdm.auto import tqdm
 from transformers import UMT5Config, UMT5EncoderModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(EXAMPLES / "benchmark"))  # small_wan.py: examples/ is folders of scripts, not a package
 
 from small_wan import build_tokenizer
 from sprites import (

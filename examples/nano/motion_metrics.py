@@ -40,9 +40,11 @@ from sprites import (
     trajectory,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # examples/ is a folder of scripts, not a package
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "scores")]  # examples/ is folders of scripts, not a package
 
-from video_metrics import dis_dynamic_degree, read_video, temporal_flickering
+from video_metrics import dis_dynamic_degree, temporal_flickering
+from videos import read_video
 
 OPACITY_SEEN = 0.35  # below it an object is not expected to be found
 CONTRAST = 30.0  # distance from the background's colours, 0..441, that makes a pixel foreground

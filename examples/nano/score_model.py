@@ -8,14 +8,20 @@ VAE: the ceiling. `direction within 45 degrees` counts only sprites that shall m
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from motion_metrics import dis_dynamic_degree, mean_scores, measure, round_trip
-from sprites import FRAMES, SIZE, caption, clip_spec, render_clip, write_video
+from sprites import CODEC, FPS, FRAMES, SIZE, caption, clip_spec, render_clip
 from tqdm.auto import tqdm
+
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(EXAMPLES))  # videos.py: examples/ is folders of scripts, not a package
+
+from videos import write_video
 
 # Guidance 4 did a little better than 7 on 32 calm captions; the steps are not tuned.
 NANO_SAMPLING = {"num_inference_steps": 20, "guidance_scale": 4.0, "height": SIZE, "width": SIZE, "num_frames": FRAMES}
@@ -100,7 +106,7 @@ def main(args):
         folder.mkdir(parents=True, exist_ok=True)
         lines = []
         for number, (video, prompt) in enumerate(zip(generated, prompts, strict=True)):
-            write_video(folder / f"{number:04d}.mp4", video)
+            write_video(video, folder / f"{number:04d}.mp4", FPS, codec=CODEC)
             lines.append(json.dumps({"file_name": f"{number:04d}.mp4", "text": prompt}))
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
         (folder / "scores.json").write_text(json.dumps(table, indent=2) + "\n")

@@ -13,14 +13,20 @@ pan moves the background, and against the named direction, as the world does whe
 import argparse
 import json
 import re
+import sys
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(EXAMPLES))  # videos.py: examples/ is folders of scripts, not a package
+
+from videos import write_video
+
 SIZE, FRAMES, FPS = 96, 33, 16
+# Near lossless. Without its macroblock tree x264 writes the same bytes every time.
+CODEC = {"crf": "8", "preset": "fast", "x264-params": "mbtree=0"}
 EDGE = 1.5  # px over which an edge fades: antialiasing, and soft enough for a small VAE
 
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -358,18 +364,6 @@ def render_clip(spec, frames=FRAMES):
 # ---------------------------------------------------------------------------------------------- files
 
 
-def write_video(path, frames, fps=FPS):
-    """Write uint8 `(F, H, W, 3)` as H.264, near lossless and in the pixel format that every player reads."""
-    with av.open(str(path), "w") as container:
-        # Without its macroblock tree x264 writes the same bytes every time.
-        options = {"crf": "8", "preset": "fast", "x264-params": "mbtree=0"}
-        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-
-
 def write_dataset(folder, mix, count, seed, split="train"):
     """Write `count` clips as a `videofolder`: mp4 and metadata.jsonl, with ground truth (.npz) beside each clip."""
     folder = Path(folder)
@@ -380,7 +374,7 @@ def write_dataset(folder, mix, count, seed, split="train"):
         video, truth = render_clip(spec)
         # No "train" or "test" in it: `load_dataset` would take that for a split, and leave metadata.jsonl out.
         name = f"{mix}-{split[0]}{seed}-{index:05d}"
-        write_video(folder / f"{name}.mp4", video)
+        write_video(video, folder / f"{name}.mp4", FPS, codec=CODEC)
         np.savez_compressed(folder / f"{name}.npz", spec=json.dumps(asdict(spec)), **truth)
         lines.append(json.dumps({"file_name": f"{name}.mp4", "text": caption(spec)}))
     # Last, so that a folder with metadata is a complete one.

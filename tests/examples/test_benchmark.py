@@ -1,4 +1,4 @@
-"""examples/benchmark.py and examples/cost.py: what they count, not how fast it is."""
+"""examples/benchmark: benchmark.py and cost.py: what they count, not how fast it is."""
 
 import gc
 import itertools

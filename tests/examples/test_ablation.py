@@ -3,21 +3,18 @@
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
+import ablation
 import numpy as np
 import pytest
+import sprites
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "nano")]
+import train_ltd
+from ltd_loss import ltd_weights
 
-import ablation  # noqa: E402
-import sprites  # noqa: E402
-
-import train_ltd  # noqa: E402
-from ltd_loss import ltd_weights  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 EXPLORATORY_MAPS = ["per_frame", "per_clip", "normalized", "without_gap_0", "scale_4", "scale_16", "scale_64"]
 PIXEL_MAPS = ["frame_residual", "flow", "motion_mask"]
@@ -345,7 +342,7 @@ def test_the_readme_says_what_the_runs_say():
     assert_close(kept, ablation.without_nan(results))
     table = table_rows(ablation.write_table(results))
     assert table_rows((folder / "table.md").read_text()) == table
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "examples/nano/README.md").read_text(encoding="utf-8")
     shown = table_rows(readme.split("<!-- ablation -->")[1].split("<!-- /ablation -->")[0])
     assert shown and set(shown) <= set(table)
     for number in range(1 + len(results["primary_contrasts"])):  # all of them, whatever they say

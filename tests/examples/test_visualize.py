@@ -2,26 +2,23 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
+import sprites
 import torch
+import visualize_ltd
 from conftest import HEIGHT, NUM_FRAMES, WIDTH
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from PIL import Image
 from safetensors.torch import save_file
+from videos import describe_video, read_video, write_video
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples" / "nano"))
+import train_ltd
+from ltd_loss import latent_temporal_discrepancy
 
-import sprites  # noqa: E402
-import visualize_ltd  # noqa: E402
-
-import train_ltd  # noqa: E402
-from ltd_loss import latent_temporal_discrepancy  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 NANO = ROOT / "examples/nano/wan-nano"  # its VAE is trained, so that latents mean something
 NANO_FLAGS = [f"--pretrained_model_name_or_path={NANO}", "--height=96", "--width=96", "--num_frames=33"]
@@ -38,12 +35,6 @@ def find_clips(count: int, speed: str) -> list[tuple[np.ndarray, dict]]:
     chosen = [spec for spec in plain if spec.sprites[0].speed == speed][:count]
     assert len(chosen) == count
     return [sprites.render_clip(spec) for spec in chosen]
-
-
-def read_video(path: Path) -> tuple[np.ndarray, float]:
-    with av.open(str(path)) as container:
-        rate = float(container.streams.video[0].average_rate)
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]), rate
 
 
 def moving_pixels(mask: np.ndarray, frame: int) -> np.ndarray:
@@ -98,7 +89,8 @@ def test_maps_of_a_clip(flags, clips, tmp_path):
     wanted = train_ltd.read_clips(str(clips / "1.mp4"), args)[0][0].permute(0, 2, 3, 1).numpy()
     with Image.open(tmp_path / "run/ltd_maps.png") as strip:
         assert strip.width == 800
-    shown, rate = read_video(tmp_path / "run/ltd_maps.mp4")
+    shown = read_video(tmp_path / "run/ltd_maps.mp4")
+    rate = describe_video(tmp_path / "run/ltd_maps.mp4")["fps"]
     assert (len(shown), rate) == (NUM_FRAMES, 16)
     height = round(400 * HEIGHT / WIDTH / 2) * 2
     bar = shown.shape[1] - height - 2  # the labels'
@@ -115,7 +107,8 @@ def test_maps_of_latents_load_no_model(monkeypatch, tmp_path):
     latents = torch.randn(1, 16, 5, 6, 10, generator=torch.Generator().manual_seed(0))
     save_file({"latents": latents.bfloat16()}, tmp_path / "latents.safetensors")
     visualize("maps", f"--latents={tmp_path / 'latents.safetensors'}", "--ltd_only", f"--output_dir={tmp_path}")
-    shown, rate = read_video(tmp_path / "ltd_maps.mp4")
+    shown = read_video(tmp_path / "ltd_maps.mp4")
+    rate = describe_video(tmp_path / "ltd_maps.mp4")["fps"]
     assert (len(shown), rate) == (5, 4) and (tmp_path / "ltd_maps.png").is_file()
 
 
@@ -125,7 +118,7 @@ def test_maps_of_a_cache_entry(run, flags, tmp_path):
     entry = f"--latents={min((tmp_path / 'cache/latents').glob('*'))}"
     for lora in ([], [f"--lora={folder}"]):
         visualize("maps", entry, *lora, *flags())
-        videos.append(read_video(folder / "ltd_maps.mp4")[0].astype(float))
+        videos.append(read_video(folder / "ltd_maps.mp4").astype(float))
     changes = [np.abs(videos[1] - videos[0])[:, :, row * 402 : row * 402 + 400].mean() for row in range(4)]
     assert max(changes[:2]) < 0.5 and min(changes[2:]) > 1.5
 
@@ -166,7 +159,7 @@ def known_clips(tmp_path_factory) -> Path:
     videos |= {f"fast-{i}": video for i, (video, _) in enumerate(fast)}
     videos["cut"] = np.concatenate([still[0][0][:14], still[1][0][14:]])
     for name, video in videos.items():
-        sprites.write_video(folder / f"{name}.mp4", video)
+        write_video(video, folder / f"{name}.mp4", sprites.FPS, codec=sprites.CODEC)
     (folder / "broken.mp4").write_bytes(b"no video")
     rows = [{"file_name": f"{name}.mp4", "text": name} for name in ("fast-0", "cut", "still-0", "broken", "still-1")]
     rows += [{"file_name": f"fast-{i}.mp4", "text": ""} for i in (1, 2)]

@@ -1,13 +1,13 @@
 """What does the LTD weight do? Fine-tune one base model again and again, with nothing but the weight changed.
 
-    python examples/ablation.py --output_dir outputs/ablation --arms mse ltd --seeds 2 --steps 20 --num_videos 2
-    python examples/ablation.py --output_dir outputs/ablation                      # the key arms, 8 seeds
-    python examples/ablation.py --output_dir outputs/ablation --arms exploratory --seeds 3
+    python examples/nano/ablation.py --output_dir outputs/ablation --arms mse ltd --seeds 2 --steps 20 --num_videos 2
+    python examples/nano/ablation.py --output_dir outputs/ablation                      # the key arms, 8 seeds
+    python examples/nano/ablation.py --output_dir outputs/ablation --arms exploratory --seeds 3
 
 By default on the nano Wan, whose true motion is known. Flags that this script does not know go to `train_ltd.py`, so
 the same question can be asked of any Wan model and data:
 
-    python examples/ablation.py --output_dir outputs/mine --arms mse ltd --seeds 3 --steps 500 \\
+    python examples/nano/ablation.py --output_dir outputs/mine --arms mse ltd --seeds 3 --steps 500 \\
         --config examples/recipes/lora_1.3b.yaml --train_data_dir my_clips --validation_split 0.1
 
 A seed fixes the order of the clips, every noise and timestep, the held-out clips and the noise of generated videos, so
@@ -41,17 +41,21 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import WanPipeline, WanTransformer3DModel
 from scipy import stats
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "nano")]
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+# train_ltd.py is a script in the repository's root, and examples/ is folders of scripts: neither is a package.
+sys.path[:0] = [str(ROOT), str(EXAMPLES), str(EXAMPLES / "scores")]
 
-from motion_metrics import dis_dynamic_degree, mean_scores, read_video, round_trip, temporal_flickering
+from motion_metrics import mean_scores, round_trip
 from score_model import NANO_SAMPLING, generate, held_out_specs, score
 from sprites import caption, render_clip, write_dataset
+from video_metrics import dis_dynamic_degree, temporal_flickering
+from videos import read_video
 
 import train_ltd
 from ltd_loss import latent_temporal_discrepancy, ltd_weights
 
-# Learning rate, schedule, steps and shift were chosen on runs of the arm mse alone, see nano/PLAN.md.
+# Learning rate, schedule, steps and shift were chosen on runs of the arm mse alone, see PLAN.md.
 NANO = {
     "pretrained_model_name_or_path": str(ROOT / "examples/nano/wan-nano"), "height": 96, "width": 96,
     "num_frames": 33, "fps": 16, "train_type": "full", "train_batch_size": 8, "mixed_precision": "bf16",

@@ -1,19 +1,19 @@
-"""Write the table of all flags of train_ltd.py into README.md, between its two markers.
+"""Write the table of all flags of train_ltd.py into the README.md beside this file, between its two markers.
 
-python examples/flags.py           # rewrites README.md
-python examples/flags.py --check   # exit code 1 when README.md is out of date
+python examples/recipes/flags.py           # rewrites README.md
+python examples/recipes/flags.py --check   # exit code 1 when README.md is out of date
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # train_ltd.py is a script in the repository's root, not an installed module
 
 from train_ltd import build_parser
 
-BEGIN, END = "<!-- flags: written by examples/flags.py -->", "<!-- end of flags -->"
+BEGIN, END = "<!-- flags: written by examples/recipes/flags.py -->", "<!-- end of flags -->"
 
 
 def flags_table() -> str:
@@ -33,7 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
+    readme = Path(__file__).with_name("README.md")
     text = readme.read_text(encoding="utf-8")
     head, rest = text.split(BEGIN)
     wanted = f"{head}{BEGIN}\n\n{flags_table()}\n\n{END}{rest.split(END)[1]}"

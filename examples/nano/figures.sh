@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Draws the README's pictures of the nano Wan again, into examples/images: 4 minutes on one core, after the quickstart.
 #
-#   source .venv/bin/activate && bash examples/figures.sh
+#   source .venv/bin/activate && bash examples/nano/figures.sh
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 out=outputs/figures images=examples/images
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} OMP_WAIT_POLICY=passive
 lora=outputs/quickstart/lora  # what the quickstart trains
@@ -23,7 +23,7 @@ generate() { python examples/generate.py --preset nano --prompt_file $out/prompt
 generate base
 generate ltd --lora $lora
 python examples/generate.py --compare $out/videos/{base,ltd} --labels base LTD --output_dir $out/compare
-python examples/ablation.py --output_dir examples/nano/ablation --report_only > /dev/null
+python examples/nano/ablation.py --output_dir examples/nano/ablation --report_only > /dev/null
 mv examples/nano/ablation/ablation.png $images
 cp $lora/curves.png $images/quickstart_curves.png
 cp $lora/samples.png $images/quickstart_samples.png

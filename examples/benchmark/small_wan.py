@@ -3,7 +3,7 @@
 The classes are the real ones (`WanPipeline` and everything in it), so whatever runs on this folder runs on
 `Wan-AI/Wan2.1-T2V-1.3B-Diffusers` too. Only the sizes differ, and the weights are random.
 
-    python examples/small_wan.py --output_dir small-wan --preset small --train_vae_data clips
+    python examples/benchmark/small_wan.py --output_dir small-wan --preset small --train_vae_data clips
 
 `--train_vae_data` fits the VAE to a folder of clips for two minutes, on small crops, so that latents mean something
 and samples can be looked at. The clips it is fitted to are the demo's own and only ones: how well it reconstructs them
@@ -17,10 +17,9 @@ import argparse
 import json
 import math
 import string
+import sys
 from pathlib import Path
 
-import av
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
@@ -29,6 +28,11 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(EXAMPLES))  # videos.py: examples/ is folders of scripts, not a package
+
+from videos import read_video
 
 PRESETS = {
     # For tests: the whole folder is below 0.5 MB and a forward pass takes milliseconds.
@@ -137,9 +141,9 @@ def read_videos(folder):
     """The clips that a `metadata.jsonl` names: each `(3, F, HEIGHT, WIDTH)` in [-1, 1], with F = 4k+1."""
     videos = []
     for line in Path(folder, "metadata.jsonl").read_text(encoding="utf-8").splitlines():
-        with av.open(str(Path(folder, json.loads(line)["file_name"]))) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-        frames = torch.from_numpy(np.stack(frames[: (len(frames) - 1) // 4 * 4 + 1])).permute(0, 3, 1, 2)
+        frames = read_video(Path(folder, json.loads(line)["file_name"]))  # (F, H, W, 3)
+        usable = (len(frames) - 1) // 4 * 4 + 1
+        frames = torch.from_numpy(frames[:usable]).permute(0, 3, 1, 2)
         scale = max(HEIGHT / frames.shape[2], WIDTH / frames.shape[3])
         size = [round(side * scale) for side in frames.shape[2:]]
         frames = F.interpolate(frames, size, mode="bicubic", antialias=True)

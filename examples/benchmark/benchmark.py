@@ -1,8 +1,8 @@
 """Measure a training step of `train_ltd.py`, LTD's share of it, caching and start-up, on random weights of true shape.
 
-    python examples/benchmark.py --model nano
-    python examples/benchmark.py --model 1.3b --train_type full --gradient_checkpointing none
-    python examples/benchmark.py --model 1.3b --sweep
+    python examples/benchmark/benchmark.py --model nano
+    python examples/benchmark/benchmark.py --model 1.3b --train_type full --gradient_checkpointing none
+    python examples/benchmark/benchmark.py --model 1.3b --sweep
 
 Nothing is downloaded. Flags that are not listed below go to `train_ltd.py`, so any setting of a run can be measured;
 with `--config recipe.yaml` the clips have the recipe's size. What is timed is the script itself: its `main()` runs,
@@ -48,15 +48,16 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-from diffusers.utils import export_to_video
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.benchmark import Timer
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+# train_ltd.py is a script in the repository's root, and examples/ is folders of scripts: neither is a package.
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 from small_wan import PRESETS, build_small_wan, smooth_videos
+from videos import write_video
 
 import train_ltd
 from ltd_loss import ltd_loss
@@ -139,7 +140,8 @@ def write_clips(args: argparse.Namespace, settings: argparse.Namespace) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for number in range(NUM_CLIPS):
             video = smooth_videos(1, *size)[0].permute(1, 2, 3, 0) / 2 + 0.5  # (F, H, W, 3)
-            export_to_video(list(video.numpy()), str(folder / f"{number}.mp4"), fps=round(settings.fps))
+            frames = (video * 255).round().byte().numpy()
+            write_video(frames, folder / f"{number}.mp4", settings.fps)
         rows = [{"file_name": f"{n}.mp4", "text": f"a smooth video, number {n}"} for n in range(NUM_CLIPS)]
         (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
@@ -565,7 +567,7 @@ def environment() -> dict:
         commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     names = ("torch", "diffusers", "accelerate", "peft")
     return {
-        "command": shlex.join(["python", "examples/benchmark.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "examples/benchmark/benchmark.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{platform.machine()} CPU",
         "cpus": os.cpu_count(),

@@ -1,8 +1,8 @@
 """Time and cost of the paper's recipe on 1, 8 and 64 GPUs, from the measured time of a step on one.
 
-    python examples/benchmark.py --model 1.3b --train_type full
-    python examples/cost.py outputs/benchmark/1.3b.json --price_per_gpu_hour 2.50
-    python examples/cost.py 6.5
+    python examples/benchmark/benchmark.py --model 1.3b --train_type full
+    python examples/benchmark/cost.py outputs/benchmark/1.3b.json --price_per_gpu_hour 2.50
+    python examples/benchmark/cost.py 6.5
 
 The recipe is section 3.1 of the LTD paper (https://huggingface.co/papers/2601.20504): 2 epochs over 3,860 clips of 81
 frames of 832x480, batch 16. That batch has no work for more than 16 GPUs, so 64 of them take one clip each, which is
@@ -21,7 +21,7 @@ SETTINGS = {"model": "1.3b", "train_type": "full", "num_frames": 81, "height": 4
 def parse_args(input_args=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("step", help="JSON of examples/benchmark.py, or the seconds that one clip takes on one GPU")
+    parser.add_argument("step", help="JSON of benchmark.py, or the seconds that one clip takes on one GPU")
     parser.add_argument("--price_per_gpu_hour", type=float, help="in your currency")
     return parser.parse_args(input_args)
 

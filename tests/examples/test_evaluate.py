@@ -1,6 +1,6 @@
 """examples/evaluate.py: VBench's formulas and environment, VMBench's files, offline measures, report, model card.
 
-    PYTHONPATH=examples python tests/test_evaluate.py FOLDER
+    PYTHONPATH=examples:examples/scores python tests/examples/test_evaluate.py FOLDER
 
 writes the clips whose scores by the real VBench are in `GOLDEN`.
 """
@@ -22,8 +22,9 @@ import score_report
 import video_metrics
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
+from videos import read_video
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WAN, OURS = score_report.PAPER["Wan2.1 (Base)"], score_report.PAPER["Ours (w/ LTD Loss)"]
 
 # `evaluate.py vbench FOLDER --mode custom_input --dimensions temporal_flickering` on the
@@ -117,10 +118,9 @@ def golden(tmp_path_factory):
 
 def test_flickering_is_vbenchs(golden):
     for name, score in GOLDEN.items():
-        video = video_metrics.read_video(golden / f"{name}.mp4")
+        video = read_video(golden / f"{name}.mp4", **video_metrics.OPENCV_COLORS)
         assert video_metrics.temporal_flickering(video) == pytest.approx(score, abs=1e-7), name
-    with av.open(str(golden / "tagged.mp4")) as container:
-        by_tag = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    by_tag = read_video(golden / "tagged.mp4")
     assert abs(video_metrics.temporal_flickering(by_tag) - GOLDEN["tagged"]) > 1e-4  # the tag is there, and matters
 
 
@@ -567,7 +567,9 @@ def test_generated_videos_without_vbench(tiny_wan, tmp_path, capsys):
     default = ["temporal_flickering", "dis_dynamic_degree", "dis_flow_speed", "dis_interpolation"]
     assert list(scores) == default and all(len(scores[metric]["videos"]) == 2 for metric in default)
     for video, value in scores["temporal_flickering"]["videos"].items():
-        assert value == video_metrics.temporal_flickering(video_metrics.read_video(folders["base"] / video))
+        assert value == video_metrics.temporal_flickering(
+            read_video(folders["base"] / video, **video_metrics.OPENCV_COLORS)
+        )
 
     first, second = sorted(path.name for path in folders["base"].glob("*.mp4"))
     scores["temporal_flickering"]["videos"] = {first: 0.25, second: 0.75}  # told apart from new values

@@ -19,18 +19,18 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from contact_sheet import read_frames
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
+from videos import find_videos, read_video, write_video
 
 import train_ltd
 
 pytest_plugins = ["browser"]
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 2}
 PROMPTS = ["a red square moves", "a <b>bold</b> cat / dog", "<script>window.hacked = 1</script>"]
 
@@ -96,11 +96,11 @@ def record_of(folder: Path) -> dict:
 
 
 def pixels(path: Path) -> np.ndarray:
-    return np.stack([np.asarray(frame, dtype=np.float32) for frame in read_frames(path)])
+    return read_video(path).astype(np.float32)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.mp4"))}
+    return {path.name: path.read_bytes() for path in find_videos(folder)}
 
 
 # --- Prompts ---------------------------------------------------------------------------------------------------------
@@ -461,6 +461,15 @@ def test_finished_files_are_kept_and_missing_ones_made_again(run):
     assert {p for p in after if after[p] != before[p]} == {lost} and len(after) == 6
 
 
+def test_a_run_that_was_killed_in_its_first_video_goes_on(run):
+    folder = run(prompt=["a cat"])
+    video = folder / "a cat-0.mp4"
+    content = video.read_bytes()
+    video.rename(folder / ".partial-a cat-0.mp4")
+    run(prompt=["a cat"])
+    assert contents(folder) == {video.name: content}
+
+
 def test_prompts_and_samples_can_be_added(run):
     folder = run(prompt=["a cat"])
     run(prompt=["a dog"], num_samples=2)
@@ -498,12 +507,12 @@ def test_a_file_exists_only_when_it_is_complete(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as on a full disk
     try:
         with pytest.raises(OSError):
-            gallery.write_video(frames, tmp_path / "a.mp4", 16)
+            write_video(frames, tmp_path / "a.mp4", 16)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
-    gallery.write_video(frames, tmp_path / "a.mp4", 16)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"] and len(read_frames(tmp_path / "a.mp4")) == 30
+    write_video(frames, tmp_path / "a.mp4", 16)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"] and len(read_video(tmp_path / "a.mp4")) == 30
 
 
 def test_values_that_are_not_finite_make_no_video(run, make_lora):
@@ -541,14 +550,14 @@ def test_a_killed_run_leaves_whole_videos_and_goes_on(run, flags, tmp_path):
     folder, settings = tmp_path / "base", {"num_samples": 30, "num_frames": 33}
     process = launch(flags(**settings), 1)
     deadline = time.time() + 300
-    while len(list(folder.glob("*.mp4"))) < 2 and process.poll() is None and time.time() < deadline:
+    while len(find_videos(folder)) < 2 and process.poll() is None and time.time() < deadline:
         time.sleep(0.02)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     made = contents(folder)
     assert 2 <= len(made) < 90
-    assert all(len(read_frames(folder / name)) == 33 for name in made)
+    assert all(len(read_video(folder / name)) == 33 for name in made)
     run(**settings, max_prompts=1)
     after = contents(folder)
     assert {name: after[name] for name in made} == made

@@ -2,19 +2,17 @@
 
 import contextlib
 import json
-import sys
 from pathlib import Path
 
+import motion_metrics as metrics
 import numpy as np
 import pytest
+import sprites
 import torch
+import train_vae
+from videos import read_video
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples" / "nano"))
-
-import motion_metrics as metrics  # noqa: E402
-import sprites  # noqa: E402
-import train_vae  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +127,7 @@ def test_dataset_is_a_videofolder(tmp_path):
         sprites.parse_caption(line["text"])
     index = 0
     video, truth = sprites.render_clip(sprites.clip_spec("dynamic", 1, "train", index))
-    read = metrics.read_video(tmp_path / lines[index]["file_name"])
+    read = read_video(tmp_path / lines[index]["file_name"])
     assert read.shape == video.shape
     assert np.abs(read.astype(float) - video).mean() < 2.5
     with np.load((tmp_path / lines[index]["file_name"]).with_suffix(".npz")) as saved:

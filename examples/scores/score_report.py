@@ -13,7 +13,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard
-from video_metrics import PROXIES, clip_format
+from video_metrics import PROXIES
+from videos import describe_video, find_videos
 
 # VBench's `scripts/constant.py`: the range that a score is scaled by, and its weight in the Quality Score. Order and
 # headings are the paper's.
@@ -107,7 +108,7 @@ def write_text(path, text):
 
 def list_videos(folder):
     """Name -> size and time of change of every mp4 in a folder."""
-    videos = {path.name: path.stat() for path in sorted(Path(folder).glob("*.mp4"))}
+    videos = {path.name: path.stat() for path in find_videos(folder)}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in videos.items()}
 
 
@@ -199,7 +200,7 @@ def find_warnings(folders, models, errors):
     """What makes the comparison unsound, a sentence each. All arguments go by model; the first is the base."""
     warnings, base = [], next(iter(folders))
     made = {name: read_json(Path(folder, "generation.json")) for name, folder in folders.items()}
-    formats = {name: {clip_format(path) for path in Path(folders[name]).glob("*.mp4")} for name in folders}
+    formats = {name: video_formats(folder) for name, folder in folders.items()}
     for name, entries in models.items():
         warnings += [f"{name}: {metric} could not be scored ({reason})" for metric, reason in errors[name].items()]
         if not made[name]:
@@ -213,6 +214,14 @@ def find_warnings(folders, models, errors):
             warnings += [f"{name} and {base} {what}" for what in unequal_scoring(entries, models[base])]
         warnings += [f"{name}: {what}" for what in departures(folders[name], entries)]
     return warnings
+
+
+def video_formats(folder):
+    """All combinations of size, number of frames and frame rate of the videos in a folder, a set of tuples."""
+    formats = set()
+    for path in find_videos(folder):
+        formats.add(tuple(describe_video(path).values()))
+    return formats
 
 
 def unequal_making(made, base):

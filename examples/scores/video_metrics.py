@@ -8,26 +8,10 @@ import functools
 import importlib.util
 import itertools
 
-import av
 import numpy as np
 
-
-def read_video(path):
-    """All frames of a video file, uint8 `(F, H, W, 3)`, converted to RGB as BT.601 whatever the file's colour tag.
-
-    The OpenCV that VBench's pins allow (4.11) does not read that tag either.
-    """
-    with av.open(str(path)) as container:
-        frames = container.decode(video=0)
-        frames = [f.reformat(format="rgb24", src_colorspace="ITU601", dst_colorspace="ITU601") for f in frames]
-        return np.stack([frame.to_ndarray() for frame in frames])
-
-
-def clip_format(path):
-    """Frame rate, number of frames, width and height by the file's header."""
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        return float(stream.average_rate), stream.frames, stream.width, stream.height
+# Colours as the OpenCV that VBench's pins allow (4.11) converts them: by BT.601, whatever a file's colour tag says.
+OPENCV_COLORS = {"src_colorspace": "ITU601", "dst_colorspace": "ITU601"}
 
 
 def temporal_flickering(video):
