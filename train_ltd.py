@@ -2815,9 +2815,10 @@ def clip_gradients(accelerator: Accelerator, transformer: torch.nn.Module, max_n
 
 def average(accelerator: Accelerator, history: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     """Average loss and errors over micro-batches and ranks. `weight` is the loss's mean weight, loss over error."""
-    columns = {}
-    for name in history[0]:
-        columns[name] = accelerator.gather(torch.stack([row[name] for row in history]))
+    names = list(history[0])
+    table = torch.stack([torch.stack([row[name] for name in names]) for row in history])
+    table = accelerator.gather(table)  # (micro-batches of all ranks, names)
+    columns = dict(zip(names, table.T, strict=True))
     metrics = {"loss": columns.pop("loss").mean().item(), **mean_errors(columns)}
     metrics["weight"] = metrics["loss"] / metrics["mse"]
     return metrics
