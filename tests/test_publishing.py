@@ -1,8 +1,4 @@
-"""Publishing: from a loopback Hub through whole runs, back to it, into stock diffusers; and all faults on the way.
-
-The Hub's client reads its environment at import, so all that talks to the Hub happens in processes of its own: whole
-runs in fresh ones, single calls in a worker that imports `train_ltd` once.
-"""
+"""The card, and the Hub: whole runs into a loopback Hub and out of it again, with all faults on the way."""
 
 import ast
 import contextlib
@@ -17,13 +13,293 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import pytest
-import yaml
+from conftest import STEPS
+from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from helpers import checkpoints, code_block, matter
 from hub_server import HubServer
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+
+import train_ltd
 
 ROOT = Path(__file__).resolve().parent.parent
 TRIGGER = 'ohwx: "man"'
 PROMPTS = ["a \"quoted\": prompt,\n---\nof a 'square' 🎬 # & {x}: [y]", "--- | `b` \\ %s ``` é\t中文\n\n: end"]
+
+
+# --- The card, without a Hub -----------------------------------------------------------------------------------------
+
+def cleaned(prompt, trigger=TRIGGER):
+    """What a prompt with its trigger word comes to: one line, single spaces."""
+    return " ".join(f"{trigger} {prompt}".split())
+
+
+def all_bytes(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+FACTS = {"clips": 7, "steps": 2, "seed": 3, "clips an update": 1, "hardware": "1 x CPU, 0.01 h"}
+HUB_SOURCES = {"pretrained_model_name_or_path": "team/tiny-wan", "train_data_dir": None, "dataset_name": "team/clips"}
+
+
+@pytest.fixture
+def card(flags, tmp_path):
+    """Function that returns the card of a run with these flags, as read back from its file by the Hub's own class."""
+    from huggingface_hub import ModelCard
+
+    import train_ltd
+
+    def build(samples=(), repo_id="tester/my-lora", **kwargs):
+        args = train_ltd.parse_args(flags(**{"lora_alpha": 4} | kwargs))
+        train_ltd.model_card(args, repo_id, list(samples), FACTS).save(tmp_path / "README.md")
+        card = ModelCard.load(tmp_path / "README.md")
+        assert matter(card.content) == card.data.to_dict()
+        return card.data.to_dict(), card.content
+
+    return build
+
+
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+def test_front_matter(card, train_type):
+    front, text = card(train_type=train_type, trigger_word="ohwx", license="mit", **HUB_SOURCES)
+    lora = train_type == "lora"
+    tags = {"text-to-video", "diffusers-training", "diffusers", "wan", "wan-diffusers", "ltd"}
+    assert set(front.pop("tags")) == tags | ({"lora", "template:sd-lora"} if lora else set())
+    assert front == {
+        "base_model": "team/tiny-wan",
+        "base_model_relation": "adapter" if lora else "finetune",
+        "datasets": ["team/clips"],
+        "library_name": "diffusers",
+        "license": "mit",
+        "pipeline_tag": "text-to-video",
+    } | ({"instance_prompt": "ohwx"} if lora else {})
+    assert "<Gallery />" not in text  # there are no samples
+    assert "TODO" not in text and "None" not in text
+    code = code_block(text)
+    assert ('load_lora_weights("tester/my-lora")' in code) == lora
+    assert ('from_pretrained("tester/my-lora", subfolder="transformer"' in code) == (not lora)
+
+
+def test_local_sources_are_not_in_the_front_matter(card, tiny_wan, clips, tmp_path):
+    front, text = card(dataset_name=clips, train_data_dir=None)
+    assert not {"base_model", "base_model_relation", "datasets", "instance_prompt", "widget"} & set(front)
+    for path in (tiny_wan, clips, tmp_path):
+        assert str(path) not in text and str(path.parent) not in text
+
+
+def test_relative_folder_that_looks_like_a_hub_id(card, tmp_path, monkeypatch):
+    (tmp_path / "team" / "tiny-wan").mkdir(parents=True)
+    (tmp_path / "team" / "clips").mkdir()
+    monkeypatch.chdir(tmp_path)
+    front, text = card(**HUB_SOURCES)
+    assert not {"base_model", "base_model_relation", "datasets"} & set(front)
+    assert "team/tiny-wan" not in text and "team/clips" not in text
+
+
+def test_card_names_what_was_built_on(card, tiny_wan, tmp_path):
+    other = tmp_path / "private" / "other.safetensors"
+    other.parent.mkdir()
+    other.write_bytes(b"")
+    front, text = card(**HUB_SOURCES, init_lora="someone/style-lora", transformer_path="someone/other-wan")
+    table = text.split("## Training")[1]
+    assert all(name in table for name in ("team/tiny-wan", "someone/other-wan", "someone/style-lora"))
+    assert {"someone/other-wan", "someone/style-lora"} <= set(front["base_model"])
+    assert front["base_model_relation"] == "adapter" and '"someone/other-wan"' in code_block(text)
+    _, text = card(init_lora=other, transformer_path=other)
+    assert text.count("other.safetensors") >= 2 and str(tmp_path) not in text
+    ast.parse(code_block(text))
+
+
+def test_card_of_plain_mse_does_not_claim_ltd(card):
+    front, text = card(loss="mse")
+    (row,) = re.findall(r"\| loss.*? \| (.*) \|", text)
+    assert "mse" in row
+    assert "ltd" not in front["tags"]
+    assert "Latent Temporal Discrepancy" not in text.split("## Citation")[0]
+
+
+def test_card_of_ltd_says_its_settings(card):
+    _, text = card(ltd_window=4, ltd_scale=0.5, ltd_normalize=True)
+    for row in ("| ltd_window | 4 |", "| ltd_scale | 0.5 |", "| ltd_normalize | True |"):
+        assert row in text.splitlines()
+    assert "https://huggingface.co/papers/2601.20504" in text
+
+
+ODD = [
+    *PROMPTS,
+    "---",
+    "- item: 'x'",
+    "null",
+    "1e3",
+    "{{ jinja }} {% if %} {0} %s \\n \\u0041",
+    "ends with a backslash \\ and quotes \"\"\" '''",
+    "| a | table | <Gallery /> <script>alert(1)</script>",
+    "```\nimport os\n```\n# heading",
+    "line\u2028separator, \x85 next line,\u00a0no-break, \u200bzero width, \ufeffbom",
+    "\U0001f3ac\U0001f1e9\U0001f1ea 👩‍👩‍👧 日本語 العربية é \u0301",
+    "&lt;b&gt; &amp;amp; @user #tag !tag *bold* ~ ? % `",
+    "long " * 400,
+]
+
+
+@pytest.mark.parametrize("prompt", ODD, ids=range(len(ODD)))
+def test_odd_prompts_do_not_break_the_card(card, prompt):
+
+    samples = ["samples/step-000002-0.mp4", "samples/step-000002-1.mp4"]
+    front, text = card(samples, validation_prompt=[prompt, "plain"], trigger_word=TRIGGER, **HUB_SOURCES)
+    expected = prompt_clean(f"{TRIGGER} {prompt}")
+    assert front["widget"] == [
+        {"text": expected, "output": {"url": samples[0]}},
+        {"text": prompt_clean(f"{TRIGGER} plain"), "output": {"url": samples[1]}},
+    ]
+    assert front["instance_prompt"] == TRIGGER and front["base_model"] == "team/tiny-wan"
+    assert text.count("<Gallery />") >= 1
+    calls = [node for node in ast.walk(ast.parse(code_block(text))) if isinstance(node, ast.Call)]
+    (call,) = [node for node in calls if ast.unparse(node.func) == "pipe"]
+    assert ast.literal_eval(call.args[0]) == expected
+    check_table(text)
+
+
+def check_table(text):
+    """Two cells in every row, no row broken."""
+    rows = text.split("| setting | value |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
+    assert len(rows) > 10
+    for row in rows:
+        assert row.startswith("| ") and row.endswith(" |") and len(re.findall(r"(?<!\\)\|", row)) == 3, row
+
+
+ODD_TRIGGERS = ["`tick`", "---", "yes", "a | b", "two\nlines", "  spaced  out "]
+
+
+@pytest.mark.parametrize("trigger", ODD_TRIGGERS)
+def test_odd_trigger_words(card, trigger):
+    """The front matter and the text name the very words that the captions began with."""
+    front, text = card(trigger_word=trigger, validation_prompt="plain", samples=["samples/0.mp4"])
+    assert front["instance_prompt"] == " ".join(trigger.split())
+    assert front["widget"][0]["text"] == f"{front['instance_prompt']} plain"
+    ast.parse(code_block(text))
+
+
+def test_markup_is_escaped(card, tmp_path):
+    """Front matter and code hold it literally; in the text it must not act."""
+    folder = tmp_path / "<img src=x>"
+    folder.mkdir()
+    _, text = card(trigger_word="<script>alert(1)</script>`*", pretrained_model_name_or_path=folder)
+    body = text.split("---\n", 2)[2].replace(code_block(text), "")
+    assert "&lt;script&gt;" in body and "&lt;img" in body and "<script" not in body and "<img" not in body
+    check_table(text)
+
+
+def test_odd_name_of_the_base_folder(card, tmp_path):
+    folder = tmp_path / 'odd "name" | of\\a base'
+    folder.mkdir()
+    _, text = card(pretrained_model_name_or_path=folder, train_type="full")
+    ast.parse(code_block(text))
+    check_table(text)
+
+
+@pytest.mark.parametrize("path", ["{tmp}/secret/thing", "../secret/thing", "secret/thing", "./secret/thing/"])
+def test_published_settings_hold_no_path(flags, tmp_path, monkeypatch, path):
+    """For every flag that can hold one, absolute or relative."""
+    import train_ltd
+
+    (tmp_path / "here" / "secret" / "thing").mkdir(parents=True)
+    (tmp_path / "secret" / "thing").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    args, path = train_ltd.parse_args(flags(validation_split="test")), path.format(tmp=tmp_path)
+    holders = """pretrained_model_name_or_path transformer_path init_lora dataset_name train_data_dir cache_dir
+        output_dir resume_from_checkpoint config""".split()
+    assert set(holders) <= set(vars(args))
+    for flag in holders:
+        setattr(args, flag, path)
+    text = json.dumps(train_ltd.published_settings(args))
+    assert "secret" not in text and str(tmp_path) not in text
+    assert json.loads(text)["pretrained_model_name_or_path"] == "thing"
+
+
+def test_odd_name_of_the_transformer_folder(card, tmp_path):
+    folder = tmp_path / 'odd "name" of\\a transformer'
+    folder.mkdir()
+    _, text = card(transformer_path=folder)
+    ast.parse(code_block(text))
+
+
+@pytest.mark.parametrize("flag, value", [("revision", "v1.0"), ("variant", "fp16")])
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+def test_code_loads_the_very_base_of_the_training(card, flag, value, train_type):
+    _, text = card(train_type=train_type, **HUB_SOURCES | {flag: value})
+    assert f'{flag}="{value}"' in code_block(text)
+
+
+# --- The output folder of more than one run --------------------------------------------------------------------------
+
+SAMPLED = {"validation_num_inference_steps": 1, "max_train_steps": 1}
+
+
+@pytest.fixture
+def published(run, monkeypatch):
+    """Function that runs with `--push_to_hub` and returns the card, its widget, and the files that are uploaded."""
+    import train_ltd
+
+    def train_and_publish(**kwargs):
+        uploaded = []
+        monkeypatch.setattr(train_ltd, "create_hub_repo", lambda args: "tester/run")
+        monkeypatch.setattr(train_ltd, "publish", lambda args, repo_id, files: uploaded.extend(files))
+        folder = run(push_to_hub=True, **SAMPLED, **kwargs)
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        return text, matter(text).get("widget", []), {path.relative_to(folder).as_posix(): path for path in uploaded}
+
+    return train_and_publish
+
+
+@pytest.mark.parametrize("prompts", [["a"], None])
+def test_samples_of_an_earlier_run_are_not_this_ones(published, tmp_path, prompts):
+    (tmp_path / "run" / "samples").mkdir(parents=True)
+    for number in range(3):
+        (tmp_path / "run" / "samples" / f"step-000001-{number}.mp4").write_bytes(b"stale")
+    text, widget, files = published(validation_prompt=prompts)
+    assert [entry["text"] for entry in widget] == (prompts or [])
+    assert ("<Gallery />" in text) == bool(prompts)
+    samples = {name: path for name, path in files.items() if name.endswith(".mp4")}
+    assert set(samples) == {entry["output"]["url"] for entry in widget}
+    assert all(path.read_bytes() != b"stale" for path in samples.values())
+
+
+@pytest.mark.parametrize("prompts", [None, ["b"]])
+def test_finished_run_is_resumed_with_other_prompts(published, prompts):
+    """As one does to publish what was not published: no sample goes with a prompt that it was not made from."""
+    _, widget, files = published(validation_prompt=["a"])
+    old = files[widget[0]["output"]["url"]].stat().st_mtime_ns
+    text, widget, files = published(validation_prompt=prompts, resume_from_checkpoint="latest")
+    assert {entry["text"] for entry in widget} <= set(prompts or [])
+    assert ("<Gallery />" in text) == bool(widget)
+    samples = {name: path for name, path in files.items() if name.endswith(".mp4")}
+    assert set(samples) == {entry["output"]["url"] for entry in widget}
+    assert all(path.stat().st_mtime_ns > old for path in samples.values())
+
+
+def test_upload_that_was_left_out_follows_at_the_end(run, monkeypatch, tmp_path):
+    """The network is busy with the first of four; in the end the last one is there, and the limit holds here."""
+    uploaded = []
+
+    def slow(repo_id, folder, args):
+        if not uploaded:
+            time.sleep(3)
+        assert train_ltd.is_intact(folder)  # was not removed meanwhile
+        uploaded.append(folder.name)
+
+    monkeypatch.setattr(train_ltd, "create_hub_repo", lambda args: "tester/run")
+    monkeypatch.setattr(train_ltd, "upload_checkpoint", slow)
+    kwargs = STEPS | {"max_train_steps": 4, "checkpoints_total_limit": 1, "push_checkpoints_to_hub": True}
+    run(**kwargs)
+    assert uploaded == ["checkpoint-1", "checkpoint-4"] and checkpoints(tmp_path / "run") == ["checkpoint-4"]
+
+
+# --- Whole runs ------------------------------------------------------------------------------------------------------
+
 LORA_FILES = {
     ".gitattributes",
     "README.md",
@@ -50,26 +326,6 @@ NEVER_NEEDED = [
 ]
 
 
-def cleaned(prompt, trigger=TRIGGER):
-    """What a prompt with its trigger word comes to: one line, single spaces."""
-    return " ".join(f"{trigger} {prompt}".split())
-
-
-def matter(card):
-    """The front matter of a card's text, by plain YAML."""
-    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL).group(1))
-
-
-def code_block(card):
-    """The only Python in a card, as Markdown delimits it."""
-    (code,) = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
-    return code
-
-
-def all_bytes(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def assert_no_secrets(files, hub, *folders):
     """No token of the Hub, no path of this machine, be it plain or JSON-escaped, in names or bytes."""
     paths = [hub.root, Path.home(), *folders]
@@ -77,9 +333,6 @@ def assert_no_secrets(files, hub, *folders):
     for name, data in files.items():
         found = [s for s in secrets if s.encode() in data or s.replace("/", "\\/").encode() in data or s in name]
         assert not found, name
-
-
-# --- Whole runs ------------------------------------------------------------------------------------------------------
 
 
 def train(hub, folder, *flags, token=None):
@@ -261,14 +514,8 @@ def test_without_a_token_nothing_is_encoded(hub, tmp_path):
     assert not downloads(done.requests, "team/clips") and ("model", "tester/never") not in hub.repos
 
 
-def test_dry_run_makes_no_repository(run):
-    """This process may not reach the Hub at all, so that a try would be an error."""
-    run(dry_run=True, push_to_hub=True, hub_model_id="tester/dry")
-
-
 def test_checkpoints_go_to_the_hub_and_come_back(hub, run, tmp_path):
     """Train, kill -9, delete the folder, resume from the Hub: as if nothing had happened, even when it then fails."""
-    from safetensors.torch import load_file
 
     flags = [flag for flag in TINY if flag != "--push_to_hub"] + ["--rank=4"]
     flags += [
@@ -340,7 +587,6 @@ def test_training_does_not_wait_for_a_slow_hub(hub, tmp_path):
 
 
 # --- Single calls, in a worker ---------------------------------------------------------------------------------------
-
 
 def work_off():
     """The worker's loop: a line `[function, arguments]` in, a line with what it returned out."""
@@ -530,6 +776,8 @@ STAGES = {
 
 # The client itself tries a commit once, most else six times: there, seven faults are for `publish` to wait out.
 PASSING = [(stage, fault, 1) for stage in STAGES for fault in (429, 500, "cut")]
+
+
 PASSING += [("commit", "lost", 1), ("commit", "cut", 3), ("put", 503, 7), ("put", "cut", 7), ("preupload", 429, 7)]
 
 
@@ -588,12 +836,9 @@ def test_publish_leaves_nothing_of_an_earlier_staging(hub, worker, outputs):
 
 # --- From the Hub into stock diffusers -------------------------------------------------------------------------------
 
-
 def load_lora(repo_id):
     """What the stock pipeline has after `load_lora_weights`: names, and how far they are from the published file."""
-    from diffusers import WanPipeline
     from huggingface_hub import hf_hub_download
-    from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
     pipeline = WanPipeline.from_pretrained("team/tiny-wan")
@@ -612,7 +857,6 @@ def load_lora(repo_id):
 
 def load_full(repo_id, folder):
     """How far the published weights are from those in the output folder, and those from the base's."""
-    from diffusers import WanTransformer3DModel
 
     names, kwargs = (repo_id, folder, "team/tiny-wan"), {"subfolder": "transformer"}
     models = [WanTransformer3DModel.from_pretrained(name, **kwargs) for name in names]
@@ -645,7 +889,6 @@ def test_full_weights_load_from_the_hub(worker, full_run):
 
 @pytest.mark.parametrize("repo", ["tester/my-lora", "tester/my-wan"])
 def test_code_of_the_card_runs(worker, second_run, full_run, tmp_path, repo):
-    import av
 
     done = worker(run_card, repo_id=repo, folder=str(tmp_path))
     assert done.error is None, f"{done.error}: {done.message}"
@@ -684,244 +927,8 @@ def read_published_lora(repo_id):
     return [settings["rank"], settings["lora_alpha"]]
 
 
-# --- The card, without a Hub -----------------------------------------------------------------------------------------
+# --- leaves with the feature ---
 
-FACTS = {"clips": 7, "steps": 2, "seed": 3, "clips an update": 1, "hardware": "1 x CPU, 0.01 h"}
-HUB_SOURCES = {"pretrained_model_name_or_path": "team/tiny-wan", "train_data_dir": None, "dataset_name": "team/clips"}
-
-
-@pytest.fixture
-def card(flags, tmp_path):
-    """Function that returns the card of a run with these flags, as read back from its file by the Hub's own class."""
-    from huggingface_hub import ModelCard
-
-    import train_ltd
-
-    def build(samples=(), repo_id="tester/my-lora", **kwargs):
-        args = train_ltd.parse_args(flags(**{"lora_alpha": 4} | kwargs))
-        train_ltd.model_card(args, repo_id, list(samples), FACTS).save(tmp_path / "README.md")
-        card = ModelCard.load(tmp_path / "README.md")
-        assert matter(card.content) == card.data.to_dict()
-        return card.data.to_dict(), card.content
-
-    return build
-
-
-@pytest.mark.parametrize("train_type", ["lora", "full"])
-def test_front_matter(card, train_type):
-    front, text = card(train_type=train_type, trigger_word="ohwx", license="mit", **HUB_SOURCES)
-    lora = train_type == "lora"
-    tags = {"text-to-video", "diffusers-training", "diffusers", "wan", "wan-diffusers", "ltd"}
-    assert set(front.pop("tags")) == tags | ({"lora", "template:sd-lora"} if lora else set())
-    assert front == {
-        "base_model": "team/tiny-wan",
-        "base_model_relation": "adapter" if lora else "finetune",
-        "datasets": ["team/clips"],
-        "library_name": "diffusers",
-        "license": "mit",
-        "pipeline_tag": "text-to-video",
-    } | ({"instance_prompt": "ohwx"} if lora else {})
-    assert "<Gallery />" not in text  # there are no samples
-    assert "TODO" not in text and "None" not in text
-    code = code_block(text)
-    assert ('load_lora_weights("tester/my-lora")' in code) == lora
-    assert ('from_pretrained("tester/my-lora", subfolder="transformer"' in code) == (not lora)
-
-
-def test_local_sources_are_not_in_the_front_matter(card, tiny_wan, clips, tmp_path):
-    front, text = card(dataset_name=clips, train_data_dir=None)
-    assert not {"base_model", "base_model_relation", "datasets", "instance_prompt", "widget"} & set(front)
-    for path in (tiny_wan, clips, tmp_path):
-        assert str(path) not in text and str(path.parent) not in text
-
-
-def test_relative_folder_that_looks_like_a_hub_id(card, tmp_path, monkeypatch):
-    (tmp_path / "team" / "tiny-wan").mkdir(parents=True)
-    (tmp_path / "team" / "clips").mkdir()
-    monkeypatch.chdir(tmp_path)
-    front, text = card(**HUB_SOURCES)
-    assert not {"base_model", "base_model_relation", "datasets"} & set(front)
-    assert "team/tiny-wan" not in text and "team/clips" not in text
-
-
-def test_card_names_what_was_built_on(card, tiny_wan, tmp_path):
-    other = tmp_path / "private" / "other.safetensors"
-    other.parent.mkdir()
-    other.write_bytes(b"")
-    front, text = card(**HUB_SOURCES, init_lora="someone/style-lora", transformer_path="someone/other-wan")
-    table = text.split("## Training")[1]
-    assert all(name in table for name in ("team/tiny-wan", "someone/other-wan", "someone/style-lora"))
-    assert {"someone/other-wan", "someone/style-lora"} <= set(front["base_model"])
-    assert front["base_model_relation"] == "adapter" and '"someone/other-wan"' in code_block(text)
-    _, text = card(init_lora=other, transformer_path=other)
-    assert text.count("other.safetensors") >= 2 and str(tmp_path) not in text
-    ast.parse(code_block(text))
-
-
-def test_card_of_plain_mse_does_not_claim_ltd(card):
-    front, text = card(loss="mse")
-    (row,) = re.findall(r"\| loss.*? \| (.*) \|", text)
-    assert "mse" in row
-    assert "ltd" not in front["tags"]
-    assert "Latent Temporal Discrepancy" not in text.split("## Citation")[0]
-
-
-def test_card_of_ltd_says_its_settings(card):
-    _, text = card(ltd_window=4, ltd_scale=0.5, ltd_normalize=True)
-    for row in ("| ltd_window | 4 |", "| ltd_scale | 0.5 |", "| ltd_normalize | True |"):
-        assert row in text.splitlines()
-    assert "https://huggingface.co/papers/2601.20504" in text
-
-
-ODD = [
-    *PROMPTS,
-    "---",
-    "- item: 'x'",
-    "null",
-    "1e3",
-    "{{ jinja }} {% if %} {0} %s \\n \\u0041",
-    "ends with a backslash \\ and quotes \"\"\" '''",
-    "| a | table | <Gallery /> <script>alert(1)</script>",
-    "```\nimport os\n```\n# heading",
-    "line\u2028separator, \x85 next line,\u00a0no-break, \u200bzero width, \ufeffbom",
-    "\U0001f3ac\U0001f1e9\U0001f1ea 👩‍👩‍👧 日本語 العربية é \u0301",
-    "&lt;b&gt; &amp;amp; @user #tag !tag *bold* ~ ? % `",
-    "long " * 400,
-]
-
-
-@pytest.mark.parametrize("prompt", ODD, ids=range(len(ODD)))
-def test_odd_prompts_do_not_break_the_card(card, prompt):
-    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-
-    samples = ["samples/step-000002-0.mp4", "samples/step-000002-1.mp4"]
-    front, text = card(samples, validation_prompt=[prompt, "plain"], trigger_word=TRIGGER, **HUB_SOURCES)
-    expected = prompt_clean(f"{TRIGGER} {prompt}")
-    assert front["widget"] == [
-        {"text": expected, "output": {"url": samples[0]}},
-        {"text": prompt_clean(f"{TRIGGER} plain"), "output": {"url": samples[1]}},
-    ]
-    assert front["instance_prompt"] == TRIGGER and front["base_model"] == "team/tiny-wan"
-    assert text.count("<Gallery />") >= 1
-    calls = [node for node in ast.walk(ast.parse(code_block(text))) if isinstance(node, ast.Call)]
-    (call,) = [node for node in calls if ast.unparse(node.func) == "pipe"]
-    assert ast.literal_eval(call.args[0]) == expected
-    check_table(text)
-
-
-def check_table(text):
-    """Two cells in every row, no row broken."""
-    rows = text.split("| setting | value |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
-    assert len(rows) > 10
-    for row in rows:
-        assert row.startswith("| ") and row.endswith(" |") and len(re.findall(r"(?<!\\)\|", row)) == 3, row
-
-
-ODD_TRIGGERS = ["`tick`", "---", "yes", "a | b", "two\nlines", "  spaced  out "]
-
-
-@pytest.mark.parametrize("trigger", ODD_TRIGGERS)
-def test_odd_trigger_words(card, trigger):
-    """The front matter and the text name the very words that the captions began with."""
-    front, text = card(trigger_word=trigger, validation_prompt="plain", samples=["samples/0.mp4"])
-    assert front["instance_prompt"] == " ".join(trigger.split())
-    assert front["widget"][0]["text"] == f"{front['instance_prompt']} plain"
-    ast.parse(code_block(text))
-
-
-def test_markup_is_escaped(card, tmp_path):
-    """Front matter and code hold it literally; in the text it must not act."""
-    folder = tmp_path / "<img src=x>"
-    folder.mkdir()
-    _, text = card(trigger_word="<script>alert(1)</script>`*", pretrained_model_name_or_path=folder)
-    body = text.split("---\n", 2)[2].replace(code_block(text), "")
-    assert "&lt;script&gt;" in body and "&lt;img" in body and "<script" not in body and "<img" not in body
-    check_table(text)
-
-
-def test_odd_name_of_the_base_folder(card, tmp_path):
-    folder = tmp_path / 'odd "name" | of\\a base'
-    folder.mkdir()
-    _, text = card(pretrained_model_name_or_path=folder, train_type="full")
-    ast.parse(code_block(text))
-    check_table(text)
-
-
-@pytest.mark.parametrize("path", ["{tmp}/secret/thing", "../secret/thing", "secret/thing", "./secret/thing/"])
-def test_published_settings_hold_no_path(flags, tmp_path, monkeypatch, path):
-    """For every flag that can hold one, absolute or relative."""
-    import train_ltd
-
-    (tmp_path / "here" / "secret" / "thing").mkdir(parents=True)
-    (tmp_path / "secret" / "thing").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "here")
-    args, path = train_ltd.parse_args(flags(validation_split="test")), path.format(tmp=tmp_path)
-    holders = """pretrained_model_name_or_path transformer_path init_lora dataset_name train_data_dir cache_dir
-        output_dir resume_from_checkpoint config""".split()
-    assert set(holders) <= set(vars(args))
-    for flag in holders:
-        setattr(args, flag, path)
-    text = json.dumps(train_ltd.published_settings(args))
-    assert "secret" not in text and str(tmp_path) not in text
-    assert json.loads(text)["pretrained_model_name_or_path"] == "thing"
-
-
-def test_odd_name_of_the_transformer_folder(card, tmp_path):
-    folder = tmp_path / 'odd "name" of\\a transformer'
-    folder.mkdir()
-    _, text = card(transformer_path=folder)
-    ast.parse(code_block(text))
-
-
-@pytest.mark.parametrize("flag, value", [("revision", "v1.0"), ("variant", "fp16")])
-@pytest.mark.parametrize("train_type", ["lora", "full"])
-def test_code_loads_the_very_base_of_the_training(card, flag, value, train_type):
-    _, text = card(train_type=train_type, **HUB_SOURCES | {flag: value})
-    assert f'{flag}="{value}"' in code_block(text)
-
-
-# --- The output folder of more than one run --------------------------------------------------------------------------
-
-SAMPLED = {"validation_num_inference_steps": 1, "max_train_steps": 1}
-
-
-@pytest.fixture
-def published(run, monkeypatch):
-    """Function that runs with `--push_to_hub` and returns the card, its widget, and the files that are uploaded."""
-    import train_ltd
-
-    def train_and_publish(**kwargs):
-        uploaded = []
-        monkeypatch.setattr(train_ltd, "create_hub_repo", lambda args: "tester/run")
-        monkeypatch.setattr(train_ltd, "publish", lambda args, repo_id, files: uploaded.extend(files))
-        folder = run(push_to_hub=True, **SAMPLED, **kwargs)
-        text = (folder / "README.md").read_text(encoding="utf-8")
-        return text, matter(text).get("widget", []), {path.relative_to(folder).as_posix(): path for path in uploaded}
-
-    return train_and_publish
-
-
-@pytest.mark.parametrize("prompts", [["a"], None])
-def test_samples_of_an_earlier_run_are_not_this_ones(published, tmp_path, prompts):
-    (tmp_path / "run" / "samples").mkdir(parents=True)
-    for number in range(3):
-        (tmp_path / "run" / "samples" / f"step-000001-{number}.mp4").write_bytes(b"stale")
-    text, widget, files = published(validation_prompt=prompts)
-    assert [entry["text"] for entry in widget] == (prompts or [])
-    assert ("<Gallery />" in text) == bool(prompts)
-    samples = {name: path for name, path in files.items() if name.endswith(".mp4")}
-    assert set(samples) == {entry["output"]["url"] for entry in widget}
-    assert all(path.read_bytes() != b"stale" for path in samples.values())
-
-
-@pytest.mark.parametrize("prompts", [None, ["b"]])
-def test_finished_run_is_resumed_with_other_prompts(published, prompts):
-    """As one does to publish what was not published: no sample goes with a prompt that it was not made from."""
-    _, widget, files = published(validation_prompt=["a"])
-    old = files[widget[0]["output"]["url"]].stat().st_mtime_ns
-    text, widget, files = published(validation_prompt=prompts, resume_from_checkpoint="latest")
-    assert {entry["text"] for entry in widget} <= set(prompts or [])
-    assert ("<Gallery />" in text) == bool(widget)
-    samples = {name: path for name, path in files.items() if name.endswith(".mp4")}
-    assert set(samples) == {entry["output"]["url"] for entry in widget}
-    assert all(path.stat().st_mtime_ns > old for path in samples.values())
+def test_dry_run_makes_no_repository(run):
+    """This process may not reach the Hub at all, so that a try would be an error."""
+    run(dry_run=True, push_to_hub=True, hub_model_id="tester/dry")
