@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: nothing may reach for the network
@@ -37,6 +38,8 @@ pytest.register_assert_rewrite("helpers")
 gc.freeze()  # main() collects garbage often: what the imports made need not be walked each time
 
 HEIGHT, WIDTH, NUM_FRAMES = 32, 48, 9
+CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # the environment of a process
+HOUR = 3600  # ends what hangs; no test counts on less, for a busy machine may be slow
 STEPS = {"max_train_steps": 3, "checkpointing_steps": 1, "gradient_accumulation_steps": 2}
 
 
@@ -144,18 +147,20 @@ def launcher(processes: int) -> list[str]:
     return [*command, *["--multi_gpu"] * (processes > 1), str(ROOT / "train_ltd.py")]
 
 
-def launch(command_line: list[str], processes: int = 1, env: dict | None = None, timeout: int = 300):
+def launch(
+    command_line: list[str],
+    processes: int = 1,
+    env: dict | None = None,
+):
     """The script in processes of its own."""
     return subprocess.run(
         [*launcher(processes), *command_line],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | (env or {}),
+        env=os.environ | CPU | (env or {}),
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=HOUR,
         cwd=ROOT,
     )
-
-
 
 
 @pytest.fixture
@@ -240,3 +245,14 @@ def forks():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["conftest", "train_ltd"])
     return context
+
+
+def wait_for(happened, process: subprocess.Popen) -> None:
+    """Return once `happened()` is true; fail if the process ends before."""
+    for _ in range(100 * HOUR):
+        ended = process.poll() is not None
+        if happened():
+            return
+        assert not ended, "the process has ended too early"
+        time.sleep(0.01)
+    raise TimeoutError

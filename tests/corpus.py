@@ -164,8 +164,6 @@ CORPUS = {
 }
 
 
-
-
 def make_videos(folder: Path, count: int = 4, first: int = 0) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"clip{first + n}.mp4" for n in range(count)]

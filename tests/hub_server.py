@@ -20,7 +20,6 @@ import struct
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -31,7 +30,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 # The real Hub switches to LFS at 10 MB; tests want to meet LFS with small files too.
 LFS_THRESHOLD = 1 << 20
-SLOW = 10.0  # seconds
 LFS_SUFFIXES = (".arrow", ".bin", ".ckpt", ".gz", ".mp4", ".npz", ".parquet", ".png", ".pt", ".pth", ".safetensors")
 
 _API = r"/api/(?P<kind>model|dataset)s/(?P<repo_id>[^/]+(?:/[^/]+)?)"
@@ -138,6 +136,7 @@ class HubServer:
         self.repos: dict[tuple[str, str], Repo] = {}
         self._faults: list[Fault] = []
         self._lock = threading.RLock()
+        self.released = threading.Event()
 
     def __enter__(self):
         for folder in ("blobs", "repos", "homes"):
@@ -181,8 +180,8 @@ class HubServer:
         """Let the next `times` requests whose "METHOD path" contains or regex-matches `match` fail.
 
         `status` is an HTTP status, or "cut" (the connection is reset in the middle of the upload, or dropped in the
-        middle of the download), "lost" (the request is carried out, but its answer never arrives), or "slow" (it
-        waits for `SLOW` seconds and is then carried out).
+        middle of the download), "lost" (the request is carried out, but its answer never arrives), or "held" (it
+        is carried out once `released` is set).
         """
         re.compile(match)
         with self._lock:
@@ -590,8 +589,8 @@ class _Handler(BaseHTTPRequestHandler):
         path, length = unquote(url.path), int(self.headers.get("Content-Length", 0))
         hub.requests.append((self.command, path))
         fault = hub.take_fault(self.command, path)
-        if fault and fault.status == "slow":
-            time.sleep(SLOW)
+        if fault and fault.status == "held":
+            hub.released.wait()
         if fault and fault.status == "cut" and length:
             self.rfile.read(length // 2)
             return self._reset()

@@ -101,6 +101,7 @@ def test_quantization_is_refused_where_it_cannot_work(monkeypatch, flags, tmp_pa
 
 # --- Recipes ---------------------------------------------------------------------------------------------------------
 
+
 def test_recipe_is_overridden_by_the_command_line(flags, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -150,6 +150,7 @@ def test_windows_are_samples(prepare, tmp_path):
 
 # --- Captions --------------------------------------------------------------------------------------------------------
 
+
 def drawn_captions(clips, files, args, epochs: int) -> list[list[str]]:
     """The caption that each clip gets in each epoch, told by its embedding."""
     dataset = train_ltd.LatentDataset(clips, files, args)

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import HEIGHT, NUM_FRAMES, ROOT, STEPS, WIDTH, launch, launcher
+from conftest import CPU, HEIGHT, NUM_FRAMES, ROOT, STEPS, WIDTH, launch, launcher, wait_for
 from corpus import (
     NAMES,
     cache_files,
@@ -37,7 +36,7 @@ from corpus import (
 )
 from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from helpers import flip, same_weights
+from helpers import flip, kill, run_in_a_process, same_weights, strike
 from hub_server import HubServer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -52,6 +51,7 @@ def encode_counts(messages: list[str]) -> tuple[int, int]:
 
 
 # --- Captions --------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.usefixtures("one_text_encoder")
 @pytest.mark.parametrize(
@@ -119,6 +119,7 @@ def test_long_captions_are_warned_about(prepare, log, tmp_path):
 
 
 # --- What is stored, and when it is made again -----------------------------------------------------------------------
+
 
 def test_only_safetensors(run, clips, tmp_path):
     run(cache_dtype="float16", max_train_steps=1)
@@ -204,7 +205,6 @@ def test_another_model_has_its_own_cache(prepare, log, tiny_wan, originals, tmp_
     """Same folder, other weights: of the VAE, then of the text encoder."""
     import shutil
 
-
     data = metadata_folder(originals, tmp_path / "data", "metadata.jsonl")
     prepare(**data)
     model = tmp_path / "model"
@@ -253,44 +253,51 @@ def test_interrupted_write_leaves_no_entry(prepare, log, monkeypatch, originals,
     assert encode_counts(log()) == (2, 5)
 
 
-def test_killed_run_resumes(flags, prepare, log, tmp_path):
+def killed_while_caching(line: list[str]) -> None:
+    strike(pytest.MonkeyPatch(), os, "replace", 6, kill)
+    run_in_a_process(line)
+
+
+@pytest.mark.slow
+def test_killed_run_resumes(flags, forks, prepare, log, tmp_path):
     """SIGKILL in the middle of caching: the next run does the rest, and the cache is as if nothing had happened."""
-    names = make_videos(tmp_path / "data", 40)
+    names = make_videos(tmp_path / "data", 9)
     write_metadata(tmp_path / "data", [{"file_name": name, "text": name} for name in names])
-    command = [sys.executable, str(ROOT / "train_ltd.py"), *flags(train_data_dir=tmp_path / "data")]
-    process = subprocess.Popen(command, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, stderr=subprocess.DEVNULL)
-    entries, deadline = tmp_path / "cache" / "latents", time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
-        if entries.is_dir() and len(list(entries.glob("*.safetensors"))) >= 5:
-            break
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    done = {path: path.read_bytes() for path in entries.glob("*.safetensors") if not path.name.startswith(".")}
-    assert 5 <= len(done) < 40
+    process = forks.Process(target=killed_while_caching, args=(flags(train_data_dir=tmp_path / "data"),))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    done = {path: path.read_bytes() for path in (tmp_path / "cache/latents").glob("[!.]*.safetensors")}
+    assert len(done) == 5
     for path in done:
         assert load_file(path)["latents"].shape == (1, 16, 3, HEIGHT // 8, WIDTH // 8)
     clips = prepare(train_data_dir=tmp_path / "data")[0]
-    assert encode_counts(log())[0] == 40 - len(done)
+    assert encode_counts(log())[0] == 9 - len(done)
     assert all(path.read_bytes() == data for path, data in done.items())
     straight = prepare(train_data_dir=tmp_path / "data", cache_dir=tmp_path / "straight")[0]
     assert clips == straight
 
 
-def test_launcher_that_is_terminated_while_clips_are_cached(flags, tmp_path):
-    """Its one process ends with it, with an entry or two, and starts no training."""
-    big = {"height": 480, "width": 832, "max_train_steps": 1}
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(launcher(1) + flags(**big), env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        deadline, cached = time.monotonic() + 120, tmp_path / "cache/latents"
-        while not any(cached.glob("*.safetensors")) and time.monotonic() < deadline:
-            time.sleep(0.01)
+@pytest.mark.slow
+def test_launcher_that_is_terminated_while_clips_are_cached(flags, clips, tmp_path):
+    """Its one process ends with it and starts no training. There are more clips than can be encoded meanwhile."""
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [{"file_name": f"{number}.mp4", "text": "a"} for number in range(1000)]
+    for row in rows:
+        (data / row["file_name"]).write_bytes((clips / "0.mp4").read_bytes() + row["file_name"].encode())
+    write_metadata(data, rows)
+    command = launcher(1) + flags(train_data_dir=data, height=240, width=416, max_train_steps=1)
+    env, cached = os.environ | CPU, tmp_path / "cache/latents"
+    with subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: any(cached.glob("[!.]*.safetensors")), process)
         process.terminate()
-        said = process.communicate(timeout=60)[0] or ""  # ends when the last process that holds the pipe has ended
-    assert 0 < len(list(cached.glob("*.safetensors"))) < 7
+        said = process.stderr.read()  # ends when the last process that holds the pipe has ended
+    assert 0 < len(list(cached.glob("*.safetensors"))) < len(rows)
     assert not (tmp_path / "run/metrics.jsonl").exists() and "done; look into" not in said
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(flags, prepare, log, originals, tmp_path):
     """Both really run, each encodes a part, and the cache is that of one process."""
     copy_clips(originals, tmp_path / "data")
@@ -332,6 +339,7 @@ def test_the_cache_travels(prepare, no_models, clips, tiny_wan, tmp_path, caplog
 
 
 # --- Streams and big data --------------------------------------------------------------------------------------------
+
 
 def write_shards(clips: Path, folder: Path, sizes: list[int]) -> Path:
     """The clips embedded in so many parquet files."""
@@ -428,6 +436,7 @@ for line in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_hub_dataset_and_streaming(flags, originals, expected_latents, tmp_path):
     """A Hub name, as videofolder, parquet, csv with relative paths, downloaded and streamed: one cache and order."""
     metadata_folder(originals, tmp_path / "folder", "metadata.jsonl")
@@ -499,6 +508,7 @@ def test_many_entries_start_without_their_latents_and_in_little_memory(prepare, 
 
 
 # --- Summary ---------------------------------------------------------------------------------------------------------
+
 
 def test_progress_and_summary(prepare, log, capfd, originals, tmp_path):
     """A bar with a rate and an estimate; at the end the count, the size on disk, the latents' mean and spread."""
@@ -627,6 +637,7 @@ def test_real_cut(prepare, log, monkeypatch, tmp_path):
 
 
 # --- leaves with the feature ---
+
 
 class PerfectVAE:
     """Reproduces whatever it is given; its latents are the pixels."""

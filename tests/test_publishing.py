@@ -9,16 +9,17 @@ import select
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import av
 import pytest
-from conftest import STEPS
+from conftest import CPU, HOUR, STEPS, wait_for
 from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from helpers import checkpoints, code_block, matter
+from helpers import checkpoints, code_block, matter, strike
 from hub_server import HubServer
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -31,6 +32,7 @@ PROMPTS = ["a \"quoted\": prompt,\n---\nof a 'square' 🎬 # & {x}: [y]", "--- |
 
 
 # --- The card, without a Hub -----------------------------------------------------------------------------------------
+
 
 def cleaned(prompt, trigger=TRIGGER):
     """What a prompt with its trigger word comes to: one line, single spaces."""
@@ -283,16 +285,17 @@ def test_finished_run_is_resumed_with_other_prompts(published, prompts):
 
 def test_upload_that_was_left_out_follows_at_the_end(run, monkeypatch, tmp_path):
     """The network is busy with the first of four; in the end the last one is there, and the limit holds here."""
-    uploaded = []
+    uploaded, training_is_over = [], threading.Event()
 
-    def slow(repo_id, folder, args):
+    def upload(repo_id, folder, args):
         if not uploaded:
-            time.sleep(3)
+            training_is_over.wait()
         assert train_ltd.is_intact(folder)  # was not removed meanwhile
         uploaded.append(folder.name)
 
+    strike(monkeypatch, train_ltd, "end", 1, training_is_over.set)
     monkeypatch.setattr(train_ltd, "create_hub_repo", lambda args: "tester/run")
-    monkeypatch.setattr(train_ltd, "upload_checkpoint", slow)
+    monkeypatch.setattr(train_ltd, "upload_checkpoint", upload)
     kwargs = STEPS | {"max_train_steps": 4, "checkpoints_total_limit": 1, "push_checkpoints_to_hub": True}
     run(**kwargs)
     assert uploaded == ["checkpoint-1", "checkpoint-4"] and checkpoints(tmp_path / "run") == ["checkpoint-4"]
@@ -326,21 +329,23 @@ NEVER_NEEDED = [
 ]
 
 
-def assert_no_secrets(files, hub, *folders):
-    """No token of the Hub, no path of this machine, be it plain or JSON-escaped, in names or bytes."""
-    paths = [hub.root, Path.home(), *folders]
-    secrets = [hub.token, hub.read_token, *(str(path) for path in paths if len(str(path)) > 3)]
+def assert_no_secrets(files, *secrets):
+    """No token, no path of this machine, be it plain or JSON-escaped, in names or bytes."""
+    secrets = [str(secret) for secret in (*secrets, Path.home()) if len(str(secret)) > 3]
     for name, data in files.items():
         found = [s for s in secrets if s.encode() in data or s.replace("/", "\\/").encode() in data or s in name]
         assert not found, name
 
 
+def secrets(hub):
+    return hub.token, hub.read_token, hub.root
+
+
 def train(hub, folder, *flags, token=None):
     """`python train_ltd.py`, in `folder`, with a fresh home; the result has the requests that the Hub saw."""
     command = [sys.executable, str(ROOT / "train_ltd.py"), *TINY, *flags]
-    cpu = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    env, start = {**os.environ, **hub.env(token), **cpu}, len(hub.requests)
-    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
+    env, start = {**os.environ, **hub.env(token), **CPU}, len(hub.requests)
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=HOUR)
     done.requests = hub.requests[start:]
     return done
 
@@ -401,10 +406,11 @@ def full_run(hub, work):
     command = re.findall(r"hf upload .*$", done.stderr, re.MULTILINE)[-1]
     before, path = set(hub.files("tester/my-wan")), f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, **hub.env(), "PATH": path}
-    typed = subprocess.run(command, shell=True, env=env, cwd=work, capture_output=True, text=True, timeout=120)
+    typed = subprocess.run(command, shell=True, env=env, cwd=work, capture_output=True, text=True, timeout=HOUR)
     return SimpleNamespace(done=done, command=command, typed=typed, before=before, folder=work / "it's full")
 
 
+@pytest.mark.slow
 def test_lora_repository_holds_just_what_others_need(hub, lora_run):
     samples = {f"samples/step-000002-{number}.mp4" for number in range(len(PROMPTS))}
     assert set(lora_run.files) == LORA_FILES | samples
@@ -416,6 +422,7 @@ def test_lora_repository_holds_just_what_others_need(hub, lora_run):
     assert list(lora_run.folder.rglob("events.out.tfevents*")) and list(lora_run.folder.glob("cache/latents/*"))
 
 
+@pytest.mark.slow
 def test_only_what_is_needed_is_downloaded_and_once(lora_run):
     fetched = downloads(lora_run.done.requests, "team/tiny-wan")
     assert len(fetched) == len(set(fetched))
@@ -425,6 +432,7 @@ def test_only_what_is_needed_is_downloaded_and_once(lora_run):
     assert weights == {f"{folder}/{name}.safetensors" for folder, name in parts.items()}
 
 
+@pytest.mark.slow
 def test_repository_is_made_before_anything_big_is_downloaded(lora_run):
     requests = lora_run.done.requests
     create = requests.index(("POST", "/api/repos/create"))
@@ -433,28 +441,30 @@ def test_repository_is_made_before_anything_big_is_downloaded(lora_run):
     assert create < check < min(n for n, (_, path) in enumerate(requests) if path.endswith(expensive))
 
 
+@pytest.mark.slow
 def test_no_path_and_no_token_anywhere(hub, work, lora_run, second_run, full_run, tiny_wan, clips):
     """Uploads of all runs, and everything else the runs wrote or said: the flags were relative."""
     for repo in ("tester/my-lora", "tester/my-wan"):
-        assert_no_secrets(hub.files(repo), hub, work, tiny_wan, clips, ROOT)
-    assert_no_secrets(all_bytes(work), hub, work, tiny_wan, clips)
+        assert_no_secrets(hub.files(repo), *secrets(hub), work, tiny_wan, clips, ROOT)
+    assert_no_secrets(all_bytes(work), *secrets(hub), work, tiny_wan, clips)
     # A traceback, which ends the run whose upload failed, names the machine's files; it must not name tokens.
     for run in (lora_run, second_run):
         said = run.done.stdout + run.done.stderr
-        assert_no_secrets({"what it said": said.encode()}, hub, work, tiny_wan, clips)
+        assert_no_secrets({"what it said": said.encode()}, *secrets(hub), work, tiny_wan, clips)
     for text in (full_run.done.stdout, full_run.done.stderr, full_run.typed.stdout, full_run.typed.stderr):
         assert hub.token not in text
 
 
 @pytest.mark.parametrize("train_type", ["lora", "full"])
-def test_local_base_and_clips_leave_no_path(run, hub, tiny_wan, clips, tmp_path, train_type):
+def test_local_base_and_clips_leave_no_path(run, tiny_wan, clips, tmp_path, train_type):
     """Here all flags are absolute paths. Only notes for the user, outside what is published, may hold them."""
     folder = run(train_type=train_type, report_to="tensorboard", validation_prompt="a square", max_train_steps=1)
-    assert_no_secrets(all_bytes(folder), hub, tmp_path, tiny_wan, clips, ROOT)
+    assert_no_secrets(all_bytes(folder), tmp_path, tiny_wan, clips, ROOT)
     front = matter((folder / "README.md").read_text())
     assert not {"base_model", "base_model_relation", "datasets"} & set(front)
 
 
+@pytest.mark.slow
 def test_lora_card_of_the_run(lora_run):
     card = lora_run.files["README.md"].decode()
     front = matter(card)
@@ -468,6 +478,7 @@ def test_lora_card_of_the_run(lora_run):
     assert settings["rank"] == settings["lora_alpha"] == 4 and settings["trigger_word"] == TRIGGER
 
 
+@pytest.mark.slow
 def test_second_push_updates_the_repository(hub, lora_run, second_run):
     assert len(hub.repos["model", "tester/my-lora"].commits) == 3  # with the initial one
     old_samples = {name for name in lora_run.files if name.startswith("samples/")}
@@ -478,12 +489,14 @@ def test_second_push_updates_the_repository(hub, lora_run, second_run):
     assert "widget" not in matter(second_run.files["README.md"].decode())
 
 
+@pytest.mark.slow
 def test_warm_run_downloads_neither_vae_nor_text_encoder(second_run):
     fetched = downloads(second_run.done.requests, "team/tiny-wan")
     folders = {name.split("/")[0] for name in fetched if "/" in name}
     assert folders == {"transformer"}
 
 
+@pytest.mark.slow
 def test_failed_upload_prints_the_command_that_mends_it(hub, full_run):
     assert "RuntimeError" in full_run.done.stderr and "storage quota exceeded" in full_run.done.stderr
     assert full_run.before == {".gitattributes"}
@@ -496,6 +509,7 @@ def test_failed_upload_prints_the_command_that_mends_it(hub, full_run):
         assert files[name] == (full_run.folder / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_full_card_of_the_run(hub, full_run):
     front = matter(hub.files("tester/my-wan")["README.md"].decode())
     assert front["base_model"] == "team/tiny-wan" and front["base_model_relation"] == "finetune"
@@ -504,6 +518,7 @@ def test_full_card_of_the_run(hub, full_run):
     assert config["_class_name"] == "WanTransformer3DModel" and "_name_or_path" not in config
 
 
+@pytest.mark.slow
 def test_without_a_token_nothing_is_encoded(hub, tmp_path):
     done = train(hub, tmp_path, *LORA, "--hub_model_id=tester/never", "--max_train_steps=1", token="")
     assert done.returncode == 1
@@ -514,6 +529,7 @@ def test_without_a_token_nothing_is_encoded(hub, tmp_path):
     assert not downloads(done.requests, "team/clips") and ("model", "tester/never") not in hub.repos
 
 
+@pytest.mark.slow
 def test_checkpoints_go_to_the_hub_and_come_back(hub, run, tmp_path):
     """Train, kill -9, delete the folder, resume from the Hub: as if nothing had happened, even when it then fails."""
 
@@ -526,7 +542,7 @@ def test_checkpoints_go_to_the_hub_and_come_back(hub, run, tmp_path):
     ]
     flags += ["--output_dir=run", "--checkpointing_steps=1", "--checkpoints_total_limit=2"]
     command = [sys.executable, str(ROOT / "train_ltd.py"), *flags]
-    env = {**os.environ, **hub.env(), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **hub.env(), **CPU}
 
     def saved():
         there = ("model", "tester/saved") in hub.repos and "checkpoints" in hub.repos["model", "tester/saved"].branches
@@ -536,28 +552,29 @@ def test_checkpoints_go_to_the_hub_and_come_back(hub, run, tmp_path):
     with subprocess.Popen(
         [*command, "--max_train_steps=100000"], env=env, cwd=tmp_path, stderr=subprocess.DEVNULL
     ) as p:
-        deadline = time.monotonic() + 240
-        while len(saved()) < 2 and p.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_for(lambda: len(saved()) >= 2, p)
         p.kill()
     newest = saved()[-1]
     assert len(saved()) == 2 and hub.repos["model", "tester/saved"].private
     (tmp_path / "run").rename(tmp_path / "lost")
     hub.fail("/api/models/tester/saved/commit/checkpoints", 403, times=10_000)
     resume = [f"--max_train_steps={newest + 2}", "--resume_from_checkpoint=hub"]
-    done = subprocess.run([*command, *resume], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*command, *resume], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=HOUR)
     hub._faults.clear()
     assert done.returncode == 0, done.stderr
     assert f"resumed run/checkpoint-{newest}, step {newest}" in done.stderr
     assert "failed, training goes on" in done.stderr and saved()[-1] == newest
     assert set(hub.files("tester/saved")) == {".gitattributes"}  # only checkpoints were asked for
-    assert_no_secrets(hub.files("tester/saved", "checkpoints") | {"said": done.stderr.encode()}, hub, tmp_path)
+    assert_no_secrets(
+        hub.files("tester/saved", "checkpoints") | {"said": done.stderr.encode()}, *secrets(hub), tmp_path
+    )
     kwargs = {"lr_scheduler": "constant", "max_train_steps": newest + 2, "checkpointing_steps": 10**6}
     straight = run(output_dir=tmp_path / "straight", **kwargs)
     here, there = load_file(straight / WEIGHTS), load_file(tmp_path / "run" / WEIGHTS)
     assert here.keys() == there.keys() and all(here[k].equal(there[k]) for k in here)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "times"), [(401, 10_000), ("cut", 1)])
 def test_upload_of_a_checkpoint_meets_a_fault(hub, tmp_path, fault, times):
     """A token revoked in the middle, or a connection that breaks: training does not wait, and the rest is uploaded."""
@@ -573,20 +590,35 @@ def test_upload_of_a_checkpoint_meets_a_fault(hub, tmp_path, fault, times):
     assert there == (fault == "cut")
 
 
+@pytest.mark.slow
 def test_training_does_not_wait_for_a_slow_hub(hub, tmp_path):
     """Checkpoints are left out while the first is on its way; the last one follows when training has ended."""
     repo = "tester/slow"
-    hub.fail(f"/api/models/{repo}/commit/checkpoints", "slow")
+    hub.fail(f"/api/models/{repo}/commit/checkpoints", "held")
     flags = ["--output_dir=run", "--rank=4", f"--hub_model_id={repo}", "--push_checkpoints_to_hub", "--report_to=none"]
-    done = train(hub, tmp_path, *flags, "--max_train_steps=4", "--checkpointing_steps=1")
-    assert done.returncode == 0, done.stderr
+    command = [
+        sys.executable,
+        str(ROOT / "train_ltd.py"),
+        *TINY,
+        *flags,
+        "--max_train_steps=4",
+        "--checkpointing_steps=1",
+    ]
+    env, said = {**os.environ, **hub.env(), **CPU}, ""
+    with subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            said += line
+            if "checkpoint-4 is not uploaded yet" in line:
+                hub.released.set()
+    assert process.returncode == 0, said
     for step in (2, 3, 4):
-        assert f"checkpoint-{step} is not uploaded yet: the network is busy with checkpoint-1" in done.stderr
+        assert f"checkpoint-{step} is not uploaded yet: the network is busy with checkpoint-1" in said
     there = {name.split("/")[0] for name in hub.files(repo, "checkpoints")}
     assert there >= {"checkpoint-1", "checkpoint-4"} and not there & {"checkpoint-2", "checkpoint-3"}
 
 
 # --- Single calls, in a worker ---------------------------------------------------------------------------------------
+
 
 def work_off():
     """The worker's loop: a line `[function, arguments]` in, a line with what it returned out."""
@@ -618,7 +650,7 @@ def worker(hub, tmp_path_factory):
             start = len(hub.requests)
             child.stdin.write(json.dumps([function.__name__, arguments]) + "\n")
             child.stdin.flush()
-            answered = select.select([child.stdout], [], [], 120)[0]
+            answered = select.select([child.stdout], [], [], HOUR)[0]
             line = child.stdout.readline() if answered else ""
             assert line, (folder / "stderr.txt").read_text()[-3000:]
             result = SimpleNamespace(**{"result": None, "error": None, "message": "", **json.loads(line)})
@@ -673,6 +705,7 @@ def counts(requests, method, part):
     return sum(request[0] == method and part in request[1] for request in requests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tester/named", "bare", None])
 def test_create_makes_the_repository(hub, worker, tmp_path, name):
     made = {"bare": "tester/bare", None: "tester/my_run"}.get(name, name)
@@ -681,6 +714,7 @@ def test_create_makes_the_repository(hub, worker, tmp_path, name):
     assert set(hub.files(made)) == {".gitattributes"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["my run!", "a--b"])
 def test_folder_whose_name_is_no_repository_name(worker, tmp_path, folder):
     """Refused at start, with the flag that helps, and before anything is sent."""
@@ -689,12 +723,14 @@ def test_folder_whose_name_is_no_repository_name(worker, tmp_path, folder):
     assert "--hub_model_id" in done.message
 
 
+@pytest.mark.slow
 def test_create_accepts_the_users_own_repository(hub, worker):
     hub.add("tester/there", {"README.md": b"old"})
     assert worker(create, token=hub.token, name="tester/there").result == ["tester/there", []]
     assert hub.files("tester/there")["README.md"] == b"old"
 
 
+@pytest.mark.slow
 def test_create_refuses_a_public_repository_that_is_to_be_private(hub, worker):
     """With checkpoints, the optimizer's state would be there for all to see."""
     hub.add("tester/open", {})
@@ -704,6 +740,7 @@ def test_create_refuses_a_public_repository_that_is_to_be_private(hub, worker):
     assert hub.repos["model", "tester/closed"].private
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["no token", "wrong token", "read token", "read token, existing", "stranger's"])
 def test_create_refuses_at_once_who_may_not_write(hub, worker, case):
     hub.add("tester/mine", {})
@@ -718,6 +755,7 @@ def test_create_refuses_at_once_who_may_not_write(hub, worker, case):
     assert hub.token not in done.message and hub.read_token not in done.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["POST /api/repos/create", "/auth-check/write"])
 @pytest.mark.parametrize("fault", [429, 500, 503, "cut", "lost"])
 def test_create_waits_out_passing_faults(hub, worker, stage, fault):
@@ -728,6 +766,7 @@ def test_create_waits_out_passing_faults(hub, worker, stage, fault):
     assert done.result == [f"tester/new-{fault}", list(train_ltd.RETRY_DELAYS[:2])], done.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("down", ["answers 503", "is not there"])
 def test_create_gives_up_on_a_hub_that_is_down(hub, worker, down):
     import train_ltd
@@ -781,6 +820,7 @@ PASSING = [(stage, fault, 1) for stage in STAGES for fault in (429, 500, "cut")]
 PASSING += [("commit", "lost", 1), ("commit", "cut", 3), ("put", 503, 7), ("put", "cut", 7), ("preupload", 429, 7)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, fault, times", PASSING)
 def test_publish_waits_out_passing_faults(hub, worker, outputs, stage, fault, times):
     repo = f"tester/upload-{stage}-{fault}-{times}"
@@ -797,6 +837,7 @@ def test_publish_waits_out_passing_faults(hub, worker, outputs, stage, fault, ti
 FATAL = [("commit", 403), ("commit", 503), ("put", 503), ("put", "cut"), ("preupload", 401)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, fault", FATAL)
 def test_publish_that_fails_for_good_keeps_the_folder(hub, worker, outputs, stage, fault):
     repo = f"tester/fails-{stage}-{fault}"
@@ -813,6 +854,7 @@ def test_publish_that_fails_for_good_keeps_the_folder(hub, worker, outputs, stag
         assert counts(done.requests, "POST", STAGES[stage]) == 1
 
 
+@pytest.mark.slow
 def test_publish_again_sends_only_what_changed(hub, worker, outputs):
     hub.add("tester/again", {})
     first = push(hub, worker, outputs, "tester/again")
@@ -826,6 +868,7 @@ def test_publish_again_sends_only_what_changed(hub, worker, outputs):
     assert hub.files("tester/again")[CARD] == b"# Another\n"
 
 
+@pytest.mark.slow
 def test_publish_leaves_nothing_of_an_earlier_staging(hub, worker, outputs):
     hub.add("tester/clean", {})
     (outputs / "hub").mkdir()
@@ -835,6 +878,7 @@ def test_publish_leaves_nothing_of_an_earlier_staging(hub, worker, outputs):
 
 
 # --- From the Hub into stock diffusers -------------------------------------------------------------------------------
+
 
 def load_lora(repo_id):
     """What the stock pipeline has after `load_lora_weights`: names, and how far they are from the published file."""
@@ -874,6 +918,7 @@ def run_card(repo_id, folder):
     return card.data.to_dict()
 
 
+@pytest.mark.slow
 def test_lora_loads_from_the_hub(worker, second_run):
     done = worker(load_lora, repo_id="tester/my-lora")
     assert done.error is None, done.message
@@ -881,12 +926,14 @@ def test_lora_loads_from_the_hub(worker, second_run):
         assert same_keys and distance < 1e-6 and size > 1e-3
 
 
+@pytest.mark.slow
 def test_full_weights_load_from_the_hub(worker, full_run):
     done = worker(load_full, repo_id="tester/my-wan", folder=str(full_run.folder))
     assert done.error is None, done.message
     assert done.result[0] == 0 and done.result[1] > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repo", ["tester/my-lora", "tester/my-wan"])
 def test_code_of_the_card_runs(worker, second_run, full_run, tmp_path, repo):
 
@@ -908,12 +955,14 @@ def check_other_transformer(repo_id):
     train_ltd.load_transformer(args)
 
 
+@pytest.mark.slow
 def test_published_transformer_can_be_trained_further(worker, full_run):
     """`--transformer_path` takes a repository that this very script has published."""
     done = worker(check_other_transformer, repo_id="tester/my-wan")
     assert done.error is None, done.message
 
 
+@pytest.mark.slow
 def test_published_lora_can_be_trained_further(worker, second_run):
     done = worker(read_published_lora, repo_id="tester/my-lora")
     assert done.error is None, done.message
@@ -928,6 +977,7 @@ def read_published_lora(repo_id):
 
 
 # --- leaves with the feature ---
+
 
 def test_dry_run_makes_no_repository(run):
     """This process may not reach the Hub at all, so that a try would be an error."""

@@ -17,6 +17,7 @@ import train_ltd
 
 # --- Accepted and refused --------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
@@ -163,6 +164,7 @@ def test_selective_checkpointing_in_compiled_blocks(flags):
 
 # --- Attention -------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.usefixtures("default_attention")
 def test_attention_backends_agree(flags):
     args = {name: train_ltd.parse_args(flags(attention_backend=name)) for name in (None, "native", "_native_math")}
@@ -180,6 +182,7 @@ def test_training_and_sampling_use_the_attention_backend(run, tmp_path):
 
 
 # --- Quantized base --------------------------------------------------------------------------------------------------
+
 
 def assert_quantized(model: WanTransformer3DModel, quantization: str) -> None:
     """All linear layers of the blocks; the time embedding stays in float32, as diffusers keeps it."""
@@ -238,6 +241,7 @@ def test_int8_weights_move_to_a_device(flags):
     assert type(weight).__name__ == "Int8Tensor" and weight.device.type == weight.qdata.device.type == "meta"
 
 
+@pytest.mark.slow
 @needs_torchao
 def test_int8_in_two_processes_equals_accumulation_bitwise(run, flags, tmp_path):
     kwargs = {"max_train_steps": 2, "quantization": "int8"}
@@ -249,6 +253,7 @@ def test_int8_in_two_processes_equals_accumulation_bitwise(run, flags, tmp_path)
 
 
 # --- leaves with the feature ---
+
 
 @pytest.mark.parametrize("quantization", QUANTIZED)
 def test_quantized_dry_run(run, capsys, quantization):
