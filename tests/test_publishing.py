@@ -15,12 +15,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import av
+import huggingface_hub
 import pytest
+from accelerate.state import PartialState
 from conftest import CPU, HOUR, STEPS, wait_for
 from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from helpers import checkpoints, code_block, matter, strike
 from hub_server import HubServer
+from huggingface_hub import ModelCard, hf_hub_download
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -50,9 +53,6 @@ HUB_SOURCES = {"pretrained_model_name_or_path": "team/tiny-wan", "train_data_dir
 @pytest.fixture
 def card(flags, tmp_path):
     """Function that returns the card of a run with these flags, as read back from its file by the Hub's own class."""
-    from huggingface_hub import ModelCard
-
-    import train_ltd
 
     def build(samples=(), repo_id="tester/my-lora", **kwargs):
         args = train_ltd.parse_args(flags(**{"lora_alpha": 4} | kwargs))
@@ -149,7 +149,6 @@ ODD = [
 
 @pytest.mark.parametrize("prompt", ODD, ids=range(len(ODD)))
 def test_odd_prompts_do_not_break_the_card(card, prompt):
-
     samples = ["samples/step-000002-0.mp4", "samples/step-000002-1.mp4"]
     front, text = card(samples, validation_prompt=[prompt, "plain"], trigger_word=TRIGGER, **HUB_SOURCES)
     expected = prompt_clean(f"{TRIGGER} {prompt}")
@@ -206,8 +205,6 @@ def test_odd_name_of_the_base_folder(card, tmp_path):
 @pytest.mark.parametrize("path", ["{tmp}/secret/thing", "../secret/thing", "secret/thing", "./secret/thing/"])
 def test_published_settings_hold_no_path(flags, tmp_path, monkeypatch, path):
     """For every flag that can hold one, absolute or relative."""
-    import train_ltd
-
     (tmp_path / "here" / "secret" / "thing").mkdir(parents=True)
     (tmp_path / "secret" / "thing").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
@@ -244,7 +241,6 @@ SAMPLED = {"validation_num_inference_steps": 1, "max_train_steps": 1}
 @pytest.fixture
 def published(run, monkeypatch):
     """Function that runs with `--push_to_hub` and returns the card, its widget, and the files that are uploaded."""
-    import train_ltd
 
     def train_and_publish(**kwargs):
         uploaded = []
@@ -532,7 +528,6 @@ def test_without_a_token_nothing_is_encoded(hub, tmp_path):
 @pytest.mark.slow
 def test_checkpoints_go_to_the_hub_and_come_back(hub, run, tmp_path):
     """Train, kill -9, delete the folder, resume from the Hub: as if nothing had happened, even when it then fails."""
-
     flags = [flag for flag in TINY if flag != "--push_to_hub"] + ["--rank=4"]
     flags += [
         "--hub_model_id=tester/saved",
@@ -624,7 +619,6 @@ def work_off():
     """The worker's loop: a line `[function, arguments]` in, a line with what it returned out."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from accelerate.state import PartialState
 
     PartialState(cpu=True)  # train_ltd's logger asks for it
     for line in sys.stdin:
@@ -666,8 +660,6 @@ def worker(hub, tmp_path_factory):
 @contextlib.contextmanager
 def hurried(token, endpoint=None):
     """Nobody waits: yields the list of the waits, `train_ltd`'s and the client's own."""
-    import huggingface_hub
-
     api, slept = huggingface_hub.hf_api.api, []
     before = time.sleep, os.environ["HF_TOKEN"], api.endpoint
     time.sleep, os.environ["HF_TOKEN"], api.endpoint = slept.append, token, endpoint or api.endpoint
@@ -678,23 +670,17 @@ def hurried(token, endpoint=None):
 
 
 def parse(output_dir, name=None, more=()):
-    import train_ltd
-
     flags = ["--train_data_dir=.", "--report_to=none", "--push_to_hub", f"--output_dir={output_dir}"]
     return train_ltd.parse_args([*flags, *([f"--hub_model_id={name}"] if name else []), *more])
 
 
 def create(token, endpoint=None, name=None, output_dir="run", more=()):
-    import train_ltd
-
     args = parse(output_dir, name, more)
     with hurried(token, endpoint) as slept:
         return [train_ltd.create_hub_repo(args), slept]
 
 
 def publish(token, repo_id, output_dir, files):
-    import train_ltd
-
     args = parse(output_dir, repo_id)
     with hurried(token) as slept:
         train_ltd.publish(args, repo_id, [Path(output_dir, name) for name in files])
@@ -759,8 +745,6 @@ def test_create_refuses_at_once_who_may_not_write(hub, worker, case):
 @pytest.mark.parametrize("stage", ["POST /api/repos/create", "/auth-check/write"])
 @pytest.mark.parametrize("fault", [429, 500, 503, "cut", "lost"])
 def test_create_waits_out_passing_faults(hub, worker, stage, fault):
-    import train_ltd
-
     hub.fail(stage, fault, times=2)
     done = worker(create, token=hub.token, name=f"tester/new-{fault}")
     assert done.result == [f"tester/new-{fault}", list(train_ltd.RETRY_DELAYS[:2])], done.message
@@ -769,8 +753,6 @@ def test_create_waits_out_passing_faults(hub, worker, stage, fault):
 @pytest.mark.slow
 @pytest.mark.parametrize("down", ["answers 503", "is not there"])
 def test_create_gives_up_on_a_hub_that_is_down(hub, worker, down):
-    import train_ltd
-
     tries = len(train_ltd.RETRY_DELAYS) + 1
     endpoint = "http://127.0.0.1:9" if down == "is not there" else None
     if not endpoint:
@@ -882,9 +864,6 @@ def test_publish_leaves_nothing_of_an_earlier_staging(hub, worker, outputs):
 
 def load_lora(repo_id):
     """What the stock pipeline has after `load_lora_weights`: names, and how far they are from the published file."""
-    from huggingface_hub import hf_hub_download
-    from safetensors.torch import load_file
-
     pipeline = WanPipeline.from_pretrained("team/tiny-wan")
     results = {}
     for name in (WEIGHTS, "lora_comfyui.safetensors"):
@@ -901,7 +880,6 @@ def load_lora(repo_id):
 
 def load_full(repo_id, folder):
     """How far the published weights are from those in the output folder, and those from the base's."""
-
     names, kwargs = (repo_id, folder, "team/tiny-wan"), {"subfolder": "transformer"}
     models = [WanTransformer3DModel.from_pretrained(name, **kwargs) for name in names]
     published, written, base = [dict(model.named_parameters()) for model in models]
@@ -910,8 +888,6 @@ def load_full(repo_id, folder):
 
 def run_card(repo_id, folder):
     """Do as a user does: copy the code from the card on the Hub, run it."""
-    from huggingface_hub import ModelCard
-
     card = ModelCard.load(repo_id)
     os.chdir(folder)
     exec(compile(code_block(card.content), "README.md", "exec"), {})
@@ -936,7 +912,6 @@ def test_full_weights_load_from_the_hub(worker, full_run):
 @pytest.mark.slow
 @pytest.mark.parametrize("repo", ["tester/my-lora", "tester/my-wan"])
 def test_code_of_the_card_runs(worker, second_run, full_run, tmp_path, repo):
-
     done = worker(run_card, repo_id=repo, folder=str(tmp_path))
     assert done.error is None, f"{done.error}: {done.message}"
     assert done.result["pipeline_tag"] == "text-to-video"
@@ -947,8 +922,6 @@ def test_code_of_the_card_runs(worker, second_run, full_run, tmp_path, repo):
 
 
 def check_other_transformer(repo_id):
-    import train_ltd
-
     flags = ["--pretrained_model_name_or_path=team/tiny-wan", f"--transformer_path={repo_id}", "--rank=4"]
     args = train_ltd.parse_args([*flags, "--dataset_name=team/clips", "--report_to=none"])
     train_ltd.check_model(args)
@@ -970,8 +943,6 @@ def test_published_lora_can_be_trained_further(worker, second_run):
 
 
 def read_published_lora(repo_id):
-    import train_ltd
-
     settings = train_ltd.read_lora(repo_id)[1]
     return [settings["rank"], settings["lora_alpha"]]
 
