@@ -2,9 +2,13 @@
 
 import gc
 import json
+import logging
+import multiprocessing
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: nothing may reach for the network
@@ -16,7 +20,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from corpus import NAMES, ffmpeg_frames, make_videos
+from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.utils import export_to_video
+from diffusers.video_processor import VideoProcessor
+from PIL import Image
+from transformers import UMT5EncoderModel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "benchmark")]
@@ -25,9 +34,13 @@ from small_wan import PRESETS, build_small_wan
 
 import train_ltd
 
+pytest.register_assert_rewrite("helpers")
 gc.freeze()  # main() collects garbage often: what the imports made need not be walked each time
 
 HEIGHT, WIDTH, NUM_FRAMES = 32, 48, 9
+CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # the environment of a process
+HOUR = 3600  # ends what hangs; no test counts on less, for a busy machine may be slow
+STEPS = {"max_train_steps": 3, "checkpointing_steps": 1, "gradient_accumulation_steps": 2}
 
 
 def pytest_runtest_setup(item):
@@ -134,13 +147,112 @@ def launcher(processes: int) -> list[str]:
     return [*command, *["--multi_gpu"] * (processes > 1), str(ROOT / "train_ltd.py")]
 
 
-def launch(command_line: list[str], processes: int = 1, env: dict | None = None, timeout: int = 300):
+def launch(
+    command_line: list[str],
+    processes: int = 1,
+    env: dict | None = None,
+):
     """The script in processes of its own."""
     return subprocess.run(
         [*launcher(processes), *command_line],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | (env or {}),
+        env=os.environ | CPU | (env or {}),
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=HOUR,
         cwd=ROOT,
     )
+
+
+@pytest.fixture
+def prepare(flags):
+    """Function that caches everything: `(clips, held-out clips, caption files, args)`."""
+
+    def function(**kwargs):
+        args = train_ltd.parse_args(flags(**kwargs))
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        return *train_ltd.prepare_data(args, train_ltd.build_accelerator(args)), args
+
+    return function
+
+
+@pytest.fixture(scope="module")
+def loaded_pipeline(tiny_wan):
+    return WanPipeline.from_pretrained(tiny_wan, transformer=None, vae=None)
+
+
+@pytest.fixture
+def one_text_encoder(monkeypatch, loaded_pipeline):
+    """For tests that prepare often and are not about the text encoder: it is loaded once and kept."""
+    monkeypatch.setattr(WanPipeline, "from_pretrained", lambda *args, **kwargs: loaded_pipeline)
+
+
+@pytest.fixture
+def log(caplog):
+    """Function that returns the messages logged so far, at a level or all."""
+    caplog.set_level(logging.INFO)
+    rank = re.compile(r"^\[RANK \d+\] ")
+    return lambda level=None: [rank.sub("", r.getMessage()) for r in caplog.records if level in (None, r.levelname)]
+
+
+@pytest.fixture
+def no_models(monkeypatch):
+    """Function after which loading the VAE (and, by default, the text encoder) is an error."""
+
+    def forbid(vae=True, text=True):
+        def refuse(*args, **kwargs):
+            raise AssertionError("a model was loaded")
+
+        for model in [AutoencoderKLWan] * vae + [UMT5EncoderModel] * text:
+            monkeypatch.setattr(model, "from_pretrained", refuse)
+
+    return forbid
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory) -> Path:
+    """Four different clips, without captions."""
+    folder = tmp_path_factory.mktemp("originals")
+    make_videos(folder)
+    return folder
+
+
+@torch.no_grad()
+def reference_latents(vae, frames: torch.Tensor) -> torch.Tensor:
+    """Normalized mode of the posterior of `(F, 3, H, W)` uint8 frames, by diffusers' own video processor."""
+    pictures = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
+    mode = vae.encode(VideoProcessor(vae_scale_factor=8).preprocess_video(pictures)).latent_dist.mode()
+    mean, std = (torch.tensor(c).view(1, -1, 1, 1, 1) for c in (vae.config.latents_mean, vae.config.latents_std))
+    return ((mode - mean) / std)[0]
+
+
+@pytest.fixture(scope="module")
+def expected_latents(tiny_wan, originals) -> list[torch.Tensor]:
+    """What each clip must be in the cache, encoded here from frames decoded here."""
+    vae = AutoencoderKLWan.from_pretrained(tiny_wan, subfolder="vae")
+    return [reference_latents(vae, ffmpeg_frames(originals / name, HEIGHT, WIDTH)[:NUM_FRAMES]) for name in NAMES]
+
+
+@pytest.fixture
+def straight(run, tmp_path) -> Path:
+    """The output folder of a run that nothing happened to."""
+    return run(output_dir=tmp_path / "straight", **STEPS)
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """Processes that need not import everything again, from a server that has not trained: torch forbids that."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "train_ltd"])
+    return context
+
+
+def wait_for(happened, process: subprocess.Popen) -> None:
+    """Return once `happened()` is true; fail if the process ends before."""
+    for _ in range(100 * HOUR):
+        ended = process.poll() is not None
+        if happened():
+            return
+        assert not ended, "the process has ended too early"
+        time.sleep(0.01)
+    raise TimeoutError

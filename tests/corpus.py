@@ -4,6 +4,7 @@ A frame of `numbered` shows its number as sixteen black or white blocks, two row
 decoder, a resize or a codec does to the picture, `numbers_of` reads the number back.
 """
 
+import json
 import subprocess
 from fractions import Fraction
 from pathlib import Path
@@ -161,3 +162,89 @@ CORPUS = {
     "thin.mkv": (lambda path, good: _one_colour(path, 500, 2), None),
     "odd_size.mkv": (lambda path, good: _one_colour(path, 37, 53), None),
 }
+
+
+def make_videos(folder: Path, count: int = 4, first: int = 0) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"clip{first + n}.mp4" for n in range(count)]
+    for n, name in enumerate(names):
+        write_video(folder / name, moving_square(first + n))
+    return names
+
+
+def write_metadata(folder: Path, rows: list[dict], name: str = "metadata.jsonl") -> Path:
+    path = folder / name
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    elif path.suffix == ".csv":
+        import csv
+
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def copy_clips(originals: Path, folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in NAMES:
+        (folder / name).write_bytes((originals / name).read_bytes())
+    return [folder / name for name in NAMES]
+
+
+def with_key(key: str, prefix: str = "", caption: str = "text") -> list[dict]:
+    return [{key: prefix + name, caption: text} for name, text in zip(NAMES, CAPTIONS, strict=True)]
+
+
+def metadata_folder(originals, folder, name):
+    copy_clips(originals, folder)
+    write_metadata(folder, with_key("file_name"), name)
+    return {"train_data_dir": folder}
+
+
+def table_of_paths(originals, folder, name):
+    copy_clips(originals, folder / "media" / "deep")
+    return {"train_data_dir": write_metadata(folder, with_key("video", "media/deep/"), name)}
+
+
+def embedded_by_datasets(originals, folder):
+    """A repository of parquet files with a Video feature, as `push_to_hub` makes them, on the local disk."""
+    import datasets
+
+    (folder / "data").mkdir(parents=True)
+    rows = {"video": [str(originals / name) for name in NAMES], "text": CAPTIONS}
+    dataset = datasets.Dataset.from_dict(rows).cast_column("video", datasets.Video(decode=False))
+    dataset = dataset.map(lambda row: {"video": {"bytes": Path(row["video"]["path"]).read_bytes(), "path": None}})
+    dataset.cast_column("video", datasets.Video()).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    return {"train_data_dir": folder}
+
+
+def pairs(originals, folder, encoding="utf-8"):
+    for clip, text in zip(copy_clips(originals, folder), CAPTIONS, strict=True):
+        clip.with_suffix(".txt").write_text(text + "\n", encoding=encoding)
+    return {"train_data_dir": folder}
+
+
+def caption_dataset(folder: Path, captions: list) -> dict:
+    folder.mkdir()
+    write_video(folder / "a.mp4", moving_square(0))
+    rows = [{"video": "a.mp4", "text": caption} for caption in captions]
+    return {"train_data_dir": write_metadata(folder, rows, "rows.jsonl")}
+
+
+NAMES = [f"clip{n}.mp4" for n in range(4)]
+CAPTIONS = ["a red square", 'she says: "go, go"', "ein Bär läuft 🐻", "the last one"]
+
+
+def cache_files(args) -> dict[str, bytes]:
+    """Relative path -> content of every file in the cache."""
+    folder = Path(args.cache_dir)
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

@@ -1,6 +1,7 @@
-"""Checkpointing, attention kernels, a quantised base: that they are really on, and that the results are the same."""
+"""Which models are accepted, and how one is loaded: precision, checkpointing, attention kernels, a quantized base."""
 
 import importlib.util
+import json
 import shutil
 
 import diffusers
@@ -8,10 +9,92 @@ import pytest
 import torch
 from conftest import launch
 from diffusers import WanPipeline, WanTransformer3DModel
-from test_train import LOOKS, assert_same, metrics, output_of, trained_output, weights
+from helpers import LOOKS, assert_same, metrics, output_of, trained_output, weights
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_ltd
+
+# --- Accepted and refused --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("model_index.json", {"_class_name": "WanImageToVideoPipeline"}, "the class WanImageToVideoPipeline"),
+        ("model_index.json", {"_class_name": "WanVACEPipeline"}, "the class WanVACEPipeline"),
+        ("model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, r"no Wan2\.1 .*Wan2\.2's"),
+        ("model_index.json", {"expand_timesteps": True}, r"no Wan2\.1 .*Wan2\.2's"),
+        ("transformer/config.json", {"image_dim": 1280}, "has I2V's"),
+        ("transformer/config.json", {"in_channels": 36}, "has I2V's"),
+        ("transformer/config.json", {"_class_name": "WanVACETransformer3DModel"}, "class WanVACETransformer3DModel"),
+    ],
+)
+def test_other_models_are_refused_by_name(run, tiny_wan, tmp_path, file, change, message):
+    copy = tmp_path / "other"
+    shutil.copytree(tiny_wan, copy)
+    (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        run(pretrained_model_name_or_path=copy)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_i2v_single_file_is_refused(run, tmp_path):
+    save_file({"blocks.0.cross_attn.k_img.weight": torch.zeros(1)}, tmp_path / "i2v.safetensors")
+    with pytest.raises(ValueError, match=r"i2v\.safetensors is no Wan2\.1 .*key blocks\.0\.cross_attn\.k_img"):
+        run(transformer_path=tmp_path / "i2v.safetensors")
+
+
+def test_missing_model_is_named(run):
+    with pytest.raises(ValueError, match="--pretrained_model_name_or_path nobody/nothing"):
+        run(pretrained_model_name_or_path="nobody/nothing")
+
+
+def original_keys(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A tiny transformer in the key layout of the original Wan code, as community files have it."""
+    names = train_ltd.COMFYUI_NAMES | {
+        "norm2": "norm__3",
+        "norm3": "norm2",
+        "scale_shift_table": "modulation",
+        "attn1.norm_": "self_attn.norm_",
+        "attn2.norm_": "cross_attn.norm_",
+    }
+    converted = {}
+    for key, value in state_dict.items():
+        for name, original in names.items():
+            key = key.replace(name, original)
+        key = "head.modulation" if key == "modulation" else key.replace("norm__3", "norm3")
+        converted[key] = value
+    return converted
+
+
+def test_single_file_in_original_keys(run, tiny_wan, tmp_path):
+    other = WanTransformer3DModel.from_pretrained(tiny_wan, subfolder="transformer")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    save_file(original_keys(other.state_dict()), tmp_path / "community.safetensors")
+    other.save_pretrained(tmp_path / "folder")
+    losses = {}
+    for name in ("community.safetensors", "folder", None):
+        output = run(output_dir=tmp_path / f"out-{name}", transformer_path=name and tmp_path / name)
+        losses[name] = metrics(output)[1]
+    assert losses["community.safetensors"] == pytest.approx(losses["folder"], rel=1e-5)
+    assert losses["folder"] != pytest.approx(losses[None], rel=1e-3)
+
+
+def test_adapter_is_float32_on_a_bf16_base(flags, tiny_wan):
+    args = train_ltd.parse_args(flags(mixed_precision="bf16"))
+    transformer = train_ltd.load_transformer(args)
+    train_ltd.add_lora(transformer, args)
+    assert {p.dtype for p in train_ltd.trainable(transformer)} == {torch.float32}
+    assert transformer.blocks[0].attn1.to_q.base_layer.weight.dtype == torch.bfloat16
+    assert transformer.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
+    frozen = [n for n, p in transformer.named_parameters() if not p.requires_grad]
+    assert all("lora_" not in n for n in frozen)
+
+
+# --- Checkpointing ---------------------------------------------------------------------------------------------------
 
 needs_torchao = pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="no torchao: pip install torchao")
 
@@ -58,9 +141,6 @@ def gradients(args, compiled: bool = False) -> tuple[dict[str, torch.Tensor], to
     return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, model, kernels.calls
 
 
-# --- Checkpointing ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
 @pytest.mark.parametrize("train_type", ["lora", "full"])
 def test_checkpointing_gives_equal_gradients_and_selective_runs_attention_once(flags, train_type, mixed_precision):
@@ -101,32 +181,7 @@ def test_training_and_sampling_use_the_attention_backend(run, tmp_path):
     assert metrics(outputs["_native_math"]) == pytest.approx(metrics(outputs[None]), rel=1e-5)
 
 
-def test_attention_kernels_for_inference_are_no_choice(flags, capsys):
-    """sage has no backward pass: the projections before it would silently get no gradient."""
-    with pytest.raises(SystemExit):
-        train_ltd.parse_args(flags(attention_backend="sage"))
-    assert "--attention_backend" in capsys.readouterr().err
-
-
-# --- Quantised base --------------------------------------------------------------------------------------------------
-
-
-def test_quantization_is_refused_where_it_cannot_work(monkeypatch, flags, tmp_path):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else find_spec(name))
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    (tmp_path / "community.safetensors").touch()
-    kwargs = {"train_type": "full", "rank": None, "transformer_path": tmp_path / "community.safetensors"}
-    with pytest.raises(ValueError) as error:
-        train_ltd.parse_args(flags(quantization="int8", **kwargs))
-    parts = ("pip install torchao", "goes with --train_type lora", "not with FSDP", "leaves a single file in floats")
-    for part in parts:
-        assert part in str(error.value)
-    with pytest.raises(ValueError, match="adamw8bit go with one GPU or DDP"):
-        train_ltd.parse_args(flags(optimizer="adamw8bit"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="nf4 needs a GPU"):
-        train_ltd.parse_args(flags(quantization="nf4"))
+# --- Quantized base --------------------------------------------------------------------------------------------------
 
 
 def assert_quantized(model: WanTransformer3DModel, quantization: str) -> None:
@@ -186,6 +241,7 @@ def test_int8_weights_move_to_a_device(flags):
     assert type(weight).__name__ == "Int8Tensor" and weight.device.type == weight.qdata.device.type == "meta"
 
 
+@pytest.mark.slow
 @needs_torchao
 def test_int8_in_two_processes_equals_accumulation_bitwise(run, flags, tmp_path):
     kwargs = {"max_train_steps": 2, "quantization": "int8"}
@@ -196,11 +252,10 @@ def test_int8_in_two_processes_equals_accumulation_bitwise(run, flags, tmp_path)
     assert_same(weights(alone, "lora"), weights(tmp_path / "two", "lora"))
 
 
+# --- leaves with the feature ---
+
+
 @pytest.mark.parametrize("quantization", QUANTIZED)
 def test_quantized_dry_run(run, capsys, quantization):
     run(dry_run=True, mixed_precision="bf16", quantization=quantization)
     assert "passed" in capsys.readouterr().out
-
-
-def test_the_bare_switch_of_diffusers_scripts(flags):
-    assert train_ltd.parse_args([*flags(), "--gradient_checkpointing"]).gradient_checkpointing == "full"

@@ -1,8 +1,4 @@
-"""Publishing: from a loopback Hub through whole runs, back to it, into stock diffusers; and all faults on the way.
-
-The Hub's client reads its environment at import, so all that talks to the Hub happens in processes of its own: whole
-runs in fresh ones, single calls in a worker that imports `train_ltd` once.
-"""
+"""The card, and the Hub: whole runs into a loopback Hub and out of it again, with all faults on the way."""
 
 import ast
 import contextlib
@@ -13,41 +9,32 @@ import select
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
+import huggingface_hub
 import pytest
-import yaml
+from accelerate.state import PartialState
+from conftest import CPU, HOUR, STEPS, wait_for
+from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from helpers import checkpoints, code_block, matter, strike
 from hub_server import HubServer
+from huggingface_hub import ModelCard, hf_hub_download
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+
+import train_ltd
 
 ROOT = Path(__file__).resolve().parent.parent
 TRIGGER = 'ohwx: "man"'
 PROMPTS = ["a \"quoted\": prompt,\n---\nof a 'square' 🎬 # & {x}: [y]", "--- | `b` \\ %s ``` é\t中文\n\n: end"]
-LORA_FILES = {
-    ".gitattributes",
-    "README.md",
-    "pytorch_lora_weights.safetensors",
-    "lora_comfyui.safetensors",
-    "training_settings.json",
-    "curves.png",
-}
-FULL_FILES = {
-    ".gitattributes",
-    "README.md",
-    "training_settings.json",
-    "curves.png",
-    "transformer/config.json",
-    "transformer/diffusion_pytorch_model.safetensors",
-}
-NEVER_NEEDED = [
-    "README.md",
-    "assets/demo.mp4",
-    "google/umt5-xxl/spiece.model",
-    "text_encoder/model.fp16.safetensors",
-    "transformer/diffusion_pytorch_model.fp16.safetensors",
-    "vae/diffusion_pytorch_model.bin",
-]
+
+
+# --- The card, without a Hub -----------------------------------------------------------------------------------------
 
 
 def cleaned(prompt, trigger=TRIGGER):
@@ -55,636 +42,9 @@ def cleaned(prompt, trigger=TRIGGER):
     return " ".join(f"{trigger} {prompt}".split())
 
 
-def matter(card):
-    """The front matter of a card's text, by plain YAML."""
-    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL).group(1))
-
-
-def code_block(card):
-    """The only Python in a card, as Markdown delimits it."""
-    (code,) = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
-    return code
-
-
 def all_bytes(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-
-def assert_no_secrets(files, hub, *folders):
-    """No token of the Hub, no path of this machine, be it plain or JSON-escaped, in names or bytes."""
-    paths = [hub.root, Path.home(), *folders]
-    secrets = [hub.token, hub.read_token, *(str(path) for path in paths if len(str(path)) > 3)]
-    for name, data in files.items():
-        found = [s for s in secrets if s.encode() in data or s.replace("/", "\\/").encode() in data or s in name]
-        assert not found, name
-
-
-# --- Whole runs ------------------------------------------------------------------------------------------------------
-
-
-def train(hub, folder, *flags, token=None):
-    """`python train_ltd.py`, in `folder`, with a fresh home; the result has the requests that the Hub saw."""
-    command = [sys.executable, str(ROOT / "train_ltd.py"), *TINY, *flags]
-    cpu = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    env, start = {**os.environ, **hub.env(token), **cpu}, len(hub.requests)
-    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
-    done.requests = hub.requests[start:]
-    return done
-
-
-TINY = """--pretrained_model_name_or_path=team/tiny-wan --dataset_name=team/clips --height=32 --width=48 --num_frames=9
-    --skip_vae_check --logging_steps=1 --learning_rate=1e-2 --seed=3 --push_to_hub --validation_num_inference_steps=2
-    --hub_private_repo""".split()
-LORA = ["--output_dir=run", "--rank=4", "--hub_model_id=tester/my-lora", f"--trigger_word={TRIGGER}"]
-
-
-def downloads(requests, repo):
-    """Files of a repository whose content was asked for, in that order."""
-    pattern = re.compile(rf"GET /(?:datasets/)?{repo}/resolve/[^/]+/(.+)")
-    return [match.group(1) for request in requests if (match := pattern.fullmatch(" ".join(request)))]
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory, tiny_wan, clips):
-    """With a base model, in whose repository lies much that nobody needs, and a dataset of videos."""
-    root = tmp_path_factory.mktemp("hub")
-    with HubServer(root) as server:
-        server.add("team/tiny-wan", all_bytes(tiny_wan) | dict.fromkeys(NEVER_NEEDED, b"not needed"))
-        server.add("team/clips", clips, repo_type="dataset")
-        yield server
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    return tmp_path_factory.mktemp("work")
-
-
-@pytest.fixture(scope="module")
-def lora_run(hub, work):
-    """Two steps of a LoRA, published; every kind of by-product is written too."""
-    prompts = [f"--validation_prompt={prompt}" for prompt in PROMPTS]
-    extra = ["--max_train_steps=2", "--checkpointing_steps=1", "--validation_split=0.3", "--report_to=tensorboard"]
-    done = train(hub, work, *LORA, *prompts, *extra)
-    assert done.returncode == 0, done.stderr
-    return SimpleNamespace(done=done, folder=work / "run", files=hub.files("tester/my-lora"))
-
-
-@pytest.fixture(scope="module")
-def second_run(hub, work, lora_run):
-    """It resumes the first for one more step, in a home without any download, and publishes again."""
-    extra = ["--max_train_steps=3", "--resume_from_checkpoint=latest", "--validation_split=0.3", "--report_to=none"]
-    done = train(hub, work, *LORA, *extra)
-    assert done.returncode == 0, done.stderr
-    return SimpleNamespace(done=done, files=hub.files("tester/my-lora"))
-
-
-@pytest.fixture(scope="module")
-def full_run(hub, work):
-    """Two steps of all weights. The Hub refuses the commit; the command that the run printed is then typed."""
-    hub.fail("/api/models/tester/my-wan/commit/", 403, message="storage quota exceeded")
-    flags = ["--train_type=full", "--output_dir=it's full", "--hub_model_id=tester/my-wan", "--max_train_steps=2"]
-    done = train(hub, work, *flags, "--validation_prompt=a square moves", "--report_to=none")
-    assert done.returncode == 1, done.stderr
-    command = re.findall(r"hf upload .*$", done.stderr, re.MULTILINE)[-1]
-    before, path = set(hub.files("tester/my-wan")), f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, **hub.env(), "PATH": path}
-    typed = subprocess.run(command, shell=True, env=env, cwd=work, capture_output=True, text=True, timeout=120)
-    return SimpleNamespace(done=done, command=command, typed=typed, before=before, folder=work / "it's full")
-
-
-def test_lora_repository_holds_just_what_others_need(hub, lora_run):
-    samples = {f"samples/step-000002-{number}.mp4" for number in range(len(PROMPTS))}
-    assert set(lora_run.files) == LORA_FILES | samples
-    assert hub.repos["model", "tester/my-lora"].private
-    for name in set(lora_run.files) - {".gitattributes"}:
-        assert lora_run.files[name] == (lora_run.folder / name).read_bytes()
-    # ... although the output folder holds more than that.
-    assert (lora_run.folder / "checkpoint-2" / "optimizer.bin").is_file()
-    assert list(lora_run.folder.rglob("events.out.tfevents*")) and list(lora_run.folder.glob("cache/latents/*"))
-
-
-def test_only_what_is_needed_is_downloaded_and_once(lora_run):
-    fetched = downloads(lora_run.done.requests, "team/tiny-wan")
-    assert len(fetched) == len(set(fetched))
-    assert not set(fetched) & set(NEVER_NEEDED)
-    weights = {name for name in fetched if name.endswith(".safetensors")}
-    parts = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-    assert weights == {f"{folder}/{name}.safetensors" for folder, name in parts.items()}
-
-
-def test_repository_is_made_before_anything_big_is_downloaded(lora_run):
-    requests = lora_run.done.requests
-    create = requests.index(("POST", "/api/repos/create"))
-    check = requests.index(("GET", "/api/models/tester/my-lora/auth-check/write"))
-    expensive = (".safetensors", ".mp4", ".jsonl")
-    assert create < check < min(n for n, (_, path) in enumerate(requests) if path.endswith(expensive))
-
-
-def test_no_path_and_no_token_anywhere(hub, work, lora_run, second_run, full_run, tiny_wan, clips):
-    """Uploads of all runs, and everything else the runs wrote or said: the flags were relative."""
-    for repo in ("tester/my-lora", "tester/my-wan"):
-        assert_no_secrets(hub.files(repo), hub, work, tiny_wan, clips, ROOT)
-    assert_no_secrets(all_bytes(work), hub, work, tiny_wan, clips)
-    # A traceback, which ends the run whose upload failed, names the machine's files; it must not name tokens.
-    for run in (lora_run, second_run):
-        said = run.done.stdout + run.done.stderr
-        assert_no_secrets({"what it said": said.encode()}, hub, work, tiny_wan, clips)
-    for text in (full_run.done.stdout, full_run.done.stderr, full_run.typed.stdout, full_run.typed.stderr):
-        assert hub.token not in text
-
-
-@pytest.mark.parametrize("train_type", ["lora", "full"])
-def test_local_base_and_clips_leave_no_path(run, hub, tiny_wan, clips, tmp_path, train_type):
-    """Here all flags are absolute paths. Only notes for the user, outside what is published, may hold them."""
-    folder = run(train_type=train_type, report_to="tensorboard", validation_prompt="a square", max_train_steps=1)
-    assert_no_secrets(all_bytes(folder), hub, tmp_path, tiny_wan, clips, ROOT)
-    front = matter((folder / "README.md").read_text())
-    assert not {"base_model", "base_model_relation", "datasets"} & set(front)
-
-
-def test_lora_card_of_the_run(lora_run):
-    card = lora_run.files["README.md"].decode()
-    front = matter(card)
-    assert front["base_model"] == "team/tiny-wan" and front["datasets"] == ["team/clips"]
-    for number, (entry, prompt) in enumerate(zip(front["widget"], PROMPTS, strict=True)):
-        assert entry == {"text": cleaned(prompt), "output": {"url": f"samples/step-000002-{number}.mp4"}}
-        assert lora_run.files[entry["output"]["url"]][4:8] == b"ftyp"
-    # Every local link of the body is in the repository, too.
-    assert re.findall(r"!\[.*?\]\((.*?)\)", card) == ["curves.png"]
-    settings = json.loads(lora_run.files["training_settings.json"])
-    assert settings["rank"] == settings["lora_alpha"] == 4 and settings["trigger_word"] == TRIGGER
-
-
-def test_second_push_updates_the_repository(hub, lora_run, second_run):
-    assert len(hub.repos["model", "tester/my-lora"].commits) == 3  # with the initial one
-    old_samples = {name for name in lora_run.files if name.startswith("samples/")}
-    assert set(second_run.files) - old_samples == LORA_FILES
-    for name in LORA_FILES - {".gitattributes", "curves.png"}:
-        assert second_run.files[name] != lora_run.files[name]
-    assert "| steps | 3 |" in second_run.files["README.md"].decode()
-    assert "widget" not in matter(second_run.files["README.md"].decode())
-
-
-def test_warm_run_downloads_neither_vae_nor_text_encoder(second_run):
-    fetched = downloads(second_run.done.requests, "team/tiny-wan")
-    folders = {name.split("/")[0] for name in fetched if "/" in name}
-    assert folders == {"transformer"}
-
-
-def test_failed_upload_prints_the_command_that_mends_it(hub, full_run):
-    assert "RuntimeError" in full_run.done.stderr and "storage quota exceeded" in full_run.done.stderr
-    assert full_run.before == {".gitattributes"}
-    words = shlex.split(full_run.command)
-    assert words == ["hf", "upload", "tester/my-wan", "it's full/hub", "."]
-    assert full_run.typed.returncode == 0, full_run.typed.stderr
-    files = hub.files("tester/my-wan")
-    assert set(files) == FULL_FILES | {"samples/step-000002-0.mp4"}
-    for name in set(files) - {".gitattributes"}:
-        assert files[name] == (full_run.folder / name).read_bytes()
-
-
-def test_full_card_of_the_run(hub, full_run):
-    front = matter(hub.files("tester/my-wan")["README.md"].decode())
-    assert front["base_model"] == "team/tiny-wan" and front["base_model_relation"] == "finetune"
-    assert not {"lora", "template:sd-lora"} & set(front["tags"]) and "instance_prompt" not in front
-    config = json.loads(hub.files("tester/my-wan")["transformer/config.json"])
-    assert config["_class_name"] == "WanTransformer3DModel" and "_name_or_path" not in config
-
-
-def test_without_a_token_nothing_is_encoded(hub, tmp_path):
-    done = train(hub, tmp_path, *LORA, "--hub_model_id=tester/never", "--max_train_steps=1", token="")
-    assert done.returncode == 1
-    error = done.stderr[done.stderr.rindex("ValueError") :]
-    assert "hf auth login" in error and "HF_TOKEN" in error and "tester/never" in error
-    assert [path.name for path in (tmp_path / "run").rglob("*") if path.is_file()] == [".lock"]  # of one run a folder
-    assert not [name for name in downloads(done.requests, "team/tiny-wan") if name.endswith(".safetensors")]
-    assert not downloads(done.requests, "team/clips") and ("model", "tester/never") not in hub.repos
-
-
-def test_dry_run_makes_no_repository(run):
-    """This process may not reach the Hub at all, so that a try would be an error."""
-    run(dry_run=True, push_to_hub=True, hub_model_id="tester/dry")
-
-
-def test_checkpoints_go_to_the_hub_and_come_back(hub, run, tmp_path):
-    """Train, kill -9, delete the folder, resume from the Hub: as if nothing had happened, even when it then fails."""
-    from safetensors.torch import load_file
-
-    flags = [flag for flag in TINY if flag != "--push_to_hub"] + ["--rank=4"]
-    flags += [
-        "--hub_model_id=tester/saved",
-        "--push_checkpoints_to_hub",
-        "--lr_scheduler=constant",
-        "--report_to=none",
-    ]
-    flags += ["--output_dir=run", "--checkpointing_steps=1", "--checkpoints_total_limit=2"]
-    command = [sys.executable, str(ROOT / "train_ltd.py"), *flags]
-    env = {**os.environ, **hub.env(), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-
-    def saved():
-        there = ("model", "tester/saved") in hub.repos and "checkpoints" in hub.repos["model", "tester/saved"].branches
-        files = hub.files("tester/saved", "checkpoints") if there else {}
-        return sorted(int(name.split("-")[1].split("/")[0]) for name in files if name.endswith("/SHA256SUMS"))
-
-    with subprocess.Popen(
-        [*command, "--max_train_steps=100000"], env=env, cwd=tmp_path, stderr=subprocess.DEVNULL
-    ) as p:
-        deadline = time.monotonic() + 240
-        while len(saved()) < 2 and p.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        p.kill()
-    newest = saved()[-1]
-    assert len(saved()) == 2 and hub.repos["model", "tester/saved"].private
-    (tmp_path / "run").rename(tmp_path / "lost")
-    hub.fail("/api/models/tester/saved/commit/checkpoints", 403, times=10_000)
-    resume = [f"--max_train_steps={newest + 2}", "--resume_from_checkpoint=hub"]
-    done = subprocess.run([*command, *resume], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    hub._faults.clear()
-    assert done.returncode == 0, done.stderr
-    assert f"resumed run/checkpoint-{newest}, step {newest}" in done.stderr
-    assert "failed, training goes on" in done.stderr and saved()[-1] == newest
-    assert set(hub.files("tester/saved")) == {".gitattributes"}  # only checkpoints were asked for
-    assert_no_secrets(hub.files("tester/saved", "checkpoints") | {"said": done.stderr.encode()}, hub, tmp_path)
-    kwargs = {"lr_scheduler": "constant", "max_train_steps": newest + 2, "checkpointing_steps": 10**6}
-    straight = run(output_dir=tmp_path / "straight", **kwargs)
-    here, there = load_file(straight / WEIGHTS), load_file(tmp_path / "run" / WEIGHTS)
-    assert here.keys() == there.keys() and all(here[k].equal(there[k]) for k in here)
-
-
-@pytest.mark.parametrize(("fault", "times"), [(401, 10_000), ("cut", 1)])
-def test_upload_of_a_checkpoint_meets_a_fault(hub, tmp_path, fault, times):
-    """A token revoked in the middle, or a connection that breaks: training does not wait, and the rest is uploaded."""
-    repo = f"tester/fault-{fault}"
-    hub.fail(f"/api/models/{repo}/commit/checkpoints", fault, times=times)
-    flags = ["--output_dir=run", "--rank=4", f"--hub_model_id={repo}", "--push_checkpoints_to_hub", "--report_to=none"]
-    done = train(hub, tmp_path, *flags, "--max_train_steps=2", "--checkpointing_steps=2")
-    hub._faults.clear()
-    assert done.returncode == 0, done.stderr
-    assert WEIGHTS in hub.files(repo)
-    assert ("failed, training goes on" in done.stderr) == (fault == 401)
-    there = "checkpoint-2/SHA256SUMS" in hub.files(repo, "checkpoints")
-    assert there == (fault == "cut")
-
-
-def test_training_does_not_wait_for_a_slow_hub(hub, tmp_path):
-    """Checkpoints are left out while the first is on its way; the last one follows when training has ended."""
-    repo = "tester/slow"
-    hub.fail(f"/api/models/{repo}/commit/checkpoints", "slow")
-    flags = ["--output_dir=run", "--rank=4", f"--hub_model_id={repo}", "--push_checkpoints_to_hub", "--report_to=none"]
-    done = train(hub, tmp_path, *flags, "--max_train_steps=4", "--checkpointing_steps=1")
-    assert done.returncode == 0, done.stderr
-    for step in (2, 3, 4):
-        assert f"checkpoint-{step} is not uploaded yet: the network is busy with checkpoint-1" in done.stderr
-    there = {name.split("/")[0] for name in hub.files(repo, "checkpoints")}
-    assert there >= {"checkpoint-1", "checkpoint-4"} and not there & {"checkpoint-2", "checkpoint-3"}
-
-
-# --- Single calls, in a worker ---------------------------------------------------------------------------------------
-
-
-def work_off():
-    """The worker's loop: a line `[function, arguments]` in, a line with what it returned out."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    from accelerate.state import PartialState
-
-    PartialState(cpu=True)  # train_ltd's logger asks for it
-    for line in sys.stdin:
-        name, arguments = json.loads(line)
-        try:
-            result = {"result": globals()[name](**arguments)}
-        except Exception as error:
-            result = {"error": type(error).__name__, "message": str(error), "cause": repr(error.__cause__)}
-        print(json.dumps(result), file=answers, flush=True)
-
-
-@pytest.fixture(scope="module")
-def worker(hub, tmp_path_factory):
-    """Function that calls a function of this file, by name, in the other process."""
-    folder = tmp_path_factory.mktemp("worker")
-    env = {**os.environ, **hub.env(), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), env.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", f"import {Path(__file__).stem} as tests; tests.work_off()"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": open(folder / "stderr.txt", "w")}
-    with pipes["stderr"], subprocess.Popen(command, env=env, text=True, **pipes) as child:
-
-        def call(function, **arguments):
-            start = len(hub.requests)
-            child.stdin.write(json.dumps([function.__name__, arguments]) + "\n")
-            child.stdin.flush()
-            answered = select.select([child.stdout], [], [], 120)[0]
-            line = child.stdout.readline() if answered else ""
-            assert line, (folder / "stderr.txt").read_text()[-3000:]
-            result = SimpleNamespace(**{"result": None, "error": None, "message": "", **json.loads(line)})
-            result.requests = hub.requests[start:]
-            return result
-
-        try:
-            yield call
-        finally:
-            child.kill()
-
-
-@contextlib.contextmanager
-def hurried(token, endpoint=None):
-    """Nobody waits: yields the list of the waits, `train_ltd`'s and the client's own."""
-    import huggingface_hub
-
-    api, slept = huggingface_hub.hf_api.api, []
-    before = time.sleep, os.environ["HF_TOKEN"], api.endpoint
-    time.sleep, os.environ["HF_TOKEN"], api.endpoint = slept.append, token, endpoint or api.endpoint
-    try:
-        yield slept
-    finally:
-        time.sleep, os.environ["HF_TOKEN"], api.endpoint = before
-
-
-def parse(output_dir, name=None, more=()):
-    import train_ltd
-
-    flags = ["--train_data_dir=.", "--report_to=none", "--push_to_hub", f"--output_dir={output_dir}"]
-    return train_ltd.parse_args([*flags, *([f"--hub_model_id={name}"] if name else []), *more])
-
-
-def create(token, endpoint=None, name=None, output_dir="run", more=()):
-    import train_ltd
-
-    args = parse(output_dir, name, more)
-    with hurried(token, endpoint) as slept:
-        return [train_ltd.create_hub_repo(args), slept]
-
-
-def publish(token, repo_id, output_dir, files):
-    import train_ltd
-
-    args = parse(output_dir, repo_id)
-    with hurried(token) as slept:
-        train_ltd.publish(args, repo_id, [Path(output_dir, name) for name in files])
-    return slept
-
-
-def counts(requests, method, part):
-    return sum(request[0] == method and part in request[1] for request in requests)
-
-
-@pytest.mark.parametrize("name", ["tester/named", "bare", None])
-def test_create_makes_the_repository(hub, worker, tmp_path, name):
-    made = {"bare": "tester/bare", None: "tester/my_run"}.get(name, name)
-    done = worker(create, token=hub.token, name=name, output_dir=str(tmp_path / "my_run"))
-    assert done.result == [made, []], done.message
-    assert set(hub.files(made)) == {".gitattributes"}
-
-
-@pytest.mark.parametrize("folder", ["my run!", "a--b"])
-def test_folder_whose_name_is_no_repository_name(worker, tmp_path, folder):
-    """Refused at start, with the flag that helps, and before anything is sent."""
-    done = worker(create, token="", output_dir=str(tmp_path / folder))
-    assert done.error in ("ValueError", "HFValidationError") and not done.requests
-    assert "--hub_model_id" in done.message
-
-
-def test_create_accepts_the_users_own_repository(hub, worker):
-    hub.add("tester/there", {"README.md": b"old"})
-    assert worker(create, token=hub.token, name="tester/there").result == ["tester/there", []]
-    assert hub.files("tester/there")["README.md"] == b"old"
-
-
-def test_create_refuses_a_public_repository_that_is_to_be_private(hub, worker):
-    """With checkpoints, the optimizer's state would be there for all to see."""
-    hub.add("tester/open", {})
-    done = worker(create, token=hub.token, name="tester/open", more=["--hub_private_repo"])
-    assert done.error == "ValueError" and "tester/open is there and public" in done.message
-    assert worker(create, token=hub.token, name="tester/closed", more=["--hub_private_repo"]).error is None
-    assert hub.repos["model", "tester/closed"].private
-
-
-@pytest.mark.parametrize("case", ["no token", "wrong token", "read token", "read token, existing", "stranger's"])
-def test_create_refuses_at_once_who_may_not_write(hub, worker, case):
-    hub.add("tester/mine", {})
-    token = {"no token": "", "wrong token": "hf_wrong", "stranger's": hub.token}.get(case, hub.read_token)
-    name = {"stranger's": "stranger/lora", "read token, existing": "tester/mine"}.get(case, "tester/refused")
-    done = worker(create, token=token, name=name)
-    assert done.error == "ValueError"
-    status = "401" if case in ("no token", "wrong token") else "403"
-    for words in ("--push_to_hub", name, "hf auth login", "HF_TOKEN", status):
-        assert words in done.message
-    assert len(done.requests) <= 3 and ("model", "tester/refused") not in hub.repos
-    assert hub.token not in done.message and hub.read_token not in done.message
-
-
-@pytest.mark.parametrize("stage", ["POST /api/repos/create", "/auth-check/write"])
-@pytest.mark.parametrize("fault", [429, 500, 503, "cut", "lost"])
-def test_create_waits_out_passing_faults(hub, worker, stage, fault):
-    import train_ltd
-
-    hub.fail(stage, fault, times=2)
-    done = worker(create, token=hub.token, name=f"tester/new-{fault}")
-    assert done.result == [f"tester/new-{fault}", list(train_ltd.RETRY_DELAYS[:2])], done.message
-
-
-@pytest.mark.parametrize("down", ["answers 503", "is not there"])
-def test_create_gives_up_on_a_hub_that_is_down(hub, worker, down):
-    import train_ltd
-
-    tries = len(train_ltd.RETRY_DELAYS) + 1
-    endpoint = "http://127.0.0.1:9" if down == "is not there" else None
-    if not endpoint:
-        hub.fail("POST /api/repos/create", 503, times=tries)
-    done = worker(create, token=hub.token, name="tester/down", endpoint=endpoint)
-    assert done.error == "ValueError" and "tester/down" in done.message
-    assert counts(done.requests, "POST", "/api/repos/create") == (0 if endpoint else tries)
-
-
-WEIGHTS, CARD, VIDEO = "pytorch_lora_weights.safetensors", "README.md", "samples/step-000002-0.mp4"
-
-
-@pytest.fixture
-def outputs(tmp_path):
-    """An output folder, its name in need of quotes, with three files to publish and others never to."""
-    folder = tmp_path / "it's $mine"
-    for name in (WEIGHTS, CARD, VIDEO, "run.txt", "cache/latents/a.safetensors", "checkpoint-2/optimizer.bin"):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes((str(path).encode() + b"\n") * 5_000)
-    (folder / CARD).write_text("---\nlicense: mit\n---\n\n# A card\n")
-    return folder
-
-
-def wanted(folder):
-    return {name: (folder / name).read_bytes() for name in (WEIGHTS, CARD, VIDEO)}
-
-
-def push(hub, worker, folder, repo):
-    return worker(publish, token=hub.token, repo_id=repo, output_dir=str(folder), files=[WEIGHTS, CARD, VIDEO])
-
-
-STAGES = {
-    "yaml": "POST /api/validate-yaml",
-    "preupload": "/preupload/main",
-    "batch": "/info/lfs/objects/batch",
-    "put": "PUT /lfs/",
-    "verify": "/info/lfs/verify",
-    "commit": "/commit/main",
-}
-
-
-# The client itself tries a commit once, most else six times: there, seven faults are for `publish` to wait out.
-PASSING = [(stage, fault, 1) for stage in STAGES for fault in (429, 500, "cut")]
-PASSING += [("commit", "lost", 1), ("commit", "cut", 3), ("put", 503, 7), ("put", "cut", 7), ("preupload", 429, 7)]
-
-
-@pytest.mark.parametrize("stage, fault, times", PASSING)
-def test_publish_waits_out_passing_faults(hub, worker, outputs, stage, fault, times):
-    repo = f"tester/upload-{stage}-{fault}-{times}"
-    hub.add(repo, {})
-    hub.fail(STAGES[stage], fault, times=times)
-    done = push(hub, worker, outputs, repo)
-    try:
-        assert done.error is None, done.message
-        assert {k: v for k, v in hub.files(repo).items() if k != ".gitattributes"} == wanted(outputs)
-    finally:
-        hub._faults.clear()
-
-
-FATAL = [("commit", 403), ("commit", 503), ("put", 503), ("put", "cut"), ("preupload", 401)]
-
-
-@pytest.mark.parametrize("stage, fault", FATAL)
-def test_publish_that_fails_for_good_keeps_the_folder(hub, worker, outputs, stage, fault):
-    repo = f"tester/fails-{stage}-{fault}"
-    hub.add(repo, {})
-    hub.fail(STAGES[stage], fault, times=10_000)
-    done = push(hub, worker, outputs, repo)
-    hub._faults.clear()
-    assert done.error == "RuntimeError"
-    command = shlex.split(done.message[done.message.index("hf upload") :].splitlines()[0])
-    assert command == ["hf", "upload", repo, str(outputs / "hub"), "."]
-    assert all_bytes(outputs / "hub") == wanted(outputs)
-    assert wanted(outputs).items() <= all_bytes(outputs).items()
-    if fault in (401, 403):  # no use in trying again
-        assert counts(done.requests, "POST", STAGES[stage]) == 1
-
-
-def test_publish_again_sends_only_what_changed(hub, worker, outputs):
-    hub.add("tester/again", {})
-    first = push(hub, worker, outputs, "tester/again")
-    assert counts(first.requests, "PUT", "/lfs/") == 2
-    second = push(hub, worker, outputs, "tester/again")
-    assert second.error is None and not counts(second.requests, "PUT", "/lfs/")
-    assert len(hub.repos["model", "tester/again"].commits) == 3
-    (outputs / CARD).write_text("# Another\n")
-    third = push(hub, worker, outputs, "tester/again")
-    assert third.error is None and not counts(third.requests, "PUT", "/lfs/")
-    assert hub.files("tester/again")[CARD] == b"# Another\n"
-
-
-def test_publish_leaves_nothing_of_an_earlier_staging(hub, worker, outputs):
-    hub.add("tester/clean", {})
-    (outputs / "hub").mkdir()
-    (outputs / "hub" / "stale.safetensors").write_bytes(b"of an earlier run")
-    assert push(hub, worker, outputs, "tester/clean").error is None
-    assert set(hub.files("tester/clean")) == {".gitattributes", WEIGHTS, CARD, VIDEO}
-
-
-# --- From the Hub into stock diffusers -------------------------------------------------------------------------------
-
-
-def load_lora(repo_id):
-    """What the stock pipeline has after `load_lora_weights`: names, and how far they are from the published file."""
-    from diffusers import WanPipeline
-    from huggingface_hub import hf_hub_download
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    pipeline = WanPipeline.from_pretrained("team/tiny-wan")
-    results = {}
-    for name in (WEIGHTS, "lora_comfyui.safetensors"):
-        pipeline.load_lora_weights(repo_id, **({} if name == WEIGHTS else {"weight_name": name}))
-        loaded = get_peft_model_state_dict(pipeline.transformer, adapter_name=pipeline.get_active_adapters()[0])
-        loaded = {f"transformer.{k}": v for k, v in loaded.items()}
-        saved = load_file(hf_hub_download(repo_id, WEIGHTS))
-        distance = max(float((loaded[k] - v).abs().max()) for k, v in saved.items())
-        size = max(float(v.abs().max()) for k, v in saved.items() if "lora_B" in k)
-        results[name] = [set(saved) == set(loaded), distance, size]
-        pipeline.unload_lora_weights()
-    return results
-
-
-def load_full(repo_id, folder):
-    """How far the published weights are from those in the output folder, and those from the base's."""
-    from diffusers import WanTransformer3DModel
-
-    names, kwargs = (repo_id, folder, "team/tiny-wan"), {"subfolder": "transformer"}
-    models = [WanTransformer3DModel.from_pretrained(name, **kwargs) for name in names]
-    published, written, base = [dict(model.named_parameters()) for model in models]
-    return [max(float((a[k] - b[k]).abs().max()) for k in b) for a, b in ((published, written), (written, base))]
-
-
-def run_card(repo_id, folder):
-    """Do as a user does: copy the code from the card on the Hub, run it."""
-    from huggingface_hub import ModelCard
-
-    card = ModelCard.load(repo_id)
-    os.chdir(folder)
-    exec(compile(code_block(card.content), "README.md", "exec"), {})
-    return card.data.to_dict()
-
-
-def test_lora_loads_from_the_hub(worker, second_run):
-    done = worker(load_lora, repo_id="tester/my-lora")
-    assert done.error is None, done.message
-    for same_keys, distance, size in done.result.values():
-        assert same_keys and distance < 1e-6 and size > 1e-3
-
-
-def test_full_weights_load_from_the_hub(worker, full_run):
-    done = worker(load_full, repo_id="tester/my-wan", folder=str(full_run.folder))
-    assert done.error is None, done.message
-    assert done.result[0] == 0 and done.result[1] > 1e-3
-
-
-@pytest.mark.parametrize("repo", ["tester/my-lora", "tester/my-wan"])
-def test_code_of_the_card_runs(worker, second_run, full_run, tmp_path, repo):
-    import av
-
-    done = worker(run_card, repo_id=repo, folder=str(tmp_path))
-    assert done.error is None, f"{done.error}: {done.message}"
-    assert done.result["pipeline_tag"] == "text-to-video"
-    with av.open(str(tmp_path / "output.mp4")) as video:
-        frames = list(video.decode(video=0))
-        assert (len(frames), frames[0].width, frames[0].height) == (9, 48, 32)
-        assert video.streams.video[0].average_rate == 16 and video.streams.video[0].codec_context.name == "h264"
-
-
-def check_other_transformer(repo_id):
-    import train_ltd
-
-    flags = ["--pretrained_model_name_or_path=team/tiny-wan", f"--transformer_path={repo_id}", "--rank=4"]
-    args = train_ltd.parse_args([*flags, "--dataset_name=team/clips", "--report_to=none"])
-    train_ltd.check_model(args)
-    train_ltd.load_transformer(args)
-
-
-def test_published_transformer_can_be_trained_further(worker, full_run):
-    """`--transformer_path` takes a repository that this very script has published."""
-    done = worker(check_other_transformer, repo_id="tester/my-wan")
-    assert done.error is None, done.message
-
-
-def test_published_lora_can_be_trained_further(worker, second_run):
-    done = worker(read_published_lora, repo_id="tester/my-lora")
-    assert done.error is None, done.message
-    assert done.result == [4, 4]
-
-
-def read_published_lora(repo_id):
-    import train_ltd
-
-    settings = train_ltd.read_lora(repo_id)[1]
-    return [settings["rank"], settings["lora_alpha"]]
-
-
-# --- The card, without a Hub -----------------------------------------------------------------------------------------
 
 FACTS = {"clips": 7, "steps": 2, "seed": 3, "clips an update": 1, "hardware": "1 x CPU, 0.01 h"}
 HUB_SOURCES = {"pretrained_model_name_or_path": "team/tiny-wan", "train_data_dir": None, "dataset_name": "team/clips"}
@@ -693,9 +53,6 @@ HUB_SOURCES = {"pretrained_model_name_or_path": "team/tiny-wan", "train_data_dir
 @pytest.fixture
 def card(flags, tmp_path):
     """Function that returns the card of a run with these flags, as read back from its file by the Hub's own class."""
-    from huggingface_hub import ModelCard
-
-    import train_ltd
 
     def build(samples=(), repo_id="tester/my-lora", **kwargs):
         args = train_ltd.parse_args(flags(**{"lora_alpha": 4} | kwargs))
@@ -792,8 +149,6 @@ ODD = [
 
 @pytest.mark.parametrize("prompt", ODD, ids=range(len(ODD)))
 def test_odd_prompts_do_not_break_the_card(card, prompt):
-    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-
     samples = ["samples/step-000002-0.mp4", "samples/step-000002-1.mp4"]
     front, text = card(samples, validation_prompt=[prompt, "plain"], trigger_word=TRIGGER, **HUB_SOURCES)
     expected = prompt_clean(f"{TRIGGER} {prompt}")
@@ -850,8 +205,6 @@ def test_odd_name_of_the_base_folder(card, tmp_path):
 @pytest.mark.parametrize("path", ["{tmp}/secret/thing", "../secret/thing", "secret/thing", "./secret/thing/"])
 def test_published_settings_hold_no_path(flags, tmp_path, monkeypatch, path):
     """For every flag that can hold one, absolute or relative."""
-    import train_ltd
-
     (tmp_path / "here" / "secret" / "thing").mkdir(parents=True)
     (tmp_path / "secret" / "thing").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
@@ -888,7 +241,6 @@ SAMPLED = {"validation_num_inference_steps": 1, "max_train_steps": 1}
 @pytest.fixture
 def published(run, monkeypatch):
     """Function that runs with `--push_to_hub` and returns the card, its widget, and the files that are uploaded."""
-    import train_ltd
 
     def train_and_publish(**kwargs):
         uploaded = []
@@ -925,3 +277,679 @@ def test_finished_run_is_resumed_with_other_prompts(published, prompts):
     samples = {name: path for name, path in files.items() if name.endswith(".mp4")}
     assert set(samples) == {entry["output"]["url"] for entry in widget}
     assert all(path.stat().st_mtime_ns > old for path in samples.values())
+
+
+def test_upload_that_was_left_out_follows_at_the_end(run, monkeypatch, tmp_path):
+    """The network is busy with the first of four; in the end the last one is there, and the limit holds here."""
+    uploaded, training_is_over = [], threading.Event()
+
+    def upload(repo_id, folder, args):
+        if not uploaded:
+            training_is_over.wait()
+        assert train_ltd.is_intact(folder)  # was not removed meanwhile
+        uploaded.append(folder.name)
+
+    strike(monkeypatch, train_ltd, "end", 1, training_is_over.set)
+    monkeypatch.setattr(train_ltd, "create_hub_repo", lambda args: "tester/run")
+    monkeypatch.setattr(train_ltd, "upload_checkpoint", upload)
+    kwargs = STEPS | {"max_train_steps": 4, "checkpoints_total_limit": 1, "push_checkpoints_to_hub": True}
+    run(**kwargs)
+    assert uploaded == ["checkpoint-1", "checkpoint-4"] and checkpoints(tmp_path / "run") == ["checkpoint-4"]
+
+
+# --- Whole runs ------------------------------------------------------------------------------------------------------
+
+LORA_FILES = {
+    ".gitattributes",
+    "README.md",
+    "pytorch_lora_weights.safetensors",
+    "lora_comfyui.safetensors",
+    "training_settings.json",
+    "curves.png",
+}
+FULL_FILES = {
+    ".gitattributes",
+    "README.md",
+    "training_settings.json",
+    "curves.png",
+    "transformer/config.json",
+    "transformer/diffusion_pytorch_model.safetensors",
+}
+NEVER_NEEDED = [
+    "README.md",
+    "assets/demo.mp4",
+    "google/umt5-xxl/spiece.model",
+    "text_encoder/model.fp16.safetensors",
+    "transformer/diffusion_pytorch_model.fp16.safetensors",
+    "vae/diffusion_pytorch_model.bin",
+]
+
+
+def assert_no_secrets(files, *secrets):
+    """No token, no path of this machine, be it plain or JSON-escaped, in names or bytes."""
+    secrets = [str(secret) for secret in (*secrets, Path.home()) if len(str(secret)) > 3]
+    for name, data in files.items():
+        found = [s for s in secrets if s.encode() in data or s.replace("/", "\\/").encode() in data or s in name]
+        assert not found, name
+
+
+def secrets(hub):
+    return hub.token, hub.read_token, hub.root
+
+
+def train(hub, folder, *flags, token=None):
+    """`python train_ltd.py`, in `folder`, with a fresh home; the result has the requests that the Hub saw."""
+    command = [sys.executable, str(ROOT / "train_ltd.py"), *TINY, *flags]
+    env, start = {**os.environ, **hub.env(token), **CPU}, len(hub.requests)
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=HOUR)
+    done.requests = hub.requests[start:]
+    return done
+
+
+TINY = """--pretrained_model_name_or_path=team/tiny-wan --dataset_name=team/clips --height=32 --width=48 --num_frames=9
+    --skip_vae_check --logging_steps=1 --learning_rate=1e-2 --seed=3 --push_to_hub --validation_num_inference_steps=2
+    --hub_private_repo""".split()
+LORA = ["--output_dir=run", "--rank=4", "--hub_model_id=tester/my-lora", f"--trigger_word={TRIGGER}"]
+
+
+def downloads(requests, repo):
+    """Files of a repository whose content was asked for, in that order."""
+    pattern = re.compile(rf"GET /(?:datasets/)?{repo}/resolve/[^/]+/(.+)")
+    return [match.group(1) for request in requests if (match := pattern.fullmatch(" ".join(request)))]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory, tiny_wan, clips):
+    """With a base model, in whose repository lies much that nobody needs, and a dataset of videos."""
+    root = tmp_path_factory.mktemp("hub")
+    with HubServer(root) as server:
+        server.add("team/tiny-wan", all_bytes(tiny_wan) | dict.fromkeys(NEVER_NEEDED, b"not needed"))
+        server.add("team/clips", clips, repo_type="dataset")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def lora_run(hub, work):
+    """Two steps of a LoRA, published; every kind of by-product is written too."""
+    prompts = [f"--validation_prompt={prompt}" for prompt in PROMPTS]
+    extra = ["--max_train_steps=2", "--checkpointing_steps=1", "--validation_split=0.3", "--report_to=tensorboard"]
+    done = train(hub, work, *LORA, *prompts, *extra)
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(done=done, folder=work / "run", files=hub.files("tester/my-lora"))
+
+
+@pytest.fixture(scope="module")
+def second_run(hub, work, lora_run):
+    """It resumes the first for one more step, in a home without any download, and publishes again."""
+    extra = ["--max_train_steps=3", "--resume_from_checkpoint=latest", "--validation_split=0.3", "--report_to=none"]
+    done = train(hub, work, *LORA, *extra)
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(done=done, files=hub.files("tester/my-lora"))
+
+
+@pytest.fixture(scope="module")
+def full_run(hub, work):
+    """Two steps of all weights. The Hub refuses the commit; the command that the run printed is then typed."""
+    hub.fail("/api/models/tester/my-wan/commit/", 403, message="storage quota exceeded")
+    flags = ["--train_type=full", "--output_dir=it's full", "--hub_model_id=tester/my-wan", "--max_train_steps=2"]
+    done = train(hub, work, *flags, "--validation_prompt=a square moves", "--report_to=none")
+    assert done.returncode == 1, done.stderr
+    command = re.findall(r"hf upload .*$", done.stderr, re.MULTILINE)[-1]
+    before, path = set(hub.files("tester/my-wan")), f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, **hub.env(), "PATH": path}
+    typed = subprocess.run(command, shell=True, env=env, cwd=work, capture_output=True, text=True, timeout=HOUR)
+    return SimpleNamespace(done=done, command=command, typed=typed, before=before, folder=work / "it's full")
+
+
+@pytest.mark.slow
+def test_lora_repository_holds_just_what_others_need(hub, lora_run):
+    samples = {f"samples/step-000002-{number}.mp4" for number in range(len(PROMPTS))}
+    assert set(lora_run.files) == LORA_FILES | samples
+    assert hub.repos["model", "tester/my-lora"].private
+    for name in set(lora_run.files) - {".gitattributes"}:
+        assert lora_run.files[name] == (lora_run.folder / name).read_bytes()
+    # ... although the output folder holds more than that.
+    assert (lora_run.folder / "checkpoint-2" / "optimizer.bin").is_file()
+    assert list(lora_run.folder.rglob("events.out.tfevents*")) and list(lora_run.folder.glob("cache/latents/*"))
+
+
+@pytest.mark.slow
+def test_only_what_is_needed_is_downloaded_and_once(lora_run):
+    fetched = downloads(lora_run.done.requests, "team/tiny-wan")
+    assert len(fetched) == len(set(fetched))
+    assert not set(fetched) & set(NEVER_NEEDED)
+    weights = {name for name in fetched if name.endswith(".safetensors")}
+    parts = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+    assert weights == {f"{folder}/{name}.safetensors" for folder, name in parts.items()}
+
+
+@pytest.mark.slow
+def test_repository_is_made_before_anything_big_is_downloaded(lora_run):
+    requests = lora_run.done.requests
+    create = requests.index(("POST", "/api/repos/create"))
+    check = requests.index(("GET", "/api/models/tester/my-lora/auth-check/write"))
+    expensive = (".safetensors", ".mp4", ".jsonl")
+    assert create < check < min(n for n, (_, path) in enumerate(requests) if path.endswith(expensive))
+
+
+@pytest.mark.slow
+def test_no_path_and_no_token_anywhere(hub, work, lora_run, second_run, full_run, tiny_wan, clips):
+    """Uploads of all runs, and everything else the runs wrote or said: the flags were relative."""
+    for repo in ("tester/my-lora", "tester/my-wan"):
+        assert_no_secrets(hub.files(repo), *secrets(hub), work, tiny_wan, clips, ROOT)
+    assert_no_secrets(all_bytes(work), *secrets(hub), work, tiny_wan, clips)
+    # A traceback, which ends the run whose upload failed, names the machine's files; it must not name tokens.
+    for run in (lora_run, second_run):
+        said = run.done.stdout + run.done.stderr
+        assert_no_secrets({"what it said": said.encode()}, *secrets(hub), work, tiny_wan, clips)
+    for text in (full_run.done.stdout, full_run.done.stderr, full_run.typed.stdout, full_run.typed.stderr):
+        assert hub.token not in text
+
+
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+def test_local_base_and_clips_leave_no_path(run, tiny_wan, clips, tmp_path, train_type):
+    """Here all flags are absolute paths. Only notes for the user, outside what is published, may hold them."""
+    folder = run(train_type=train_type, report_to="tensorboard", validation_prompt="a square", max_train_steps=1)
+    assert_no_secrets(all_bytes(folder), tmp_path, tiny_wan, clips, ROOT)
+    front = matter((folder / "README.md").read_text())
+    assert not {"base_model", "base_model_relation", "datasets"} & set(front)
+
+
+@pytest.mark.slow
+def test_lora_card_of_the_run(lora_run):
+    card = lora_run.files["README.md"].decode()
+    front = matter(card)
+    assert front["base_model"] == "team/tiny-wan" and front["datasets"] == ["team/clips"]
+    for number, (entry, prompt) in enumerate(zip(front["widget"], PROMPTS, strict=True)):
+        assert entry == {"text": cleaned(prompt), "output": {"url": f"samples/step-000002-{number}.mp4"}}
+        assert lora_run.files[entry["output"]["url"]][4:8] == b"ftyp"
+    # Every local link of the body is in the repository, too.
+    assert re.findall(r"!\[.*?\]\((.*?)\)", card) == ["curves.png"]
+    settings = json.loads(lora_run.files["training_settings.json"])
+    assert settings["rank"] == settings["lora_alpha"] == 4 and settings["trigger_word"] == TRIGGER
+
+
+@pytest.mark.slow
+def test_second_push_updates_the_repository(hub, lora_run, second_run):
+    assert len(hub.repos["model", "tester/my-lora"].commits) == 3  # with the initial one
+    old_samples = {name for name in lora_run.files if name.startswith("samples/")}
+    assert set(second_run.files) - old_samples == LORA_FILES
+    for name in LORA_FILES - {".gitattributes", "curves.png"}:
+        assert second_run.files[name] != lora_run.files[name]
+    assert "| steps | 3 |" in second_run.files["README.md"].decode()
+    assert "widget" not in matter(second_run.files["README.md"].decode())
+
+
+@pytest.mark.slow
+def test_warm_run_downloads_neither_vae_nor_text_encoder(second_run):
+    fetched = downloads(second_run.done.requests, "team/tiny-wan")
+    folders = {name.split("/")[0] for name in fetched if "/" in name}
+    assert folders == {"transformer"}
+
+
+@pytest.mark.slow
+def test_failed_upload_prints_the_command_that_mends_it(hub, full_run):
+    assert "RuntimeError" in full_run.done.stderr and "storage quota exceeded" in full_run.done.stderr
+    assert full_run.before == {".gitattributes"}
+    words = shlex.split(full_run.command)
+    assert words == ["hf", "upload", "tester/my-wan", "it's full/hub", "."]
+    assert full_run.typed.returncode == 0, full_run.typed.stderr
+    files = hub.files("tester/my-wan")
+    assert set(files) == FULL_FILES | {"samples/step-000002-0.mp4"}
+    for name in set(files) - {".gitattributes"}:
+        assert files[name] == (full_run.folder / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_full_card_of_the_run(hub, full_run):
+    front = matter(hub.files("tester/my-wan")["README.md"].decode())
+    assert front["base_model"] == "team/tiny-wan" and front["base_model_relation"] == "finetune"
+    assert not {"lora", "template:sd-lora"} & set(front["tags"]) and "instance_prompt" not in front
+    config = json.loads(hub.files("tester/my-wan")["transformer/config.json"])
+    assert config["_class_name"] == "WanTransformer3DModel" and "_name_or_path" not in config
+
+
+@pytest.mark.slow
+def test_without_a_token_nothing_is_encoded(hub, tmp_path):
+    done = train(hub, tmp_path, *LORA, "--hub_model_id=tester/never", "--max_train_steps=1", token="")
+    assert done.returncode == 1
+    error = done.stderr[done.stderr.rindex("ValueError") :]
+    assert "hf auth login" in error and "HF_TOKEN" in error and "tester/never" in error
+    assert [path.name for path in (tmp_path / "run").rglob("*") if path.is_file()] == [".lock"]  # of one run a folder
+    assert not [name for name in downloads(done.requests, "team/tiny-wan") if name.endswith(".safetensors")]
+    assert not downloads(done.requests, "team/clips") and ("model", "tester/never") not in hub.repos
+
+
+@pytest.mark.slow
+def test_checkpoints_go_to_the_hub_and_come_back(hub, run, tmp_path):
+    """Train, kill -9, delete the folder, resume from the Hub: as if nothing had happened, even when it then fails."""
+    flags = [flag for flag in TINY if flag != "--push_to_hub"] + ["--rank=4"]
+    flags += [
+        "--hub_model_id=tester/saved",
+        "--push_checkpoints_to_hub",
+        "--lr_scheduler=constant",
+        "--report_to=none",
+    ]
+    flags += ["--output_dir=run", "--checkpointing_steps=1", "--checkpoints_total_limit=2"]
+    command = [sys.executable, str(ROOT / "train_ltd.py"), *flags]
+    env = {**os.environ, **hub.env(), **CPU}
+
+    def saved():
+        there = ("model", "tester/saved") in hub.repos and "checkpoints" in hub.repos["model", "tester/saved"].branches
+        files = hub.files("tester/saved", "checkpoints") if there else {}
+        return sorted(int(name.split("-")[1].split("/")[0]) for name in files if name.endswith("/SHA256SUMS"))
+
+    with subprocess.Popen(
+        [*command, "--max_train_steps=100000"], env=env, cwd=tmp_path, stderr=subprocess.DEVNULL
+    ) as p:
+        wait_for(lambda: len(saved()) >= 2, p)
+        p.kill()
+    newest = saved()[-1]
+    assert len(saved()) == 2 and hub.repos["model", "tester/saved"].private
+    (tmp_path / "run").rename(tmp_path / "lost")
+    hub.fail("/api/models/tester/saved/commit/checkpoints", 403, times=10_000)
+    resume = [f"--max_train_steps={newest + 2}", "--resume_from_checkpoint=hub"]
+    done = subprocess.run([*command, *resume], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=HOUR)
+    hub._faults.clear()
+    assert done.returncode == 0, done.stderr
+    assert f"resumed run/checkpoint-{newest}, step {newest}" in done.stderr
+    assert "failed, training goes on" in done.stderr and saved()[-1] == newest
+    assert set(hub.files("tester/saved")) == {".gitattributes"}  # only checkpoints were asked for
+    assert_no_secrets(
+        hub.files("tester/saved", "checkpoints") | {"said": done.stderr.encode()}, *secrets(hub), tmp_path
+    )
+    kwargs = {"lr_scheduler": "constant", "max_train_steps": newest + 2, "checkpointing_steps": 10**6}
+    straight = run(output_dir=tmp_path / "straight", **kwargs)
+    here, there = load_file(straight / WEIGHTS), load_file(tmp_path / "run" / WEIGHTS)
+    assert here.keys() == there.keys() and all(here[k].equal(there[k]) for k in here)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "times"), [(401, 10_000), ("cut", 1)])
+def test_upload_of_a_checkpoint_meets_a_fault(hub, tmp_path, fault, times):
+    """A token revoked in the middle, or a connection that breaks: training does not wait, and the rest is uploaded."""
+    repo = f"tester/fault-{fault}"
+    hub.fail(f"/api/models/{repo}/commit/checkpoints", fault, times=times)
+    flags = ["--output_dir=run", "--rank=4", f"--hub_model_id={repo}", "--push_checkpoints_to_hub", "--report_to=none"]
+    done = train(hub, tmp_path, *flags, "--max_train_steps=2", "--checkpointing_steps=2")
+    hub._faults.clear()
+    assert done.returncode == 0, done.stderr
+    assert WEIGHTS in hub.files(repo)
+    assert ("failed, training goes on" in done.stderr) == (fault == 401)
+    there = "checkpoint-2/SHA256SUMS" in hub.files(repo, "checkpoints")
+    assert there == (fault == "cut")
+
+
+@pytest.mark.slow
+def test_training_does_not_wait_for_a_slow_hub(hub, tmp_path):
+    """Checkpoints are left out while the first is on its way; the last one follows when training has ended."""
+    repo = "tester/slow"
+    hub.fail(f"/api/models/{repo}/commit/checkpoints", "held")
+    flags = ["--output_dir=run", "--rank=4", f"--hub_model_id={repo}", "--push_checkpoints_to_hub", "--report_to=none"]
+    command = [
+        sys.executable,
+        str(ROOT / "train_ltd.py"),
+        *TINY,
+        *flags,
+        "--max_train_steps=4",
+        "--checkpointing_steps=1",
+    ]
+    env, said = {**os.environ, **hub.env(), **CPU}, ""
+    with subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            said += line
+            if "checkpoint-4 is not uploaded yet" in line:
+                hub.released.set()
+    assert process.returncode == 0, said
+    for step in (2, 3, 4):
+        assert f"checkpoint-{step} is not uploaded yet: the network is busy with checkpoint-1" in said
+    there = {name.split("/")[0] for name in hub.files(repo, "checkpoints")}
+    assert there >= {"checkpoint-1", "checkpoint-4"} and not there & {"checkpoint-2", "checkpoint-3"}
+
+
+# --- Single calls, in a worker ---------------------------------------------------------------------------------------
+
+
+def work_off():
+    """The worker's loop: a line `[function, arguments]` in, a line with what it returned out."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    PartialState(cpu=True)  # train_ltd's logger asks for it
+    for line in sys.stdin:
+        name, arguments = json.loads(line)
+        try:
+            result = {"result": globals()[name](**arguments)}
+        except Exception as error:
+            result = {"error": type(error).__name__, "message": str(error), "cause": repr(error.__cause__)}
+        print(json.dumps(result), file=answers, flush=True)
+
+
+@pytest.fixture(scope="module")
+def worker(hub, tmp_path_factory):
+    """Function that calls a function of this file, by name, in the other process."""
+    folder = tmp_path_factory.mktemp("worker")
+    env = {**os.environ, **hub.env(), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), env.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", f"import {Path(__file__).stem} as tests; tests.work_off()"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": open(folder / "stderr.txt", "w")}
+    with pipes["stderr"], subprocess.Popen(command, env=env, text=True, **pipes) as child:
+
+        def call(function, **arguments):
+            start = len(hub.requests)
+            child.stdin.write(json.dumps([function.__name__, arguments]) + "\n")
+            child.stdin.flush()
+            answered = select.select([child.stdout], [], [], HOUR)[0]
+            line = child.stdout.readline() if answered else ""
+            assert line, (folder / "stderr.txt").read_text()[-3000:]
+            result = SimpleNamespace(**{"result": None, "error": None, "message": "", **json.loads(line)})
+            result.requests = hub.requests[start:]
+            return result
+
+        try:
+            yield call
+        finally:
+            child.kill()
+
+
+@contextlib.contextmanager
+def hurried(token, endpoint=None):
+    """Nobody waits: yields the list of the waits, `train_ltd`'s and the client's own."""
+    api, slept = huggingface_hub.hf_api.api, []
+    before = time.sleep, os.environ["HF_TOKEN"], api.endpoint
+    time.sleep, os.environ["HF_TOKEN"], api.endpoint = slept.append, token, endpoint or api.endpoint
+    try:
+        yield slept
+    finally:
+        time.sleep, os.environ["HF_TOKEN"], api.endpoint = before
+
+
+def parse(output_dir, name=None, more=()):
+    flags = ["--train_data_dir=.", "--report_to=none", "--push_to_hub", f"--output_dir={output_dir}"]
+    return train_ltd.parse_args([*flags, *([f"--hub_model_id={name}"] if name else []), *more])
+
+
+def create(token, endpoint=None, name=None, output_dir="run", more=()):
+    args = parse(output_dir, name, more)
+    with hurried(token, endpoint) as slept:
+        return [train_ltd.create_hub_repo(args), slept]
+
+
+def publish(token, repo_id, output_dir, files):
+    args = parse(output_dir, repo_id)
+    with hurried(token) as slept:
+        train_ltd.publish(args, repo_id, [Path(output_dir, name) for name in files])
+    return slept
+
+
+def counts(requests, method, part):
+    return sum(request[0] == method and part in request[1] for request in requests)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tester/named", "bare", None])
+def test_create_makes_the_repository(hub, worker, tmp_path, name):
+    made = {"bare": "tester/bare", None: "tester/my_run"}.get(name, name)
+    done = worker(create, token=hub.token, name=name, output_dir=str(tmp_path / "my_run"))
+    assert done.result == [made, []], done.message
+    assert set(hub.files(made)) == {".gitattributes"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["my run!", "a--b"])
+def test_folder_whose_name_is_no_repository_name(worker, tmp_path, folder):
+    """Refused at start, with the flag that helps, and before anything is sent."""
+    done = worker(create, token="", output_dir=str(tmp_path / folder))
+    assert done.error in ("ValueError", "HFValidationError") and not done.requests
+    assert "--hub_model_id" in done.message
+
+
+@pytest.mark.slow
+def test_create_accepts_the_users_own_repository(hub, worker):
+    hub.add("tester/there", {"README.md": b"old"})
+    assert worker(create, token=hub.token, name="tester/there").result == ["tester/there", []]
+    assert hub.files("tester/there")["README.md"] == b"old"
+
+
+@pytest.mark.slow
+def test_create_refuses_a_public_repository_that_is_to_be_private(hub, worker):
+    """With checkpoints, the optimizer's state would be there for all to see."""
+    hub.add("tester/open", {})
+    done = worker(create, token=hub.token, name="tester/open", more=["--hub_private_repo"])
+    assert done.error == "ValueError" and "tester/open is there and public" in done.message
+    assert worker(create, token=hub.token, name="tester/closed", more=["--hub_private_repo"]).error is None
+    assert hub.repos["model", "tester/closed"].private
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["no token", "wrong token", "read token", "read token, existing", "stranger's"])
+def test_create_refuses_at_once_who_may_not_write(hub, worker, case):
+    hub.add("tester/mine", {})
+    token = {"no token": "", "wrong token": "hf_wrong", "stranger's": hub.token}.get(case, hub.read_token)
+    name = {"stranger's": "stranger/lora", "read token, existing": "tester/mine"}.get(case, "tester/refused")
+    done = worker(create, token=token, name=name)
+    assert done.error == "ValueError"
+    status = "401" if case in ("no token", "wrong token") else "403"
+    for words in ("--push_to_hub", name, "hf auth login", "HF_TOKEN", status):
+        assert words in done.message
+    assert len(done.requests) <= 3 and ("model", "tester/refused") not in hub.repos
+    assert hub.token not in done.message and hub.read_token not in done.message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["POST /api/repos/create", "/auth-check/write"])
+@pytest.mark.parametrize("fault", [429, 500, 503, "cut", "lost"])
+def test_create_waits_out_passing_faults(hub, worker, stage, fault):
+    hub.fail(stage, fault, times=2)
+    done = worker(create, token=hub.token, name=f"tester/new-{fault}")
+    assert done.result == [f"tester/new-{fault}", list(train_ltd.RETRY_DELAYS[:2])], done.message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("down", ["answers 503", "is not there"])
+def test_create_gives_up_on_a_hub_that_is_down(hub, worker, down):
+    tries = len(train_ltd.RETRY_DELAYS) + 1
+    endpoint = "http://127.0.0.1:9" if down == "is not there" else None
+    if not endpoint:
+        hub.fail("POST /api/repos/create", 503, times=tries)
+    done = worker(create, token=hub.token, name="tester/down", endpoint=endpoint)
+    assert done.error == "ValueError" and "tester/down" in done.message
+    assert counts(done.requests, "POST", "/api/repos/create") == (0 if endpoint else tries)
+
+
+WEIGHTS, CARD, VIDEO = "pytorch_lora_weights.safetensors", "README.md", "samples/step-000002-0.mp4"
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    """An output folder, its name in need of quotes, with three files to publish and others never to."""
+    folder = tmp_path / "it's $mine"
+    for name in (WEIGHTS, CARD, VIDEO, "run.txt", "cache/latents/a.safetensors", "checkpoint-2/optimizer.bin"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((str(path).encode() + b"\n") * 5_000)
+    (folder / CARD).write_text("---\nlicense: mit\n---\n\n# A card\n")
+    return folder
+
+
+def wanted(folder):
+    return {name: (folder / name).read_bytes() for name in (WEIGHTS, CARD, VIDEO)}
+
+
+def push(hub, worker, folder, repo):
+    return worker(publish, token=hub.token, repo_id=repo, output_dir=str(folder), files=[WEIGHTS, CARD, VIDEO])
+
+
+STAGES = {
+    "yaml": "POST /api/validate-yaml",
+    "preupload": "/preupload/main",
+    "batch": "/info/lfs/objects/batch",
+    "put": "PUT /lfs/",
+    "verify": "/info/lfs/verify",
+    "commit": "/commit/main",
+}
+
+
+# The client itself tries a commit once, most else six times: there, seven faults are for `publish` to wait out.
+PASSING = [(stage, fault, 1) for stage in STAGES for fault in (429, 500, "cut")]
+
+
+PASSING += [("commit", "lost", 1), ("commit", "cut", 3), ("put", 503, 7), ("put", "cut", 7), ("preupload", 429, 7)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, fault, times", PASSING)
+def test_publish_waits_out_passing_faults(hub, worker, outputs, stage, fault, times):
+    repo = f"tester/upload-{stage}-{fault}-{times}"
+    hub.add(repo, {})
+    hub.fail(STAGES[stage], fault, times=times)
+    done = push(hub, worker, outputs, repo)
+    try:
+        assert done.error is None, done.message
+        assert {k: v for k, v in hub.files(repo).items() if k != ".gitattributes"} == wanted(outputs)
+    finally:
+        hub._faults.clear()
+
+
+FATAL = [("commit", 403), ("commit", 503), ("put", 503), ("put", "cut"), ("preupload", 401)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, fault", FATAL)
+def test_publish_that_fails_for_good_keeps_the_folder(hub, worker, outputs, stage, fault):
+    repo = f"tester/fails-{stage}-{fault}"
+    hub.add(repo, {})
+    hub.fail(STAGES[stage], fault, times=10_000)
+    done = push(hub, worker, outputs, repo)
+    hub._faults.clear()
+    assert done.error == "RuntimeError"
+    command = shlex.split(done.message[done.message.index("hf upload") :].splitlines()[0])
+    assert command == ["hf", "upload", repo, str(outputs / "hub"), "."]
+    assert all_bytes(outputs / "hub") == wanted(outputs)
+    assert wanted(outputs).items() <= all_bytes(outputs).items()
+    if fault in (401, 403):  # no use in trying again
+        assert counts(done.requests, "POST", STAGES[stage]) == 1
+
+
+@pytest.mark.slow
+def test_publish_again_sends_only_what_changed(hub, worker, outputs):
+    hub.add("tester/again", {})
+    first = push(hub, worker, outputs, "tester/again")
+    assert counts(first.requests, "PUT", "/lfs/") == 2
+    second = push(hub, worker, outputs, "tester/again")
+    assert second.error is None and not counts(second.requests, "PUT", "/lfs/")
+    assert len(hub.repos["model", "tester/again"].commits) == 3
+    (outputs / CARD).write_text("# Another\n")
+    third = push(hub, worker, outputs, "tester/again")
+    assert third.error is None and not counts(third.requests, "PUT", "/lfs/")
+    assert hub.files("tester/again")[CARD] == b"# Another\n"
+
+
+@pytest.mark.slow
+def test_publish_leaves_nothing_of_an_earlier_staging(hub, worker, outputs):
+    hub.add("tester/clean", {})
+    (outputs / "hub").mkdir()
+    (outputs / "hub" / "stale.safetensors").write_bytes(b"of an earlier run")
+    assert push(hub, worker, outputs, "tester/clean").error is None
+    assert set(hub.files("tester/clean")) == {".gitattributes", WEIGHTS, CARD, VIDEO}
+
+
+# --- From the Hub into stock diffusers -------------------------------------------------------------------------------
+
+
+def load_lora(repo_id):
+    """What the stock pipeline has after `load_lora_weights`: names, and how far they are from the published file."""
+    pipeline = WanPipeline.from_pretrained("team/tiny-wan")
+    results = {}
+    for name in (WEIGHTS, "lora_comfyui.safetensors"):
+        pipeline.load_lora_weights(repo_id, **({} if name == WEIGHTS else {"weight_name": name}))
+        loaded = get_peft_model_state_dict(pipeline.transformer, adapter_name=pipeline.get_active_adapters()[0])
+        loaded = {f"transformer.{k}": v for k, v in loaded.items()}
+        saved = load_file(hf_hub_download(repo_id, WEIGHTS))
+        distance = max(float((loaded[k] - v).abs().max()) for k, v in saved.items())
+        size = max(float(v.abs().max()) for k, v in saved.items() if "lora_B" in k)
+        results[name] = [set(saved) == set(loaded), distance, size]
+        pipeline.unload_lora_weights()
+    return results
+
+
+def load_full(repo_id, folder):
+    """How far the published weights are from those in the output folder, and those from the base's."""
+    names, kwargs = (repo_id, folder, "team/tiny-wan"), {"subfolder": "transformer"}
+    models = [WanTransformer3DModel.from_pretrained(name, **kwargs) for name in names]
+    published, written, base = [dict(model.named_parameters()) for model in models]
+    return [max(float((a[k] - b[k]).abs().max()) for k in b) for a, b in ((published, written), (written, base))]
+
+
+def run_card(repo_id, folder):
+    """Do as a user does: copy the code from the card on the Hub, run it."""
+    card = ModelCard.load(repo_id)
+    os.chdir(folder)
+    exec(compile(code_block(card.content), "README.md", "exec"), {})
+    return card.data.to_dict()
+
+
+@pytest.mark.slow
+def test_lora_loads_from_the_hub(worker, second_run):
+    done = worker(load_lora, repo_id="tester/my-lora")
+    assert done.error is None, done.message
+    for same_keys, distance, size in done.result.values():
+        assert same_keys and distance < 1e-6 and size > 1e-3
+
+
+@pytest.mark.slow
+def test_full_weights_load_from_the_hub(worker, full_run):
+    done = worker(load_full, repo_id="tester/my-wan", folder=str(full_run.folder))
+    assert done.error is None, done.message
+    assert done.result[0] == 0 and done.result[1] > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("repo", ["tester/my-lora", "tester/my-wan"])
+def test_code_of_the_card_runs(worker, second_run, full_run, tmp_path, repo):
+    done = worker(run_card, repo_id=repo, folder=str(tmp_path))
+    assert done.error is None, f"{done.error}: {done.message}"
+    assert done.result["pipeline_tag"] == "text-to-video"
+    with av.open(str(tmp_path / "output.mp4")) as video:
+        frames = list(video.decode(video=0))
+        assert (len(frames), frames[0].width, frames[0].height) == (9, 48, 32)
+        assert video.streams.video[0].average_rate == 16 and video.streams.video[0].codec_context.name == "h264"
+
+
+def check_other_transformer(repo_id):
+    flags = ["--pretrained_model_name_or_path=team/tiny-wan", f"--transformer_path={repo_id}", "--rank=4"]
+    args = train_ltd.parse_args([*flags, "--dataset_name=team/clips", "--report_to=none"])
+    train_ltd.check_model(args)
+    train_ltd.load_transformer(args)
+
+
+@pytest.mark.slow
+def test_published_transformer_can_be_trained_further(worker, full_run):
+    """`--transformer_path` takes a repository that this very script has published."""
+    done = worker(check_other_transformer, repo_id="tester/my-wan")
+    assert done.error is None, done.message
+
+
+@pytest.mark.slow
+def test_published_lora_can_be_trained_further(worker, second_run):
+    done = worker(read_published_lora, repo_id="tester/my-lora")
+    assert done.error is None, done.message
+    assert done.result == [4, 4]
+
+
+def read_published_lora(repo_id):
+    settings = train_ltd.read_lora(repo_id)[1]
+    return [settings["rank"], settings["lora_alpha"]]
+
+
+# --- leaves with the feature ---
+
+
+def test_dry_run_makes_no_repository(run):
+    """This process may not reach the Hub at all, so that a try would be an error."""
+    run(dry_run=True, push_to_hub=True, hub_model_id="tester/dry")

@@ -1,0 +1,727 @@
+"""Clips and captions are encoded once: what is stored, when it is made again, streams, big data, the summary."""
+
+import gc
+import json
+import logging
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CPU, HEIGHT, NUM_FRAMES, ROOT, STEPS, WIDTH, launch, launcher, wait_for
+from corpus import (
+    NAMES,
+    cache_files,
+    caption_dataset,
+    copy_clips,
+    embedded_by_datasets,
+    ffmpeg_frames,
+    make_videos,
+    metadata_folder,
+    moving_square,
+    table_of_paths,
+    with_key,
+    write_metadata,
+    write_video,
+)
+from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from helpers import flip, kill, run_in_a_process, same_weights, strike
+from hub_server import HubServer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import train_ltd
+
+
+def encode_counts(messages: list[str]) -> tuple[int, int]:
+    """Videos and captions that the last preparation encoded, from its log line."""
+    found = [re.search(r"encoded now: (\d+) videos?, (\d+) captions?", message) for message in messages]
+    return tuple(map(int, [match for match in found if match][-1].groups()))
+
+
+# --- Captions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("  two   spaces \n and a line ", "two spaces and a line"),
+        ("fish &amp; chips", "fish & chips"),
+        ("&amp;lt;b&amp;gt;", "<b>"),
+        ("caf&eacute; Ünïcödé 動画 🎬", "café Ünïcödé 動画 🎬"),
+        ('--- "quoted": {yes}', '--- "quoted": {yes}'),
+        ("", ""),
+        (None, ""),
+    ],
+)
+def test_captions_are_cleaned(prepare, tmp_path, raw, clean):
+    clips, _, files, _ = prepare(**caption_dataset(tmp_path / "data", [raw, "b"]))
+    assert clips[0]["captions"] == [clean] == [prompt_clean(raw or "")]
+    assert clean in files and "" in files
+
+
+def test_empty_captions_are_counted(prepare, log, tmp_path):
+    prepare(**caption_dataset(tmp_path / "data", ["a", "", None, "  ", ["b", ""], []]))
+    assert "captions: 7, 5 of them empty" in log()
+
+
+def test_trigger_word(prepare, tmp_path, log):
+    """Before every caption, the empty one too, and before validation prompts."""
+    data = caption_dataset(tmp_path / "data", ["a dog", "", ["one", "two"]])
+    clips, _, files, args = prepare(**data, trigger_word="ohwx", validation_prompt=["a cat", "ohwx, again"])
+    assert [clip["captions"] for clip in clips] == [["ohwx a dog"], ["ohwx"], ["ohwx one", "ohwx two"]]
+    assert args.validation_prompt[0] == "ohwx a cat"
+    assert set(files) >= {"ohwx a dog", "ohwx", "ohwx one", "ohwx two", "ohwx a cat", ""}
+    assert "a cat" not in files
+    assert "captions: 4, 1 of them empty" in log()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_golden_text(prepare, tiny_wan, tmp_path, dtype):
+    """The cached caption, padded, is what the stock pipeline encodes; on disk it has its true length."""
+    long = " ".join(f"word{n} moves" for n in range(400))
+    captions = ["", "a", "a red square moves right", "x" * 300, "Ünïcödé &amp; 🐻 動画", long]
+    clips, _, files, args = prepare(**caption_dataset(tmp_path / "data", captions), cache_dtype=dtype)
+    pipeline = WanPipeline.from_pretrained(tiny_wan, transformer=None, vae=None)
+    lengths = []
+    for clip, raw in zip(clips, captions, strict=True):
+        with torch.no_grad():
+            expected = pipeline.encode_prompt(raw, None, False, max_sequence_length=512)[0][0]
+        tokens = len(pipeline.tokenizer(prompt_clean(raw), truncation=True, max_length=512).input_ids)
+        file = files[clip["captions"][0]]
+        on_disk = load_file(Path(args.cache_dir, file))
+        assert list(on_disk) == ["prompt_embeds"]
+        assert on_disk["prompt_embeds"].shape == (tokens, 32)
+        assert on_disk["prompt_embeds"].dtype == getattr(torch, dtype)
+        padded = train_ltd.load_prompt(args, file)
+        assert padded.shape == (512, 32) and padded.dtype == torch.float32
+        assert torch.equal(padded, expected.to(getattr(torch, dtype)).float())
+        lengths.append(tokens)
+    assert lengths[0] == 1 and max(lengths) == 512 and len(set(lengths)) >= 5
+
+
+def test_long_captions_are_warned_about(prepare, log, tmp_path):
+    prepare(**caption_dataset(tmp_path / "data", ["long " * 600, "short"]))
+    (warning,) = [message for message in log("WARNING") if "512" in message]
+    assert "long long" in warning
+
+
+# --- What is stored, and when it is made again -----------------------------------------------------------------------
+
+
+def test_only_safetensors(run, clips, tmp_path):
+    run(cache_dtype="float16", max_train_steps=1)
+    files = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    assert files and {p.suffix for p in files} == {".safetensors"}
+
+
+def test_warm_start_loads_no_model(prepare, no_models, log, originals, tmp_path):
+    data = metadata_folder(originals, tmp_path / "data", "metadata.jsonl")
+    cold = prepare(**data)
+    assert encode_counts(log()) == (4, 5) and not [m for m in log() if "warm start" in m]
+    before = cache_files(cold[3])
+    no_models()
+    warm = prepare(**data, output_dir=tmp_path / "other run", cache_dir=tmp_path / "cache")
+    assert encode_counts(log()) == (0, 0)
+    assert len([m for m in log() if "warm start" in m]) == 1
+    assert warm[:3] == cold[:3]
+    assert cache_files(cold[3]) == before
+    with pytest.raises(AssertionError, match="a model was loaded"):  # the test itself works
+        prepare(**data, cache_dir=tmp_path / "cold")
+
+
+def test_moved_and_touched_folder_is_still_warm(prepare, no_models, log, originals, tmp_path):
+    prepare(**metadata_folder(originals, tmp_path / "data", "metadata.jsonl"))
+    (tmp_path / "data").rename(tmp_path / "moved")
+    for path in (tmp_path / "moved").iterdir():
+        os.utime(path, (1, 1))
+    no_models()
+    prepare(train_data_dir=tmp_path / "moved")
+    assert encode_counts(log()) == (0, 0)
+
+
+def test_edited_caption_recomputes_only_itself(prepare, no_models, log, originals, tmp_path):
+    prepare(**metadata_folder(originals, tmp_path / "data", "metadata.jsonl"))
+    before = cache_files(prepare(train_data_dir=tmp_path / "data")[3])
+    rows = with_key("file_name")
+    rows[2]["text"] = "edited"
+    write_metadata(tmp_path / "data", rows)
+    no_models(text=False)
+    clips, _, files, args = prepare(train_data_dir=tmp_path / "data")
+    assert encode_counts(log()) == (0, 1)
+    assert clips[2]["captions"] == ["edited"]
+    after = cache_files(args)
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {files["edited"]}
+
+
+def test_edited_clip_recomputes_only_itself(prepare, no_models, log, originals, tmp_path):
+    prepare(**metadata_folder(originals, tmp_path / "data", "metadata.jsonl"))
+    write_video(tmp_path / "data" / NAMES[1], moving_square(50))
+    no_models(vae=False)
+    prepare(train_data_dir=tmp_path / "data")
+    assert encode_counts(log()) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "counts"),
+    [
+        ({"height": 48}, (4, 0)),
+        ({"width": 32}, (4, 0)),
+        ({"num_frames": 13, "fps": 20}, (4, 0)),
+        ({"fps": 14}, (4, 0)),
+        ({"clips_per_video": 2}, (4, 0)),
+        ({"cache_dtype": "float32"}, (4, 5)),
+        ({"mixed_precision": "bf16"}, None),
+        ({"learning_rate": 1e-3, "rank": 2, "loss": "mse", "seed": 9, "flow_shift": 1}, (0, 0)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_what_changes_the_cache(prepare, log, originals, tmp_path, change, counts):
+    """And what does not."""
+    data = metadata_folder(originals, tmp_path / "data", "metadata.jsonl")
+    before = cache_files(prepare(**data)[3])
+    args = prepare(**data, **change)[3]
+    got = encode_counts(log())
+    assert got == counts if counts else got[0] == 0
+    after = cache_files(args)
+    assert {name: after[name] for name in before} == before  # the other cache stays usable
+    assert len(after) == len(before) + sum(got)
+
+
+def test_another_model_has_its_own_cache(prepare, log, tiny_wan, originals, tmp_path):
+    """Same folder, other weights: of the VAE, then of the text encoder."""
+    data = metadata_folder(originals, tmp_path / "data", "metadata.jsonl")
+    prepare(**data)
+    model = tmp_path / "model"
+    shutil.copytree(tiny_wan, model)
+    prepare(**data, pretrained_model_name_or_path=model)
+    assert encode_counts(log()) == (0, 0)  # a copy of the model is the same model
+    for component, counts in (("vae", (4, 0)), ("text_encoder", (0, 5))):
+        (path,) = (model / component).glob("*.safetensors")
+        weights = load_file(path)
+        save_file({key: value * 1.01 for key, value in weights.items()}, path, {"format": "pt"})
+        prepare(**data, pretrained_model_name_or_path=model)
+        assert encode_counts(log()) == counts
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+@pytest.mark.parametrize("left", ["half", "nothing"])
+@pytest.mark.parametrize("kind", ["latents", "text"])
+def test_damaged_entry_is_made_again(prepare, log, originals, tmp_path, kind, left):
+    data = metadata_folder(originals, tmp_path / "data", "metadata.jsonl")
+    args = prepare(**data)[3]
+    before = cache_files(args)
+    path = min(Path(args.cache_dir, kind).iterdir())
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if left == "half" else 0])
+    prepare(**data)
+    assert encode_counts(log()) == ((1, 0) if kind == "latents" else (0, 1))
+    assert cache_files(args) == before
+
+
+def test_interrupted_write_leaves_no_entry(prepare, log, monkeypatch, originals, tmp_path):
+    """Stopped between the third entry's bytes and its name."""
+    data = metadata_folder(originals, tmp_path / "data", "metadata.jsonl")
+    names = []
+
+    def replace(source, target, real=os.replace):
+        names.append(target)
+        if len(names) == 3:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(**data)
+    assert len(names) == 3 and not Path(names[2]).exists()
+    prepare(**data)
+    assert encode_counts(log()) == (2, 5)
+
+
+def killed_while_caching(line: list[str]) -> None:
+    strike(pytest.MonkeyPatch(), os, "replace", 6, kill)
+    run_in_a_process(line)
+
+
+@pytest.mark.slow
+def test_killed_run_resumes(flags, forks, prepare, log, tmp_path):
+    """SIGKILL in the middle of caching: the next run does the rest, and the cache is as if nothing had happened."""
+    names = make_videos(tmp_path / "data", 9)
+    write_metadata(tmp_path / "data", [{"file_name": name, "text": name} for name in names])
+    process = forks.Process(target=killed_while_caching, args=(flags(train_data_dir=tmp_path / "data"),))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    done = {path: path.read_bytes() for path in (tmp_path / "cache/latents").glob("[!.]*.safetensors")}
+    assert len(done) == 5
+    for path in done:
+        assert load_file(path)["latents"].shape == (1, 16, 3, HEIGHT // 8, WIDTH // 8)
+    clips = prepare(train_data_dir=tmp_path / "data")[0]
+    assert encode_counts(log())[0] == 9 - len(done)
+    assert all(path.read_bytes() == data for path, data in done.items())
+    straight = prepare(train_data_dir=tmp_path / "data", cache_dir=tmp_path / "straight")[0]
+    assert clips == straight
+
+
+@pytest.mark.slow
+def test_launcher_that_is_terminated_while_clips_are_cached(flags, clips, tmp_path):
+    """Its one process ends with it and starts no training. There are more clips than can be encoded meanwhile."""
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [{"file_name": f"{number}.mp4", "text": "a"} for number in range(1000)]
+    for row in rows:
+        (data / row["file_name"]).write_bytes((clips / "0.mp4").read_bytes() + row["file_name"].encode())
+    write_metadata(data, rows)
+    command = launcher(1) + flags(train_data_dir=data, height=240, width=416, max_train_steps=1)
+    env, cached = os.environ | CPU, tmp_path / "cache/latents"
+    with subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: any(cached.glob("[!.]*.safetensors")), process)
+        process.terminate()
+        said = process.stderr.read()  # ends when the last process that holds the pipe has ended
+    assert 0 < len(list(cached.glob("*.safetensors"))) < len(rows)
+    assert not (tmp_path / "run/metrics.jsonl").exists() and "done; look into" not in said
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(flags, prepare, log, originals, tmp_path):
+    """Both really run, each encodes a part, and the cache is that of one process."""
+    copy_clips(originals, tmp_path / "data")
+    rows = with_key("file_name") + [{"file_name": f"gone{n}.mp4", "text": "gone"} for n in range(2)]
+    write_metadata(tmp_path / "data", rows)
+    kwargs = {"train_data_dir": tmp_path / "data", "max_skipped": 0.5, "max_train_steps": 1}
+    one = cache_files(prepare(**kwargs, cache_dir=tmp_path / "one")[3])
+    expected = encode_counts(log())
+    result = launch(flags(**kwargs), processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "updates: 1 of 2 clips" in result.stderr  # one clip for each of two processes
+    assert len(re.findall(r"RANK 0\].* gone0.mp4", result.stderr)) == 1
+    assert len(re.findall(r"RANK 1\].* gone1.mp4", result.stderr)) == 1
+    assert encode_counts(result.stderr.splitlines()) == expected == (4, 6 - 1)
+    two = cache_files(SimpleNamespace(cache_dir=tmp_path / "cache"))
+    assert two == one
+    assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_cache_travels(prepare, no_models, clips, tiny_wan, tmp_path, caplog):
+    """To a machine where model, clips and cache lie elsewhere; nothing in it names a folder."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for source, name in ((tiny_wan, "model"), (clips, "clips")):
+        shutil.copytree(source, here / name)
+
+    def places(root: Path) -> dict:
+        folders = {"pretrained_model_name_or_path": "model", "train_data_dir": "clips", "cache_dir": "cache"}
+        return {k: root / v for k, v in (folders | {"output_dir": "run"}).items()}
+
+    cold = prepare(**places(here))
+    assert all(str(tmp_path).encode() not in data for data in entries(here / "cache").values())
+    assert {p.suffix for p in (here / "cache").rglob("*") if p.is_file()} == {".safetensors"}
+    here.rename(there)
+    no_models()
+    with caplog.at_level(logging.INFO):
+        warm = prepare(**places(there))
+    assert any("warm start" in record.message for record in caplog.records)
+    assert warm[:3] == cold[:3]
+
+
+# --- Streams and big data --------------------------------------------------------------------------------------------
+
+
+def write_shards(clips: Path, folder: Path, sizes: list[int]) -> Path:
+    """The clips embedded in so many parquet files."""
+    rows = [json.loads(line) for line in (clips / "metadata.jsonl").read_text().splitlines()]
+    rows = [{"video": {"bytes": (clips / r["file_name"]).read_bytes(), "path": None}, "text": r["text"]} for r in rows]
+    folder.mkdir()
+    for shard, size in enumerate(sizes):
+        part, rows = rows[:size], rows[size:]
+        name = f"train-{shard:05d}-of-{len(sizes):05d}.parquet"
+        datasets.Dataset.from_list(part).to_parquet(folder / name)
+    return folder
+
+
+def entries(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
+
+
+def number_shards(folder: Path, sizes: list[int]) -> datasets.IterableDataset:
+    folder.mkdir()
+    start = 0
+    for shard, size in enumerate(sizes):
+        rows = [{"number": start + i} for i in range(size)]
+        datasets.Dataset.from_list(rows).to_parquet(folder / f"{shard:05d}.parquet")
+        start += size
+    return datasets.load_dataset(str(folder), split="train", streaming=True)
+
+
+@pytest.mark.parametrize("sizes", [[2, 3, 1, 4], [7], [1] * 17], ids=["4 shards", "1 shard", "17 shards"])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_stream_is_split_into_the_same_order_for_any_number_of_ranks(tmp_path, sizes, world):
+    stream = number_shards(tmp_path / "data", sizes)
+    assert stream.num_shards == len(sizes)
+    parts = [list(train_ltd.stream_rows(stream, rank, world)) for rank in range(world)]
+    rows = sorted((number, row["number"]) for part in parts for number, row in part)
+    assert [row for _, row in rows] == list(range(sum(sizes)))
+    assert len({number for number, _ in rows}) == sum(sizes)
+    if sizes != [7]:
+        assert all(parts)
+
+
+def test_a_rank_opens_only_its_own_shards(tmp_path):
+    stream = number_shards(tmp_path / "data", [2, 2])
+    (tmp_path / "data" / "00001.parquet").write_bytes(b"not parquet")
+    assert [row["number"] for _, row in train_ltd.stream_rows(stream, 0, 2)] == [0, 1]
+    with pytest.raises(Exception, match=r"(?i)parquet"):
+        list(train_ltd.stream_rows(stream, 1, 2))
+
+
+def test_a_stream_cut_short_goes_on_where_it_stopped(prepare, clips, tmp_path, monkeypatch, caplog):
+    data = {"train_data_dir": None, "dataset_name": write_shards(clips, tmp_path / "data", [3, 4]), "streaming": True}
+    encode, calls = train_ltd.encode_clip, []
+
+    def cut(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(*args)
+
+    monkeypatch.setattr(train_ltd, "encode_clip", cut)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(**data)
+    done = entries(tmp_path / "cache")
+    assert len(done) == 2
+    resumed = prepare(**data)
+    files = {p.name for p in (tmp_path / "cache/latents").glob("*.safetensors")}
+    assert len(calls) == 1 + len(files)  # one call was cut; each different clip was encoded once
+    assert done.items() <= entries(tmp_path / "cache").items()
+    assert resumed[0] == prepare(**data, cache_dir=tmp_path / "straight")[0]
+
+
+@pytest.mark.slow
+def test_two_processes_stream_what_one_does(run, flags, clips, tmp_path):
+    """Each takes a shard; the clips' order, and so the weights, are those of one process."""
+    data = {"train_data_dir": None, "dataset_name": write_shards(clips, tmp_path / "data", [3, 4]), "streaming": True}
+    data |= {"max_train_steps": 3}
+    one = run(**data, output_dir=tmp_path / "one", cache_dir=tmp_path / "one/cache", gradient_accumulation_steps=2)
+    result = launch(flags(**data, output_dir=tmp_path / "two", cache_dir=tmp_path / "two/cache"), processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert entries(tmp_path / "two/cache") == entries(tmp_path / "one/cache")
+    a, b = (load_file(folder / train_ltd.LORA_FILE) for folder in (one, tmp_path / "two"))
+    assert a.keys() == b.keys() and [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
+HUB_SCRIPT = """
+import json, sys
+from pathlib import Path
+from accelerate.state import AcceleratorState, GradientState
+import train_ltd
+
+for line in json.loads(sys.argv[1]):
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    train_ltd.main(train_ltd.parse_args(line))
+"""
+
+
+@pytest.mark.slow
+def test_hub_dataset_and_streaming(flags, originals, expected_latents, tmp_path):
+    """A Hub name, as videofolder, parquet, csv with relative paths, downloaded and streamed: one cache and order."""
+    metadata_folder(originals, tmp_path / "folder", "metadata.jsonl")
+    embedded_by_datasets(originals, tmp_path / "parquet")
+    table_of_paths(originals, tmp_path / "table", "rows.csv")
+    card = "---\nconfigs:\n- config_name: default\n  data_files: rows.csv\n---\n"
+    (tmp_path / "table" / "README.md").write_text(card)
+    runs = [(repo, streaming) for repo in ("folder", "parquet", "table") for streaming in (False, True)]
+    lines = []
+    for repo, streaming in runs:
+        output = tmp_path / f"{repo}-{streaming}"
+        kwargs = {"dataset_name": f"somebody/{repo}", "train_data_dir": None, "streaming": streaming}
+        kwargs |= {"output_dir": output, "cache_dir": output / "cache", "max_train_steps": 5, "cache_dtype": "float32"}
+        lines.append(flags(**kwargs))
+    with HubServer(tmp_path / "hub") as hub:
+        for repo in ("folder", "parquet", "table"):
+            hub.add(f"somebody/{repo}", tmp_path / repo, repo_type="dataset")
+        command = [sys.executable, "-c", HUB_SCRIPT, json.dumps(lines)]
+        result = subprocess.run(command, env=os.environ | hub.env(), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    caches, weights = [], []
+    for repo, streaming in runs:
+        output = tmp_path / f"{repo}-{streaming}"
+        caches.append(cache_files(SimpleNamespace(cache_dir=output / "cache")))
+        weights.append(load_file(output / "pytorch_lora_weights.safetensors"))
+    assert len([name for name in caches[0] if name.startswith("latents")]) == len(NAMES)
+    assert all(cache == caches[0] for cache in caches)
+    assert all(torch.equal(weight[key], weights[0][key]) for weight in weights for key in weights[0])
+    got = [
+        load_file(tmp_path / "folder-True" / "cache" / name)["latents"][0] for name in caches[0] if "latents" in name
+    ]
+    for expected in expected_latents:
+        assert min((latents - expected).abs().max() for latents in got) < 1e-5
+
+
+ENTRIES = 10_000
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_many_entries_start_without_their_latents_and_in_little_memory(prepare, no_models, tmp_path, monkeypatch):
+    """The entries are made by the script itself, but for the decoder and the VAE, which would take days."""
+    data, frames = tmp_path / "data", torch.zeros(1, NUM_FRAMES, 3, HEIGHT, WIDTH, dtype=torch.uint8)
+    data.mkdir()
+    rows = [{"file_name": f"{number}.mp4", "text": "a square"} for number in range(ENTRIES)]
+    for row in rows:
+        (data / row["file_name"]).write_text(row["file_name"])
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ltd, "read_clips", lambda source, args: (frames, 0.0, False))
+        patch.setattr(train_ltd, "encode_clip", lambda vae, clip: torch.randn(16, 21, HEIGHT // 8, WIDTH // 8))
+        patch.setattr(train_ltd, "check_vae", lambda *args: None)
+        prepare(train_data_dir=data)
+    assert len(list((tmp_path / "cache/latents").iterdir())) == ENTRIES
+    no_models()
+    names, read, before = set(), train_ltd.read_checked, resident()
+    monkeypatch.setattr(
+        train_ltd, "read_checked", lambda file, name, *rows: names.add(name) or read(file, name, *rows)
+    )
+    warm = prepare(train_data_dir=data)
+    assert len(warm[0]) == ENTRIES and "ltd" in names and "latents" not in names
+    assert (resident() - before) / ENTRIES < 2**14
+
+
+# --- Summary ---------------------------------------------------------------------------------------------------------
+
+
+def test_progress_and_summary(prepare, log, capfd, originals, tmp_path):
+    """A bar with a rate and an estimate; at the end the count, the size on disk, the latents' mean and spread."""
+    clips, _, _, args = prepare(
+        **metadata_folder(originals, tmp_path / "data", "metadata.jsonl"), cache_dtype="float32"
+    )
+    bar = capfd.readouterr().err
+    assert re.search(r"4/4 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+ ?(video|clip)s?/s", bar)
+    latents = torch.cat([load_file(Path(args.cache_dir, clip["path"]))["latents"] for clip in clips])
+    (line,) = [message for message in log() if message.startswith("latents:")]
+    mean, std = map(float, re.findall(r"-?[\d.]+\d", line))
+    assert mean == pytest.approx(latents.mean().item(), abs=2e-3)
+    assert std == pytest.approx(latents.std().item(), rel=0.05)
+    (line,) = [message for message in log() if message.startswith("cache:")]
+    size = sum(path.stat().st_size for path in Path(args.cache_dir, "latents").iterdir())
+    assert f"{size / 2**20:.1f} MiB" in line and "4 training" in line
+
+
+@pytest.mark.parametrize(("factor", "outcome"), [(4, "warning"), (1000, "error"), (1, None)])
+def test_unusual_latents(prepare, log, tiny_wan, originals, tmp_path, factor, outcome):
+    """A VAE whose `latents_std` is wrong: warned about when odd, refused at gross bounds."""
+    model = shutil.copytree(tiny_wan, tmp_path / "model")
+    config = json.loads((model / "vae" / "config.json").read_text())
+    config["latents_std"] = [value * factor for value in config["latents_std"]]
+    (model / "vae" / "config.json").write_text(json.dumps(config))
+    kwargs = metadata_folder(originals, tmp_path / "data", "metadata.jsonl") | {"pretrained_model_name_or_path": model}
+    if outcome == "error":
+        with pytest.raises(ValueError, match="latents"):
+            prepare(**kwargs)
+        return
+    prepare(**kwargs)
+    assert len([m for m in log("WARNING") if "latents" in m]) == (outcome == "warning")
+
+
+def slow_discrepancy(latents: np.ndarray) -> np.ndarray:
+    """Eq. 2 with the window 3, literally, in float64: `(C, F, H, W)` to `(F, H, W)`."""
+    gaps = np.sqrt((np.diff(latents.astype(np.float64), axis=1) ** 2).sum(0))
+    count = latents.shape[1]
+    return np.stack([gaps[max(0, f - 1) : min(count - 1, f + 1)].mean(0) for f in range(count)])
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+def test_ltd_summary(prepare, log, tmp_path):
+    names = make_videos(tmp_path / "data", 6)
+    write_metadata(tmp_path / "data", [{"file_name": name, "text": "a"} for name in names])
+    clips, _, _, args = prepare(train_data_dir=tmp_path / "data", cache_dtype="float32")
+    maps = [slow_discrepancy(load_file(Path(args.cache_dir, c["path"]))["latents"][0].numpy()) for c in clips]
+    means = np.array([m.mean() for m in maps])
+    lines = [message for message in log() if message.startswith("LTD:")]
+    numbers = [float(n) for line in lines for n in re.findall(r"\d+\.\d+", line)]
+    expected = [means.mean(), *np.quantile(means, [0, 0.1, 0.5, 0.9, 1]), *np.mean(maps, axis=(0, 2, 3))]
+    assert numbers == pytest.approx(expected, abs=2e-3)
+
+
+def made_up_video(name: str, *gaps: list[float]) -> dict:
+    """A cached video with the given gaps between the latent frames of its windows."""
+    statistics = {"gaps": list(gaps), "ltd": [float(np.mean(g)) for g in gaps]}
+    return {"file": name, "path": "x", "captions": ["a"], "identity": name, "encoded": False, "statistics": statistics}
+
+
+@pytest.mark.parametrize(
+    ("gaps", "cut"),
+    [
+        ([1.0, 1.0, 1.1, 0.9, 6.0, 1.0, 1.2], True),
+        ([1.0, 1.0, 1.1, 0.9, 1.0, 1.2, 8.0], True),
+        ([9.0, 1.0, 1.1, 0.9, 1.0, 1.0, 1.2], False),  # only the first, which the causal VAE inflates
+        ([1.0, 1.5, 2.0, 2.5, 2.0, 1.5, 1.0], False),
+        ([2.0, 0.5, 1.5, 0.7, 1.8, 0.6, 1.2], False),
+    ],
+)
+def test_cuts(flags, log, gaps, cut):
+    args = train_ltd.parse_args(flags())
+    train_ltd.build_accelerator(args)
+    videos = [made_up_video("plain.mp4", [1.0] * 7), made_up_video("tested.mp4", gaps)]
+    assert len(train_ltd.select_clips(args, videos)) == 2
+    assert len([m for m in log("WARNING") if "tested.mp4" in m]) == cut
+    assert not [m for m in log("WARNING") if "plain.mp4" in m]
+
+
+class PoolingVAE(torch.nn.Module):
+    """Sees what there is to see: latents are the pixels, averaged over 8 x 8 of them and, but the first, 4 frames."""
+
+    device, config = torch.device("cpu"), SimpleNamespace(latents_mean=[0.0] * 3, latents_std=[0.5] * 3)
+
+    def encode(self, pixels):
+        first, rest = F.avg_pool3d(pixels[:, :, :1], (1, 8, 8)), F.avg_pool3d(pixels[:, :, 1:], (4, 8, 8))
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: torch.cat([first, rest], dim=2)))
+
+    def decode(self, latents, return_dict=False):
+        video = latents.repeat_interleave(8, 3).repeat_interleave(8, 4)
+        return (torch.cat([video[:, :, :1], video[:, :, 1:].repeat_interleave(4, 2)], dim=2),)
+
+
+@pytest.fixture
+def folder_with_a_cut(monkeypatch, tmp_path):
+    """Two scenes in one file, and a clip that only moves; encoded by a VAE that sees both."""
+    monkeypatch.setattr(AutoencoderKLWan, "from_pretrained", lambda *args, **kwargs: PoolingVAE())
+    folder = tmp_path / "data"
+    folder.mkdir()
+    scenes = [np.full((HEIGHT, WIDTH, 3), color, np.uint8) for color in (30, 220)]
+    for scene in scenes:
+        scene[8:24, 8:24, 0] = 128
+    write_video(folder / "cut.mp4", [np.roll(scenes[n >= 21], n, axis=1) for n in range(33)])
+    write_video(folder / "moves.mp4", [np.roll(scenes[0], n, axis=1) for n in range(33)])
+    write_metadata(folder, [{"file_name": f"{name}.mp4", "text": "a"} for name in ("moves", "cut")])
+    return folder
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+def test_real_cut(prepare, log, folder_with_a_cut):
+    assert len(prepare(train_data_dir=folder_with_a_cut, num_frames=33)[0]) == 2
+    warnings = [message for message in log("WARNING") if "cut" in message]
+    assert len(warnings) == 1 and "cut.mp4" in warnings[0]
+
+
+# --- leaves with the feature ---
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+def test_cuts_are_dropped(prepare, folder_with_a_cut):
+    """And a sane VAE passes the check."""
+    kwargs = {"train_data_dir": folder_with_a_cut, "num_frames": 33, "skip_vae_check": False}
+    assert [clip["name"] for clip in prepare(**kwargs, drop_cuts=True)[0]] == ["moves.mp4"]
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+def test_ltd_bounds(prepare, log, tmp_path):
+    names = make_videos(tmp_path / "data", 6)
+    write_metadata(tmp_path / "data", [{"file_name": name, "text": "a"} for name in names])
+    means = np.array([clip["ltd"] for clip in prepare(train_data_dir=tmp_path / "data")[0]])
+    low, high = (np.sort(means)[[1, 4]] + np.sort(means)[[0, 3]]) / 2
+    for bounds, kept in (
+        ({"min_ltd": low}, means >= low),
+        ({"max_ltd": high}, means <= high),
+        ({"min_ltd": low, "max_ltd": high}, (means >= low) & (means <= high)),
+    ):
+        clips = prepare(train_data_dir=tmp_path / "data", **bounds)[0]
+        assert [clip["name"] for clip in clips] == [name for name, keep in zip(names, kept, strict=True) if keep]
+        assert encode_counts(log()) == (0, 0)
+    assert any("dropped 3 of 6" in message for message in log())
+    with pytest.raises(ValueError, match="min_ltd"):
+        prepare(train_data_dir=tmp_path / "data", min_ltd=1000)
+
+
+class PerfectVAE:
+    """Reproduces whatever it is given; its latents are the pixels."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+    config = SimpleNamespace(latents_mean=[0.1, -0.2, 0.3], latents_std=[2.0, 0.5, 1.5])
+
+    def encode(self, pixels):
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: pixels))
+
+    def decode(self, latents, return_dict=False):
+        return (latents,)
+
+
+@pytest.fixture
+def frames(originals) -> torch.Tensor:
+    return ffmpeg_frames(originals / NAMES[0], HEIGHT, WIDTH)[:NUM_FRAMES]
+
+
+def test_vae_check_passes_a_good_vae(flags, log, frames):
+    vae, args = PerfectVAE(), train_ltd.parse_args(flags(skip_vae_check=False))
+    train_ltd.build_accelerator(args)
+    latents = train_ltd.encode_clip(vae, frames)
+    assert latents.shape == (3, NUM_FRAMES, HEIGHT, WIDTH)
+    mean, std = (torch.tensor(c).view(-1, 1, 1, 1) for c in (vae.config.latents_mean, vae.config.latents_std))
+    pixels = frames.transpose(0, 1).float() / 255 * 2 - 1
+    torch.testing.assert_close(latents, (pixels - mean) / std, rtol=0, atol=1e-5)
+    train_ltd.check_vae(vae, frames, latents, args)
+    (line,) = [message for message in log() if "dB" in message]
+    assert float(re.search(r"([\d.]+) dB", line)[1]) > 60
+
+
+@pytest.mark.parametrize("wrong", ["range", "channels", "normalisation", "frames"])
+def test_vae_check_refuses(flags, frames, wrong):
+    """Pixels in [0, 1], BGR, latents that were not normalised, frames in the wrong order."""
+    vae, args = PerfectVAE(), train_ltd.parse_args(flags(skip_vae_check=False))
+    train_ltd.build_accelerator(args)
+    noisy = torch.randint(0, 256, frames.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    frames = frames if wrong in ("range", "normalisation") else noisy
+    mean, std = (torch.tensor(c).view(-1, 1, 1, 1) for c in (vae.config.latents_mean, vae.config.latents_std))
+    latents = {
+        "range": (frames.transpose(0, 1).float() / 255 - mean) / std,
+        "channels": train_ltd.encode_clip(vae, frames.flip(1)),
+        "normalisation": frames.transpose(0, 1).float() / 127.5 - 1,
+        "frames": train_ltd.encode_clip(vae, frames.flip(0)),
+    }[wrong]
+    with pytest.raises(ValueError, match=r"dB.*--skip_vae_check"):
+        train_ltd.check_vae(vae, frames, latents, args)
+    args.skip_vae_check = True
+    train_ltd.check_vae(vae, frames, latents, args)
+
+
+def test_untrained_vae_is_refused(prepare, tmp_path):
+    """Before anything is written, with its PSNR and the way on."""
+    with pytest.raises(ValueError, match=r"tiny-wan.* \d\.\d dB.*--skip_vae_check"):
+        prepare(skip_vae_check=False)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["ltd_quantiles", "latents", "prompt_embeds"])
+def test_flipped_bit_in_the_cache(run, straight, tmp_path, caplog, name):
+    """Statistics are checked at the start, what is big when it is read; either way it is named and made again."""
+    entries = (tmp_path / "cache" / ("text" if name == "prompt_embeds" else "latents")).iterdir()
+    path = max(entries, key=lambda path: (path.stat().st_size, path.name))
+    written = path.read_bytes()
+    with safe_open(path, framework="pt") as file:
+        data = file.get_tensor(name).numpy().tobytes()
+    flip(path, written.index(data) + len(data) // 2)
+    if name != "ltd_quantiles":
+        with pytest.raises(RuntimeError, match=f"{path.name} is damaged: the checksum of {name} is wrong") as error:
+            run(**STEPS | {"max_train_steps": 9}, caption_dropout=0)
+        assert "--resume_from_checkpoint latest" in str(error.value) and not path.exists()
+    assert same_weights(run(**STEPS), straight) and path.read_bytes() == written
+    if name == "ltd_quantiles":
+        assert any(path.name in r.message and "is damaged and made again" in r.message for r in caplog.records)

@@ -1,0 +1,727 @@
+"""Which clips a dataset holds, and what is read of a file: frames by time, upright, cropped, or why it is skipped."""
+
+import json
+import math
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from conftest import HEIGHT, WIDTH
+from corpus import (
+    CAPTIONS,
+    CORPUS,
+    NAMES,
+    caption_dataset,
+    copy_clips,
+    embedded_by_datasets,
+    ffmpeg,
+    ffmpeg_frames,
+    make_videos,
+    metadata_folder,
+    moving_square,
+    numbered,
+    numbers_of,
+    pairs,
+    table_of_paths,
+    truncate,
+    with_key,
+    write_audio,
+    write_metadata,
+    write_numbered,
+    write_video,
+)
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_ltd
+
+
+@pytest.fixture
+def read(flags):
+    """Function that reads the clips of one file: frames `(clips, F, 3, H, W)`, crop share, turned."""
+
+    def function(path, **kwargs):
+        return train_ltd.read_clips(
+            path if isinstance(path, bytes) else str(path), train_ltd.parse_args(flags(**kwargs))
+        )
+
+    return function
+
+
+# --- Frames by presentation time -------------------------------------------------------------------------------------
+
+
+def on_display(times, at) -> int:
+    """Number of the frame that is on display at a time; `times` and `at` are exact fractions."""
+    return max(n for n, time in enumerate(times) if time - times[0] <= at)
+
+
+NTSC = Fraction(30000, 1001)
+RATES = [(30, "mp4"), (30, "avi"), (25, "mkv"), (24, "mov"), (16, "ts"), (10, "avi"), (NTSC, "mp4"), (NTSC, "mkv")]
+
+
+@pytest.mark.parametrize(("source_fps", "suffix"), [*RATES, (12.5, "ts")])
+def test_constant_rates(read, tmp_path, suffix, source_fps):
+    """The frame on display at k/16 s, whatever the rate and however coarsely the container rounds times."""
+    source_fps = Fraction(source_fps)
+    codec = "mpeg4" if suffix == "avi" else "libx264"
+    path = write_numbered(tmp_path / f"a.{suffix}", math.ceil(source_fps) + 5, source_fps, codec=codec)
+    times = [n / source_fps for n in range(math.ceil(source_fps) + 5)]
+    wanted = [Fraction(k, 16) for k in range(17)]
+    frames, cropped, turned = read(path, num_frames=17)
+    assert frames.shape == (1, 17, 3, HEIGHT, WIDTH) and frames.dtype == torch.uint8
+    got = numbers_of(frames[0])
+    assert got[0] == 0
+    for number, at in zip(got, wanted, strict=True):
+        early = on_display(times, at)  # a frame less than 2 ms ahead (15 at 29.97 fps, at 0.5005 s) may stand for now
+        assert number in {early, early if at in times else on_display(times, at + Fraction(2, 1000))}
+    assert (cropped, turned) == (0, False)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "webm"])
+def test_the_clips_own_rate_gives_each_frame_once(read, tmp_path, suffix):
+    """Matroska's milliseconds make 16 fps uneven (0, 63, 125, 188 ms): no frame may double or go missing."""
+    codec = "libvpx-vp9" if suffix == "webm" else "libx264"
+    path = write_numbered(tmp_path / f"a.{suffix}", 33, 16, codec=codec)
+    assert numbers_of(read(path, num_frames=33)[0][0]) == list(range(33))
+
+
+@pytest.mark.parametrize(
+    ("fps", "expected"), [(8, range(0, 34, 2)), (4, range(0, 68, 4)), (32, [n // 2 for n in range(17)])]
+)
+def test_fps(read, tmp_path, fps, expected):
+    path = write_numbered(tmp_path / "a.mp4", 70, 16)
+    assert numbers_of(read(path, num_frames=17, fps=fps)[0][0]) == list(expected)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_variable_frame_rate(read, tmp_path, suffix):
+    random = np.random.default_rng(1)
+    steps = [Fraction(int(n), 1000) for n in random.choice([7, 20, 33, 41, 90, 250], 60)]
+    times = [sum(steps[:n], Fraction(0)) for n in range(len(steps))]
+    path = write_video(tmp_path / f"a.{suffix}", [numbered(n) for n in range(60)], 25, times)
+    # Wanted times a millisecond beside a frame's own are left out of the comparison: containers round.
+    wanted = [Fraction(k, 16) for k in range(33)]
+    got = numbers_of(read(path, num_frames=33)[0][0])
+    for k, at in enumerate(wanted):
+        assert got[k] in {on_display(times, max(at - Fraction(2, 1000), 0)), on_display(times, at + Fraction(2, 1000))}
+    exact = [k for k, at in enumerate(wanted) if min(abs(at - time) for time in times) > Fraction(2, 1000)]
+    assert len(exact) > 25
+    assert [got[k] for k in exact] == [on_display(times, wanted[k]) for k in exact]
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "ts", "mp4"])
+def test_non_zero_start(read, tmp_path, suffix):
+    """Time counts from the video's first frame."""
+    write_numbered(tmp_path / "a.mp4", 40, 24)
+    ffmpeg("-i", tmp_path / "a.mp4", "-c", "copy", "-output_ts_offset", 5, "-avoid_negative_ts", "disabled",
+           tmp_path / f"late.{suffix}")  # fmt: skip
+    frames = read(tmp_path / f"late.{suffix}", num_frames=17)[0]
+    assert numbers_of(frames[0]) == [k * 24 // 16 for k in range(17)]
+    if suffix != "mp4":  # mp4 players skip the empty edit, and so does the demuxer's start time
+        with av.open(str(tmp_path / f"late.{suffix}")) as container:
+            assert next(container.decode(video=0)).time >= 5
+
+
+def test_the_last_frame_lasts_its_own_duration(read, tmp_path):
+    """10 frames at 8 fps are 1.25 s, which is 20 frames at 16 fps: 17 fit, 21 do not."""
+    path = write_numbered(tmp_path / "a.mp4", 10, 8)
+    assert numbers_of(read(path, num_frames=17)[0][0]) == [n // 2 for n in range(17)]
+    with pytest.raises(train_ltd.ClipError, match="too short: 20 frames at 16 fps, 21 needed") as error:
+        read(path, num_frames=21)
+    assert error.value.num_frames == 20
+
+
+# --- Rotation --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_rotation(read, tmp_path, degrees):
+    """As ffmpeg turns it by itself."""
+    write_video(tmp_path / "a.mp4", [numbered(n * 523 + 77) for n in range(9)], options={"qp": "0"})
+    ffmpeg("-display_rotation", degrees, "-i", tmp_path / "a.mp4", "-c", "copy", tmp_path / "turned.mp4")
+    size = (48, 32) if degrees % 180 else (32, 48)
+    expected = ffmpeg_frames(tmp_path / "turned.mp4", *size)
+    frames, _, turned = read(tmp_path / "turned.mp4", height=size[0], width=size[1])
+    plain = read(tmp_path / "a.mp4")[0][0]
+    assert (frames[0].float() - expected.float()).abs().mean() < 2
+    assert frames[0].shape != plain.shape or (frames[0].float() - plain.float()).abs().mean() > 20
+    assert not turned
+    assert read(tmp_path / "turned.mp4")[2] == bool(degrees % 180)  # a portrait clip in a landscape crop
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_exif_orientation(read, tmp_path, orientation):
+    """All eight, the mirrored ones included, as PIL turns them."""
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(numbered(12345)).save(tmp_path / "a.jpg", exif=exif, quality=98, subsampling=0)
+    expected = np.array(ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg")).convert("RGB"))
+    height, width = expected.shape[:2]
+    frames = read(tmp_path / "a.jpg", num_frames=1, height=height, width=width)[0]
+    assert np.abs(frames[0, 0].permute(1, 2, 0).numpy().astype(int) - expected).mean() < 4
+
+
+# --- Resize and crop -------------------------------------------------------------------------------------------------
+
+
+def ramp(height: int, width: int) -> np.ndarray:
+    """Red tells the row and green the column, each as a share of 200 levels."""
+    picture = np.zeros((height, width, 3), np.uint8)
+    picture[..., 0] = np.round((np.arange(height) + 0.5) / height * 200)[:, None]
+    picture[..., 1] = np.round((np.arange(width) + 0.5) / width * 200)
+    return picture
+
+
+@pytest.mark.parametrize(
+    "size",
+    [(64, 96), (96, 64), (90, 90), (64, 400), (300, 48), (16, 24), (10, 40), (17, 13)],
+    ids=["same", "portrait", "square", "wide", "tall", "upscaled", "wide-upscaled", "odd-upscaled"],
+)
+def test_cover_and_centre_crop(read, tmp_path, size):
+    """Where in the source the corners of the result come from, and the share that is lost."""
+    Image.fromarray(ramp(*size)).save(tmp_path / "a.png")
+    frames, cropped, turned = read(tmp_path / "a.png", num_frames=1)
+    frame = frames[0, 0].float()
+    assert frame.shape == (3, HEIGHT, WIDTH)
+    scale = max(HEIGHT / size[0], WIDTH / size[1])
+    kept = (HEIGHT / (size[0] * scale), WIDTH / (size[1] * scale))  # share of the source's height and width
+    for axis, (channel, share) in enumerate(zip((0, 1), kept, strict=True)):
+        position = (torch.arange((HEIGHT, WIDTH)[axis]) + 0.5) / (HEIGHT, WIDTH)[axis]
+        expected = ((1 - share) / 2 + position * share) * 200
+        profile = frame[channel].mean(dim=1 - axis)
+        inside = slice(2, -2)  # at the border bicubic sees its own edge
+        pixel = 200 / (size[axis] * scale)  # half a pixel may go to rounding, and one level to 8 bits
+        assert (profile - expected)[inside].abs().max() < 0.8 * pixel + 1.5
+    assert cropped == pytest.approx(1 - kept[0] * kept[1], abs=1e-6)
+    assert turned == (size[0] > size[1])
+
+
+def test_antialiasing(read, tmp_path):
+    """A checkerboard of single pixels, shrunk four and a half times, is grey; without antialiasing it is a moire."""
+    board = (np.indices((144, 216)).sum(0) % 2 * 255).astype(np.uint8)
+    Image.fromarray(board).save(tmp_path / "a.png")
+    frame = read(tmp_path / "a.png", num_frames=1)[0][0, 0].float()
+    assert frame.mean() == pytest.approx(127.5, abs=2)
+    assert frame.std() < 3
+
+
+def test_crop_share_and_portrait_warning(prepare, log, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_video(folder / "wide.mp4", moving_square(1))
+    write_video(folder / "tall.mp4", moving_square(2, height=96, width=32))
+    write_metadata(folder, [{"file_name": name, "text": "a"} for name in ("wide.mp4", "tall.mp4")])
+    prepare(train_data_dir=folder)
+    # 48 x 32 out of 48 x 144 keeps two ninths.
+    share = round(100 * (0 + 7 / 9) / 2)
+    assert [m for m in log() if "crop:" in m] == [f"crop: {share}% of the picture is thrown away"]
+    (warning,) = [m for m in log("WARNING") if "portrait" in m]
+    assert "tall.mp4" in warning and "wide.mp4" not in warning
+
+
+# --- Windows and stills ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm", "ts", "mpg"])
+@pytest.mark.parametrize("source_fps", [25, 24])
+def test_windows_are_evenly_spread(read, tmp_path, suffix, source_fps):
+    """Four windows of 9 of a long clip: the first from the start, the last to the end, key frames or not."""
+    codec = {"webm": "libvpx-vp9", "mpg": "mpeg2video"}.get(suffix, "libx264")
+    count = 10 * source_fps
+    path = write_numbered(tmp_path / f"a.{suffix}", count, source_fps, codec=codec, options={"g": "50"})
+    frames = read(path, clips_per_video=4)[0]
+    got = [numbers_of(clip) for clip in frames]
+    assert len(got) == 4
+    assert got[0] == [k * source_fps // 16 for k in range(9)]
+    for clip, start in zip(got, np.linspace(0, 10 - 9 / 16, 4), strict=True):
+        shown = np.floor((start + np.arange(9) / 16) * source_fps + 0.01)
+        assert np.abs(clip - shown).max() <= 1 and (np.diff(clip) > 0).all()
+    assert got[-1][-1] >= count - 3
+
+
+@pytest.mark.parametrize(
+    ("count", "asked", "windows"), [(40, 1, 1), (9, 5, 1), (17, 5, 1), (18, 5, 2), (40, 5, 4), (90, 5, 5)]
+)
+def test_no_more_windows_than_fit(read, tmp_path, count, asked, windows):
+    """They do not overlap; one window is the start of the video, as the paper truncates."""
+    path = write_numbered(tmp_path / "a.mp4", count)
+    got = [numbers_of(clip) for clip in read(path, clips_per_video=asked)[0]]
+    assert len(got) == windows
+    assert got[0] == list(range(9))
+    shown = [number for clip in got for number in clip]
+    assert shown == sorted(set(shown))
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_windows_of_a_late_video_and_longer_audio(read, tmp_path, suffix):
+    """The windows follow the video, not the container: it starts at 3 s, and its sound goes on for 10 s more."""
+    write_numbered(tmp_path / "a.mp4", 64, 16)
+    write_audio(tmp_path / "a.wav", 14)
+    late = ["-output_ts_offset", 3, "-avoid_negative_ts", "disabled"]
+    ffmpeg("-i", tmp_path / "a.mp4", "-i", tmp_path / "a.wav", "-map", "0:v", "-map", "1:a", "-c:v", "copy",
+           "-c:a", "aac", *late, tmp_path / f"late.{suffix}")  # fmt: skip
+    got = [numbers_of(clip) for clip in read(tmp_path / f"late.{suffix}", clips_per_video=3)[0]]
+    assert [clip[0] for clip in got] == pytest.approx([0, 27, 55], abs=1)
+    assert got[0] == list(range(9)) and got[-1][-1] >= 62
+
+
+def images():
+    rgb = numbered(4711, 64, 96)
+    gray = rgb[..., 0]
+    alpha = np.dstack([rgb, np.full(gray.shape, 255, np.uint8)])
+    return {
+        "rgb.png": Image.fromarray(rgb),
+        "rgb.jpg": Image.fromarray(rgb),
+        "gray.png": Image.fromarray(gray),
+        "gray.jpg": Image.fromarray(gray),
+        "sixteen_bit.png": Image.fromarray(gray.astype(np.uint16) * 257),
+        "gray_alpha.png": Image.fromarray(alpha[..., 2:]),
+        "alpha.png": Image.fromarray(alpha),
+        "palette.png": Image.fromarray(rgb).quantize(8),
+        "bilevel.png": Image.fromarray(gray > 128),
+        "picture.webp": Image.fromarray(rgb),
+        "picture.gif": Image.fromarray(rgb).quantize(8),
+        "upper.JPEG": Image.fromarray(rgb),
+    }
+
+
+@pytest.mark.parametrize("name", images())
+def test_images(read, tmp_path, name):
+    picture = images()[name]
+    picture.save(tmp_path / name, **({"quality": 95} if name.lower().endswith(("jpg", "jpeg")) else {}))
+    frames, cropped, _ = read(tmp_path / name, num_frames=1)
+    assert frames.shape == (1, 1, 3, HEIGHT, WIDTH)
+    assert numbers_of(frames[0]) == [4711]
+    middle = frames[0, 0, :, 4:12, 2:4].float().mean()  # the first block is white: 4711 is odd
+    assert middle == pytest.approx(255 if name == "bilevel.png" else 215, abs=6)
+    assert cropped == 0
+
+
+def test_one_frame_of_a_video(read, tmp_path):
+    path = write_numbered(tmp_path / "a.mp4", 30)
+    assert numbers_of(read(path, num_frames=1)[0][0]) == [0]
+    got = [numbers_of(clip)[0] for clip in read(path, num_frames=1, clips_per_video=3)[0]]
+    assert got == pytest.approx([0, 14.5, 29], abs=0.6)
+
+
+def test_images_train(run, tmp_path):
+    """A folder of pictures and captions through the whole script, with the weight 2 that a still has."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for n, (name, picture) in enumerate(images().items()):
+        picture.save(folder / f"{n}_{name}")
+        (folder / f"{n}_{name}").with_suffix(".txt").write_text(f"picture {n}")
+    output = run(train_data_dir=folder, num_frames=1, max_train_steps=1, caption_dropout=0)
+    assert (output / "pytorch_lora_weights.safetensors").is_file()
+
+
+# --- Pixel formats ---------------------------------------------------------------------------------------------------
+
+PIXEL_FORMATS = {
+    "gray.mkv": ("ffv1", "gray"),
+    "gray10.mkv": ("ffv1", "gray10le"),
+    "ten_bit.mp4": ("libx264", "yuv420p10le"),
+    "ten_bit_422.mp4": ("libx264", "yuv422p10le"),
+    "full_range.mp4": ("libx264", "yuvj420p"),
+    "motion_jpeg.avi": ("mjpeg", "yuvj444p"),
+    "alpha.webm": ("libvpx-vp9", "yuva420p"),
+    "alpha.mov": ("qtrle", "argb"),
+    "png.mov": ("png", "rgba"),
+    "lossless.mp4": ("libx264", "yuv444p"),
+    "rgb.mkv": ("ffv1", "bgr0"),
+    "sixteen_bit.mkv": ("ffv1", "gray16le"),
+    "animation.gif": ("gif", "rgb8"),
+}
+
+
+@pytest.mark.parametrize("name", PIXEL_FORMATS)
+def test_pixel_formats(read, tmp_path, name):
+    """Made by ffmpeg from raw frames; levels and numbers survive."""
+    codec, pix_fmt = PIXEL_FORMATS[name]
+    raw = tmp_path / "a.raw"
+    raw.write_bytes(b"".join(numbered(10 * n + 1).tobytes() for n in range(9)))
+    # GIF counts in hundredths of a second: 20 fps is its own.
+    fps = 20 if name.endswith("gif") else 16
+    ffmpeg("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "48x32", "-r", fps, "-i", raw, "-c:v", codec,
+           "-pix_fmt", pix_fmt, tmp_path / name)  # fmt: skip
+    frames = read(tmp_path / name, fps=fps)[0][0]
+    assert numbers_of(frames) == [10 * n + 1 for n in range(9)]
+    first_block = frames[:, :, 4:12, 2:4].float()
+    assert first_block.mean() == pytest.approx(215, abs=8)
+    assert first_block.mean(dim=(0, 2, 3)).std() < 6  # no colour cast
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bad_folder(tmp_path_factory) -> Path:
+    """The corpus in one folder, with a row for each and one with nothing in the column."""
+    folder = tmp_path_factory.mktemp("bad")
+    good = write_video(folder / "source.mp4", moving_square(0))
+    for name, (make, _) in CORPUS.items():
+        make(folder / name, good)
+    rows = [{"video": name, "text": f"caption of {name}"} for name in CORPUS] + [{"video": None, "text": "nothing"}]
+    write_metadata(folder, rows, "table.jsonl")
+    return folder
+
+
+def test_corpus_is_big_enough():
+    assert sum(reason is not None for _, reason in CORPUS.values()) >= 15
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_bad_input_alone(flags, tmp_path, bad_folder, log, name):
+    """Each file by itself: one warning with file and reason, or frames."""
+    reason = CORPUS[name][1]
+    table = write_metadata(tmp_path, [{"video": str(bad_folder / name), "text": "a"}], "one.jsonl")
+    args = train_ltd.parse_args(flags(train_data_dir=table))
+    (video,) = train_ltd.cache_videos(args, train_ltd.build_accelerator(args), "train", None)
+    warnings = [message for message in log("WARNING") if name in message]
+    if reason is None:
+        assert "reason" not in video and not warnings
+        assert load_file(Path(args.cache_dir, video["path"]))["latents"].shape == (1, 16, 3, HEIGHT // 8, WIDTH // 8)
+    else:
+        assert re.search(reason, video["reason"])
+        assert len(warnings) == 1 and re.search(reason, warnings[0])
+        assert not list(Path(args.cache_dir).rglob("*.safetensors"))
+
+
+def test_bad_input_together(prepare, log, bad_folder):
+    """All of them in one dataset: one line each, a count, `skipped.jsonl`, and the good ones train."""
+    bad = {name for name, (_, reason) in CORPUS.items() if reason is not None}
+    clips, _, _, args = prepare(train_data_dir=bad_folder / "table.jsonl", max_skipped=0.9)
+    assert {clip["name"] for clip in clips} == set(CORPUS) - bad
+    assert all(clip["captions"] == [f"caption of {clip['name']}"] for clip in clips)
+    lines = [json.loads(line) for line in Path(args.output_dir, "skipped.jsonl").read_text("utf-8").splitlines()]
+    assert len(lines) == len(bad) + 1 and all(line["reason"] for line in lines)
+    assert bad <= {line["file"] for line in lines}
+    (nothing,) = [line for line in lines if line["file"] not in bad]
+    assert str(len(CORPUS)) in nothing["file"]  # the row without a file is named by its number
+    warnings = [m for m in log("WARNING") if m.startswith("skipped ")]
+    assert len(warnings) == len(lines) and all("\n" not in warning for warning in warnings)
+    for line in lines:
+        assert sum(line["file"] in w and line["reason"] in w for w in warnings) == 1
+    assert any(f"{len(lines)} of {len(CORPUS) + 1} videos" in m for m in log("WARNING"))
+    again = prepare(train_data_dir=bad_folder / "table.jsonl", max_skipped=0.9)[0]  # a second run starts a new list
+    assert [clip["name"] for clip in again] == [clip["name"] for clip in clips]
+    assert len(Path(args.output_dir, "skipped.jsonl").read_text("utf-8").splitlines()) == len(lines)
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+@pytest.mark.parametrize(
+    ("bad", "limit", "stops"), [(1, None, False), (2, None, True), (3, 0.3, False), (4, 0.3, True), (10, 1.0, True)]
+)
+def test_max_skipped(prepare, tmp_path, bad, limit, stops):
+    """Ten videos: one may be bad by default, and all of them never."""
+    names = make_videos(tmp_path / "data", 10 - bad) + [f"missing{n}.mp4" for n in range(bad)]
+    write_metadata(tmp_path / "data", [{"file_name": name, "text": "a"} for name in names])
+    kwargs = {"train_data_dir": tmp_path / "data"} | ({} if limit is None else {"max_skipped": limit})
+    if not stops:
+        assert len(prepare(**kwargs)[0]) == 10 - bad
+        return
+    with pytest.raises(ValueError, match=rf"{bad} of 10 videos.*missing0\.mp4.*file not found.*--max_skipped"):
+        prepare(**kwargs)
+    assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) == bad
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+@pytest.mark.parametrize(
+    ("lengths", "advice"),
+    [
+        ([12] * 10, 9),
+        ([30] * 5 + [20] * 4 + [5], 17),  # 9 of 10 have 20 frames
+        ([30] * 8 + [8, 5], 5),  # 9 of 10 have 8
+        ([30] * 8 + [13, 0], 13),  # the unreadable one counts as lost
+        ([30] * 8 + [0, 0], None),  # no length keeps 90 %
+    ],
+)
+def test_too_short_names_a_length(prepare, tmp_path, lengths, advice):
+    """The largest 4k+1 that would keep 90 %; a length of 0 is a missing file."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for n, length in enumerate(lengths):
+        if length:
+            write_numbered(folder / f"{n}.mp4", length, first=n * 100)
+    write_metadata(folder, [{"file_name": f"{n}.mp4", "text": "a"} for n in range(len(lengths))])
+    with pytest.raises(ValueError) as error:
+        prepare(train_data_dir=folder, num_frames=25)
+    if advice is None:
+        assert "--num_frames" not in str(error.value)
+    else:
+        assert f"--num_frames {advice} would keep 90 %" in str(error.value)
+        assert len(prepare(train_data_dir=folder, num_frames=advice)[0]) >= 9
+
+
+def test_windows_that_cannot_be_reached_do_not_lose_the_video(read, tmp_path):
+    """A file cut off in its second half still gives its first window when several are asked for."""
+    whole = write_numbered(tmp_path / "a.mkv", 160, options={"g": "16"})
+    path = truncate(whole, tmp_path / "cut.mkv", 0.6)
+    assert numbers_of(read(path)[0][0]) == list(range(9))
+    got = [numbers_of(clip) for clip in read(path, clips_per_video=4)[0]]
+    assert got[0] == list(range(9)) and 2 <= len(got) <= 4
+
+
+# --- Hostile rows ----------------------------------------------------------------------------------------------------
+
+
+def test_metadata_stays_in_its_folder(flags, tmp_path):
+    """Paths upwards, absolute ones, links and URLs that lead out are skipped; a link within the folder is followed."""
+    folder = tmp_path / "data"
+    make_videos(folder, 1)
+    outside = write_video(tmp_path / "private.mp4", moving_square(5))
+    (folder / "out.mp4").symlink_to(outside)
+    (folder / "in.mp4").symlink_to("clip0.mp4")
+    (folder / "up").symlink_to(tmp_path)
+    good = ["clip0.mp4", "in.mp4", str(folder / "clip0.mp4"), "up/data/clip0.mp4"]
+    bad = ["../private.mp4", str(outside), "out.mp4", "up/private.mp4", f"file://{outside}", "http://localhost/a.mp4"]
+    bad += [f"file://{outside}::hf://datasets/a/b.mp4", f"simplecache::file://{outside}::hf://datasets/a/b.mp4"]
+    write_metadata(folder, [{"file_name": name, "text": "a"} for name in good + bad])
+    args = train_ltd.parse_args(flags(train_data_dir=folder))
+    videos = train_ltd.cache_videos(args, train_ltd.build_accelerator(args), "train", None)
+    assert [v.get("reason") for v in videos] == [None] * len(good) + ["leads out of the dataset's folder"] * len(bad)
+
+
+def test_a_playlist_is_no_video(read, tmp_path):
+    """It could name any file of the machine."""
+    write_video(tmp_path / "private.ts", moving_square(5))
+    entries = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{tmp_path / 'private.ts'}\n#EXT-X-ENDLIST\n"
+    (tmp_path / "list.m3u8").write_text(entries)
+    with pytest.raises((train_ltd.ClipError, OSError, train_ltd.av.FFmpegError)):
+        read(tmp_path / "list.m3u8")
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+def test_symbolic_links_beside_their_captions_are_followed(prepare, originals, tmp_path):
+    """A folder of pairs is what its owner put there."""
+    (tmp_path / "data").mkdir()
+    for name in NAMES:
+        (tmp_path / "data" / name).symlink_to(originals / name)
+        (tmp_path / "data" / name).with_suffix(".txt").write_text("a")
+    assert len(prepare(train_data_dir=tmp_path / "data")[0]) == len(NAMES)
+
+
+@pytest.mark.parametrize("value", ["a\0b.mp4", "hf://x", "hf://", 7, [1], "zip://a.mp4::no.zip", "ftp://x"])
+def test_odd_rows_are_skipped(tmp_path, flags, value):
+    args = train_ltd.parse_args(flags())
+    for folder in (tmp_path, Path("somebody/clips")):
+        with pytest.raises(train_ltd.ClipError):
+            train_ltd.clip_source(value, folder, False, args)
+
+
+def test_rows_of_a_hub_dataset_stay_in_its_caches(monkeypatch, tmp_path):
+    monkeypatch.setattr(train_ltd, "HUB_CACHES", (tmp_path / "hub", tmp_path / "datasets"))
+    (tmp_path / "datasets").mkdir()
+    for path in (tmp_path / "private.mp4", tmp_path / "datasets" / "a.mp4"):
+        path.write_bytes(b"a clip")
+    name, args = Path("somebody/clips"), train_ltd.parse_args(["--dataset_name=somebody/clips", "--report_to=none"])
+    assert not name.is_dir()
+    cached = str(tmp_path / "datasets" / "a.mp4")
+    assert train_ltd.clip_source(cached, name, False, args) == cached
+    bad = [str(tmp_path / "private.mp4"), str(tmp_path / "hub/../private.mp4"), "http://localhost/a.mp4"]
+    for value in [*bad, f"file://{tmp_path}/private.mp4::hf://datasets/a/b.mp4"]:
+        for row in (value, {"path": value, "bytes": None}):
+            with pytest.raises(train_ltd.ClipError, match="leads out of the dataset's folder"):
+                train_ltd.clip_source(row, name, False, args)
+
+
+def test_a_stray_text_file_makes_no_folder_of_pairs(prepare, originals, tmp_path):
+    """Of clips with a caption each, or of parquet files, in whose place nothing would be found."""
+    for make in (embedded_by_datasets, lambda *where: metadata_folder(*where, "metadata.jsonl")):
+        folder = tmp_path / make.__name__.strip("<>")
+        make(originals, folder)
+        (folder / "LICENSE.txt").write_text("anybody may do anything")
+        assert len(prepare(train_data_dir=folder)[0]) == len(NAMES)
+
+
+def test_limits_before_decoding(read, monkeypatch, tmp_path):
+    path = write_numbered(tmp_path / "a.mp4", 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ltd, "MAX_PIXELS", 32 * 48 - 1)
+        with pytest.raises(train_ltd.ClipError, match="too large: 48 x 32 pixels"):
+            read(path)
+    monkeypatch.setattr(train_ltd, "MAX_SECONDS", 1)
+    read(path)  # only its start is decoded
+    with pytest.raises(train_ltd.ClipError, match="too long"):
+        read(path, clips_per_video=2)
+
+
+def test_endless_caption_is_cut(prepare, log, tmp_path):
+    clips = prepare(**caption_dataset(tmp_path / "data", ["endless " * 100_000, "short"]))[0]
+    assert len(clips[0]["captions"][0]) == train_ltd.MAX_CHARACTERS - 1  # and a space at the end
+    assert len([m for m in log("WARNING") if "a.mp4: caption cut to 10000 characters" in m]) == 1
+
+
+# --- Layouts of datasets ---------------------------------------------------------------------------------------------
+
+
+def absolute_paths(originals, folder, prefix=""):
+    paths = copy_clips(originals, folder / "elsewhere")
+    (folder / "tables").mkdir()
+    rows = [{"video": f"{prefix}{p}", "text": t} for p, t in zip(paths, CAPTIONS, strict=True)]
+    return {"train_data_dir": write_metadata(folder / "tables", rows, "a.jsonl")}
+
+
+def own_columns(originals, folder):
+    copy_clips(originals, folder)
+    write_metadata(folder, with_key("clip", caption="what is seen"), "rows.csv")
+    return {"train_data_dir": folder / "rows.csv", "video_column": "clip", "caption_column": "what is seen"}
+
+
+def embedded(originals, folder, plain):
+    folder.mkdir()
+    data = [(originals / name).read_bytes() for name in NAMES]
+    videos = data if plain else [{"bytes": d, "path": n} for d, n in zip(data, NAMES, strict=True)]
+    rows = [{"video": v, "text": t} for v, t in zip(videos, CAPTIONS, strict=True)]
+    return {"train_data_dir": write_metadata(folder, rows, "all.parquet")}
+
+
+def nested_pairs(originals, folder):
+    for clip, text in zip(copy_clips(originals, folder / "x" / "y"), CAPTIONS, strict=True):
+        clip.with_suffix(".txt").write_text(text)
+    (folder / "x" / "notes.md").write_text("no clip")
+    (folder / "x" / "y" / NAMES[3]).rename(folder / "x" / "y" / "clip3.MP4")
+    return {"train_data_dir": folder}
+
+
+def split_folder(originals, folder, layout):
+    layout(originals, folder / "train")
+    write_video((folder / "validation").mkdir() or folder / "validation" / "other.mp4", moving_square(77))
+    write_metadata(folder / "validation", [{"file_name": "other.mp4", "text": "held out"}])
+    return {"train_data_dir": folder}
+
+
+SOURCES = {
+    "metadata.jsonl": lambda o, f: metadata_folder(o, f, "metadata.jsonl"),
+    "metadata.csv": lambda o, f: metadata_folder(o, f, "metadata.csv"),
+    "metadata.parquet": lambda o, f: metadata_folder(o, f, "metadata.parquet"),
+    "json": lambda o, f: table_of_paths(o, f, "clips.json"),
+    "jsonl": lambda o, f: table_of_paths(o, f, "clips.jsonl"),
+    "csv": lambda o, f: table_of_paths(o, f, "clips.csv"),
+    "parquet": lambda o, f: table_of_paths(o, f, "clips.parquet"),
+    "absolute paths": absolute_paths,
+    "file URLs": lambda o, f: absolute_paths(o, f, "file://"),
+    "own columns": own_columns,
+    "embedded struct": lambda o, f: embedded(o, f, plain=False),
+    "embedded bytes": lambda o, f: embedded(o, f, plain=True),
+    "embedded by datasets": embedded_by_datasets,
+    "pairs": pairs,
+    "pairs with BOM": lambda o, f: pairs(o, f, "utf-8-sig"),
+    "nested pairs": nested_pairs,
+    "split of metadata": lambda o, f: split_folder(o, f, SOURCES["metadata.jsonl"]),
+    "split of pairs": lambda o, f: split_folder(o, f, pairs),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_sources(flags, originals, tmp_path, source):
+    """Every layout gives the same four clips, in the same order, with the same captions."""
+    args = train_ltd.parse_args(flags(**SOURCES[source](originals, tmp_path / "data")))
+    dataset, *where = train_ltd.open_dataset(args, "train")
+    assert [train_ltd.with_trigger(args, row["text"]) for row in dataset] == CAPTIONS
+    clips = [train_ltd.clip_source(row["video"], *where, args) for row in dataset]
+    clips = [clip if isinstance(clip, bytes) else Path(clip).read_bytes() for clip in clips]
+    assert clips == [(originals / name).read_bytes() for name in NAMES]
+
+
+def test_pair_without_text_has_an_empty_caption(prepare, log, originals, tmp_path):
+    kwargs = pairs(originals, tmp_path / "data")
+    (tmp_path / "data" / "clip1.txt").unlink()
+    clips = prepare(**kwargs)[0]
+    assert [clip["captions"] for clip in clips] == [["a red square"], [""], [CAPTIONS[2]], [CAPTIONS[3]]]
+    assert len([message for message in log("WARNING") if "clip1.txt" in message]) == 1
+    assert "captions: 4, 1 of them empty" in log()
+
+
+def test_text_that_is_not_utf8_is_named(prepare, originals, tmp_path):
+    kwargs = pairs(originals, tmp_path / "data")
+    (tmp_path / "data" / "clip2.txt").write_bytes("ein Bär".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"clip2\.txt.*UTF-8"):
+        prepare(**kwargs)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("video_column", "film"), ("caption_column", "prompt")])
+def test_missing_column_lists_the_others(prepare, originals, tmp_path, flag, value):
+    kwargs = table_of_paths(originals, tmp_path / "data", "clips.csv")
+    with pytest.raises(ValueError, match=rf"--{flag} {value}.*video, text"):
+        prepare(**kwargs | {flag: value})
+
+
+def test_table_of_an_unknown_kind(prepare, tmp_path):
+    (tmp_path / "table.xlsx").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"table\.xlsx.*\.jsonl"):
+        prepare(train_data_dir=tmp_path / "table.xlsx")
+
+
+# --- Held-out split --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+def test_fraction_is_held_out(prepare, tmp_path):
+    """Always the same videos; the windows and the copies of one stay on one side."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for n in range(5):
+        write_numbered(folder / f"{n}.mp4", 28, first=1000 * n)
+        (folder / f"copy of {n}.mp4").write_bytes((folder / f"{n}.mp4").read_bytes())
+    names = sorted(path.name for path in folder.iterdir())
+    kwargs = {"train_data_dir": write_metadata(folder, [{"video": n, "text": "a"} for n in names], "rows.jsonl")}
+    kwargs |= {"clips_per_video": 3, "validation_split": 0.4}
+    clips, held_out, _, _ = prepare(**kwargs)
+    assert len(clips) == 18 and len(held_out) == 12
+
+    def sources(clips):
+        return {re.search(r"(\d)\.mp4", clip["name"])[1] for clip in clips}
+
+    assert len(sources(clips)) == 3 and len(sources(held_out)) == 2
+    assert not sources(clips) & sources(held_out)
+    assert prepare(**kwargs)[:2] == (clips, held_out)
+    others = [sources(prepare(**kwargs, seed=seed)[1]) for seed in (4, 5, 6)]
+    assert any(other != sources(held_out) for other in others)
+    backwards = write_metadata(folder, [{"video": n, "text": "a"} for n in names[::-1]], "backwards.jsonl")
+    assert sources(prepare(**kwargs | {"train_data_dir": backwards})[1]) == sources(held_out)
+
+
+def test_at_least_one_is_held_out_and_one_is_left(prepare, originals, tmp_path):
+    data = metadata_folder(originals, tmp_path / "data", "metadata.jsonl")
+    assert [len(part) for part in prepare(**data, validation_split=0.01)[:2]] == [3, 1]
+    with pytest.raises(ValueError, match="validation_split"):
+        prepare(**data, validation_split=0.99)
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+@pytest.mark.parametrize("layout", ["split of metadata", "split of pairs"])
+def test_named_split_is_held_out(prepare, originals, tmp_path, layout):
+    data = SOURCES[layout](originals, tmp_path / "data")
+    clips, held_out, files, _ = prepare(**data, validation_split="validation")
+    assert [clip["captions"] for clip in clips] == [[text] for text in CAPTIONS]
+    assert [(Path(clip["name"]).name, clip["captions"]) for clip in held_out] == [("other.mp4", ["held out"])]
+    assert "held out" in files
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["split of metadata", "metadata.jsonl", "pairs", "csv"],
+)
+def test_split_that_does_not_exist(prepare, originals, tmp_path, source):
+    """It must not quietly be the training clips again."""
+    data = SOURCES[source](originals, tmp_path / "data")
+    with pytest.raises(ValueError, match="holdout"):
+        prepare(**data, validation_split="holdout")
+
+
+# --- leaves with the feature ---
+
+
+def test_a_dry_run_does_not_count_skipped_videos(prepare, tmp_path):
+    """Of the few that it looks at, one is a large share."""
+    names = [*make_videos(tmp_path / "data", 6), *(f"missing{n}.mp4" for n in range(4))]
+    write_metadata(tmp_path / "data", [{"file_name": name, "text": "a"} for name in names])
+    assert prepare(train_data_dir=tmp_path / "data", max_skipped=0.3, dry_run=True)

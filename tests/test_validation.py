@@ -1,0 +1,114 @@
+"""Errors on held-out clips, samples, and where both are logged."""
+
+import json
+
+import av
+import pytest
+from conftest import HEIGHT, NUM_FRAMES, WIDTH, launch
+from helpers import LOOKS
+
+import train_ltd
+
+
+def test_held_out_errors_repeat_to_the_last_digit(run, tmp_path):
+    kwargs = {"validation_split": 0.4, "eval_steps": 1, "max_train_steps": 2}
+    first, second = (run(output_dir=tmp_path / name, **kwargs) for name in "ab")
+    rows = [
+        [line for line in (f / "metrics.jsonl").read_text().splitlines() if "val/mse" in line] for f in (first, second)
+    ]
+    assert len(rows[0]) == 3 and rows[0] == rows[1]
+    row = json.loads(rows[0][0])
+    assert {f"val/mse_sigma_{s}" for s in train_ltd.EVAL_SIGMAS} < set(row)
+    assert row["val/mse"] == pytest.approx(sum(row[f"val/mse_sigma_{s}"] for s in train_ltd.EVAL_SIGMAS) / 5)
+
+
+@pytest.mark.slow
+def test_held_out_errors_in_two_processes_are_those_of_one(run, flags, tmp_path):
+    kwargs = {"validation_split": 0.4, "eval_steps": 1, "max_train_steps": 2}
+    one = run(output_dir=tmp_path / "one", **kwargs)
+    result = launch(flags(output_dir=tmp_path / "two", **kwargs), processes=2)
+    assert result.returncode == 0, result.stderr
+    rows = [
+        [line for line in (folder / "metrics.jsonl").read_text().splitlines() if "val/mse" in line]
+        for folder in (one, tmp_path / "two")
+    ]
+    assert rows[0][0] == rows[1][0]
+
+
+def test_samples_are_playable_and_keep_the_pipelines_shift(run, tmp_path):
+    """Before step 1 the video depends on the base only: training's --flow_shift must not leak into it."""
+    kwargs = {"max_train_steps": 2, **LOOKS}
+    first = run(output_dir=tmp_path / "a", flow_shift=1.0, **kwargs) / "samples"
+    second = run(output_dir=tmp_path / "b", flow_shift=9.0, **kwargs) / "samples"
+    names = [f"step-00000{step}-{i}.mp4" for step in (0, 2) for i in (0, 1)]
+    assert sorted(p.name for p in first.iterdir()) == names
+    assert (first / names[0]).read_bytes() == (second / names[0]).read_bytes()
+    with av.open(str(first / names[0])) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.frames, stream.width, stream.height, stream.average_rate) == (NUM_FRAMES, WIDTH, HEIGHT, 16)
+
+
+# --- Trackers --------------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_gets_scalars_and_moving_pictures(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = run(report_to="tensorboard", validation_split=0.2, checkpointing_steps=1, max_train_steps=3, **LOOKS)
+    run(
+        report_to="tensorboard",
+        validation_split=0.2,
+        resume_from_checkpoint=output / "checkpoint-1",
+        max_train_steps=3,
+        **LOOKS,
+    )
+    events = EventAccumulator(str(output / "logs/ltd-wan"), size_guidance={"images": 0}).Reload()
+    tags = events.Tags()
+    wanted = "loss mse mse_motion mse_static weight_mean weight_max lr grad_norm seconds_per_step clips_per_second"
+    assert {*wanted.split(), "peak_memory_gib", "val/mse", "val/mse_motion", "val/mse_static"} <= set(tags["scalars"])
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+    assert set(tags["images"]) == {"sample/0", "sample/1"}
+    assert events.Images("sample/0")[0].encoded_image_string.startswith(b"GIF89a")
+
+
+@pytest.mark.slow
+def test_wandb_goes_on_with_its_run(run, monkeypatch):
+    """What it is given: one name, the settings, each value at its step, the videos. How it stores them is its own."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    rows, configs, log, update = [], [], wandb.Run.log, wandb.Config.update
+
+    def record_row(self, row, step=None, **kwargs):
+        rows.append(row | {"step": step})
+        return log(self, row, step=step, **kwargs)
+
+    def record_config(self, config, **kwargs):
+        configs.append(config)
+        return update(self, config, **kwargs)
+
+    monkeypatch.setattr(wandb.Run, "log", record_row)
+    monkeypatch.setattr(wandb.Config, "update", record_config)
+    kwargs = {"report_to": "wandb", "logging_steps": 1, "max_train_steps": 3, **LOOKS}
+    output = run(checkpointing_steps=1, **kwargs)
+    run(resume_from_checkpoint=output / "checkpoint-1", **kwargs)
+    name = json.loads((output / "checkpoint-1/settings.json").read_text())["state"]["name"]
+    assert [path.stem for path in output.glob("wandb/offline-run-*/run-*.wandb")] == [f"run-{name}"] * 2
+    assert [(config["rank"], config["max_train_steps"]) for config in configs if "rank" in config] == [(4, 3)] * 2
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 2, 3]
+    assert any("sample/0" in row for row in rows)
+    assert list(output.glob("wandb/offline-run-*/files/media/videos/**/*.mp4"))
+
+
+@pytest.mark.slow
+def test_trackio_goes_on_with_its_run(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which it reads when it is imported
+    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+    kwargs = {"report_to": "trackio", "logging_steps": 1, "max_train_steps": 3, **LOOKS}
+    output = run(checkpointing_steps=1, **kwargs)
+    run(resume_from_checkpoint=output / "checkpoint-1", **kwargs)
+    (name,) = storage.get_runs("ltd-wan")
+    assert name == json.loads((output / "checkpoint-1/settings.json").read_text())["state"]["name"]
+    rows = storage.get_logs("ltd-wan", name)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 2, 3]
+    assert any("sample/0" in row for row in rows) and list((tmp_path / "trackio").rglob("*.mp4"))
