@@ -111,7 +111,6 @@ def flags(tiny_wan, clips, tmp_path):
             "learning_rate": 1e-2,
             "max_train_steps": 2,
             "logging_steps": 1,
-            "skip_vae_check": True,
             "report_to": "none",
             "seed": 3,
         } | kwargs
@@ -130,11 +129,11 @@ def flags(tiny_wan, clips, tmp_path):
 def run(flags):
     """Function that trains in this process with `flags(**kwargs)` and returns the output folder."""
 
-    def train(**kwargs) -> Path:
+    def train(compute_loss=train_ltd.compute_loss, **kwargs) -> Path:
         args = train_ltd.parse_args(flags(**kwargs))
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
-        train_ltd.main(args)
+        train_ltd.main(args, compute_loss)
         return Path(args.output_dir)
 
     return train

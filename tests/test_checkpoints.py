@@ -63,7 +63,7 @@ def test_resume_with_two_processes(flags, tmp_path, train_type):
         ({"train_type": "full", "rank": None}, "train_type lora there, full here"),
         ({"seed": 4}, "seed 3 there, 4 here"),
         ({"gradient_accumulation_steps": 2}, "samples_per_update 1 there, 2 here"),
-        ({"validation_split": 0.2}, "clips 7 there, 6 here"),
+        ({"validation_fraction": 0.2}, "clips 7 there, 6 here"),
         ({"use_ema": True}, "use_ema False there, True here"),
     ],
 )
@@ -107,7 +107,7 @@ def test_signal_stops_with_a_checkpoint(run, straight, monkeypatch, number):
     """In the middle of the third update: its first half is dropped, and the resumed run makes it again."""
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        strike(patch, train_ltd, "training_loss", 5, lambda: os.kill(os.getpid(), number))
+        strike(patch, train_ltd, "predict_flow", 5, lambda: os.kill(os.getpid(), number))
         with pytest.raises(SystemExit) as stop:
             run(**STEPS | {"checkpointing_steps": 100})
     assert stop.value.code == train_ltd.EXIT_STOPPED == 75
@@ -127,7 +127,7 @@ def test_clock_stops_with_a_checkpoint(run, straight):
 @pytest.mark.parametrize("strikes_at", ["evaluation", "samples"])
 def test_notice_during_validation(run, monkeypatch, tmp_path, strikes_at):
     """The rest of the look is left out, the checkpoint written; the resumed run looks first, and ends the same."""
-    looks = {"validation_split": 0.3, "eval_steps": 2, "validation_steps": 2, "validation_prompt": ["a", "b"]}
+    looks = {"validation_fraction": 0.3, "eval_steps": 2, "validation_steps": 2, "validation_prompt": ["a", "b"]}
     kwargs = STEPS | looks | {"max_train_steps": 4, "validation_num_inference_steps": 1}
     whole = run(output_dir=tmp_path / "whole", **kwargs)
     name, call = {"evaluation": ("motion_sums", 16), "samples": ("export_to_video", 3)}[strikes_at]  # both at step 2
