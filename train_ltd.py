@@ -1932,21 +1932,23 @@ def resume(run: "Run", args: argparse.Namespace) -> None:
         logger.warning(f"no checkpoint in {args.output_dir} to resume from: starting afresh")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        remove_later(run, args, starts_afresh=folder is None)
+        remove_later(run, args)
 
 
-def remove_later(run: "Run", args: argparse.Namespace, starts_afresh: bool) -> None:
+def remove_later(run: "Run", args: argparse.Namespace) -> None:
     """Delete what lies ahead of this run: damaged checkpoints, and those of a run that is to be overwritten.
 
     `latest` must not go back to them, nor the limit count them.
     """
-    step = 0 if starts_afresh else run.state.step
+    # Unless this run comes from a checkpoint of this very folder, all that is in it is of another.
+    step = run.state.step if run.saved else 0
     for path in list_checkpoints(args.output_dir):
         if checkpoint_step(path.name) >= step and path != run.saved:
             logger.warning(f"{path} is damaged, or of the run that is overwritten: it is deleted")
             remove_checkpoint(path)
-    if starts_afresh:
+    if not run.saved:
         shutil.rmtree(Path(args.output_dir, "samples"), ignore_errors=True)
+        Path(args.output_dir, "metrics.jsonl").unlink(missing_ok=True)
 
 
 def load_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:
