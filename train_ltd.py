@@ -1878,10 +1878,14 @@ def check_output_dir(args: argparse.Namespace) -> None:
     first_of_another_run = 0
     if asked in ("latest", "hub"):
         if existing:
-            read_checkpoint(existing[-1])
+            with contextlib.suppress(json.JSONDecodeError):  # it is damaged, and `resume` will leave it out
+                read_checkpoint(existing[-1])
         return
     if asked:
-        checkpoint = read_checkpoint(Path(asked))
+        try:
+            checkpoint = read_checkpoint(Path(asked))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--resume_from_checkpoint {asked} is damaged; take an older one, or latest") from error
         if Path(asked).resolve().parent == Path(args.output_dir).resolve():
             first_of_another_run = checkpoint["state"]["step"] + 1
     others = [path.name for path in existing if checkpoint_step(path.name) >= first_of_another_run]
@@ -1894,7 +1898,7 @@ def check_output_dir(args: argparse.Namespace) -> None:
 
 def read_checkpoint(folder: Path) -> dict:
     """Read `settings` and `state` of a checkpoint. Raises `ValueError` for one of an earlier version."""
-    checkpoint = json.loads((folder / "settings.json").read_text())
+    checkpoint = json.loads((folder / "settings.json").read_text(errors="replace"))
     if checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(
             f"{folder} is of an earlier version, which alone can resume it. Start a new run from its weights by "
