@@ -525,6 +525,8 @@ def check_args(args: argparse.Namespace) -> None:
             problems.append(f"a package is missing: pip install {package}")
     if args.attention_backend and args.attention_backend not in [name.value for name in AttentionBackendName]:
         problems.append(f"--attention_backend {args.attention_backend}: diffusers knows no kernel of that name")
+    elif args.attention_backend and "sage" in args.attention_backend:
+        problems.append("--attention_backend: sage has no backward pass, and to_q, to_k, to_v would not be trained")
     if args.mixed_precision == "bf16" and torch.cuda.is_available():
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             problems.append("--mixed_precision bf16: this GPU has no bf16; use no")

@@ -121,6 +121,14 @@ def test_the_bare_switch_of_diffusers_scripts(flags):
     assert train_ltd.parse_args([*flags(), "--gradient_checkpointing"]).gradient_checkpointing == "full"
 
 
+@pytest.mark.parametrize("name", ["sage", "_sage_qk_int8_pv_fp16_triton"])
+def test_attention_kernels_for_inference_are_refused(flags, name):
+    """They have no backward pass: the projections before them would silently get no gradient."""
+    with pytest.raises(ValueError, match="sage has no backward pass"):
+        train_ltd.parse_args(flags(attention_backend=name))
+    assert train_ltd.parse_args(flags(attention_backend="_native_cudnn")).attention_backend == "_native_cudnn"
+
+
 def test_quantization_is_refused_where_it_cannot_work(monkeypatch, flags, tmp_path):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else find_spec(name))
