@@ -9,6 +9,12 @@ maps: video, ln(e + D), noise prediction and squared error of one clip (Fig. 1),
     python examples/visualize_ltd.py maps --video dog.mp4 --prompt "a dog jumps over a fence" --lora my_lora
     python examples/visualize_ltd.py maps --latents latents.safetensors --ltd_only  # without any model
 
+The report also filters: a table of the clips that move enough and have no cut, to train on instead of the folder.
+
+    python examples/visualize_ltd.py report --train_data_dir my_clips --output_dir my_lora \\
+        --write_metadata my_clips/kept.jsonl --min_ltd 0.2 --drop_cuts
+    accelerate launch train_ltd.py --train_data_dir my_clips/kept.jsonl --output_dir my_lora
+
 All flags of train_ltd.py can be given as well, `--config` too. With those of a training run its cache is read, and
 what is encoded here training finds there. Videos of base and tuned models (Fig. 5): examples/generate.py --compare.
 """
@@ -18,24 +24,29 @@ import itertools
 import json
 import logging
 import math
+import os
 import sys
 import textwrap
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
+import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
+from datasets.distributed import split_dataset_by_node
 from diffusers import WanTransformer3DModel
 from diffusers.training_utils import free_memory
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # train_ltd.py is a script in the repository's root, not an installed module
@@ -45,73 +56,138 @@ from videos import labelled_row, write_video
 import train_ltd
 from ltd_loss import latent_temporal_discrepancy
 
-WIDTH, DPI = 8, 100  # inches and pixels an inch: a README shows 800 px
-# Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow, too light for a line
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+WIDTH = 8  # inches
+DPI = 100  # pixels an inch: a README shows 800 px
+# Okabe and Ito's colors, which the color-blind can tell apart, without the yellow, too light for a line
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 COLUMNS = 5  # pictures side by side
 VIDEO_WIDTH = 400  # pixels of each row in the mp4
+SIGMAS = [0.1, 0.3, 0.5, 0.7, 0.9]  # of the curves: those of training's held-out errors
+MOST_TUNED = {"curves": len(COLORS) - 1, "maps": 1}  # models that a picture has room for
+FRAME_PICTURES = 4  # of the video in a latent frame; the first holds one alone
 
 
-def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    """The flags below and all those of train_ltd.py, in one namespace."""
+# --- Arguments -------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the flags that train_ltd.py does not have."""
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, **style)
     commands = parser.add_subparsers(dest="command", required=True)
     style["epilog"] = "All flags of train_ltd.py can be given as well; see its --help."
-    commands.add_parser("report", help="histogram of LTD, stillest and wildest clips, suspected cuts", **style)
+
+    report = commands.add_parser(
+        "report", help="histogram of LTD, stillest and wildest clips, suspected cuts", **style
+    )
+    add = report.add_argument
+    add("--write_metadata", type=Path, metavar="KEPT.JSONL", help="write a table of the clips to train on")
+    add("--min_ltd", type=float, help="keep no clip in it whose mean LTD is below this")
+    add("--max_ltd", type=float, help="keep no clip in it whose mean LTD is above this")
+    add("--drop_cuts", action="store_true", help="keep no clip in it in which a hard cut is suspected")
+
     curves = commands.add_parser("curves", help="Fig. 3: LTD and error over latent frames", **style)
     maps = commands.add_parser("maps", help="Fig. 1: video, LTD, noise prediction, squared error", **style)
-    levels, repeatable = {curves: list(train_ltd.EVAL_SIGMAS), maps: [0.5]}, {curves: "; repeatable", maps: ""}
     for command in (curves, maps):
-        add, more, default = command.add_argument, repeatable[command], levels[command]
-        add("--lora", action="append", default=[], help=f"tuned: LoRA (file, folder or Hub id) on the base{more}")
-        add("--transformer", action="append", default=[], help=f"tuned: a fine-tune in the base's place{more}")
-        text = f"noise level in (0, 1), where 1 would be pure noise (default: {' '.join(map(str, default))})"
-        add("--sigma", type=float, nargs="+" if command is curves else 1, default=default, help=text)
+        add = command.add_argument
+        add("--lora", action="append", default=[], help="tuned: LoRA (file, folder or Hub id) on the base; repeatable")
+        add("--transformer", action="append", default=[], help="tuned: a fine-tune in the base's place; repeatable")
+    text = "noise level in (0, 1), where 1 would be pure noise (default: %(default)s)"
+    curves.add_argument("--sigma", type=float, nargs="+", default=SIGMAS, help=text)
+    maps.add_argument("--sigma", type=float, nargs=1, default=[0.5], help=text)
     source = maps.add_mutually_exclusive_group(required=True)
     source.add_argument("--video", help="clip, cut to size as for training: --height, --width, --num_frames, --fps")
-    source.add_argument("--latents", help="safetensors with normalised `latents`, (C, F, H, W) or (B, C, F, H, W)")
+    source.add_argument("--latents", help="safetensors with normalized `latents`, (C, F, H, W) or (B, C, F, H, W)")
     maps.add_argument("--prompt", default="", help="caption of the clip")
     maps.add_argument("--ltd_only", action="store_true", help="leave out what needs a transformer")
+    return parser
 
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    """Read the flags of this script and all those of train_ltd.py into one namespace.
+
+    Raises `ValueError` for what train_ltd.py refuses; argparse itself exits with 2.
+    """
+    parser = build_parser()
     own, rest = parser.parse_known_args(input_args)
-    if own.command != "report":
-        most = len(COLOURS) - 1 if own.command == "curves" else 1
-        if len(own.lora + own.transformer) > most:
+    if own.command == "report":
+        filters = own.drop_cuts or own.min_ltd is not None or own.max_ltd is not None
+        if filters and not own.write_metadata:
+            parser.error("--min_ltd, --max_ltd and --drop_cuts need --write_metadata, the table that they filter")
+    else:
+        most = MOST_TUNED[own.command]
+        if len(own.lora) + len(own.transformer) > most:
             parser.error(f"{own.command} takes at most {most} of --lora and --transformer")
         if not all(0 < sigma < 1 for sigma in own.sigma):
             parser.error(f"--sigma must lie in (0, 1), got {own.sigma}")
     if own.command == "maps":
-        flag, path = ("--video", own.video) if own.video else ("--latents", own.latents)
+        path = own.video or own.latents
         if not Path(path).is_file():
+            flag = "--video" if own.video else "--latents"
             parser.error(f"{flag} {path} is not a file")
-        rest += ["--train_data_dir", path]  # the clip is all the data there is
-    return argparse.Namespace(**vars(train_ltd.parse_args([*rest, "--no-torch_compile"])), **vars(own))
+        rest.append(f"--train_data_dir={path}")  # the clip is all the data there is
+        rest.append(f"--validation_prompt={own.prompt}")  # which cleans it, and puts the trigger word before it
+    args = train_ltd.parse_args(rest)
+    vars(args).update(vars(own))
+    return args
+
+
+def changed(args: argparse.Namespace, **values) -> argparse.Namespace:
+    """Return a copy of the arguments with other values."""
+    return argparse.Namespace(**vars(args) | values)
 
 
 # --- Models ----------------------------------------------------------------------------------------------------------
 
 
-def check_models(args: argparse.Namespace) -> None:
-    """Refuse what is no Wan2.1 model or no LoRA before anything is encoded."""
-    train_ltd.check_model(args)
+def with_lora(args: argparse.Namespace, name: str) -> argparse.Namespace:
+    """Return a copy of the arguments with a finished LoRA, which brings its own rank, alpha and modules."""
+    return changed(args, init_lora=name, rank=None, lora_alpha=None, lora_target_modules=None)
+
+
+def check_models(args: argparse.Namespace):
+    """Return the `Wan` of the base, and refuse tuned models that do not fit before anything is encoded.
+
+    Raises `ValueError` for what is no Wan2.1 text-to-video model, and for what is no LoRA of it.
+    """
+    wan = train_ltd.identify_wan(args)
     for name in args.transformer:
-        train_ltd.check_model(argparse.Namespace(**vars(args) | {"transformer_path": name}))
+        train_ltd.identify_wan(changed(args, transformer_path=name))
     for name in args.lora:
+        with torch.device("meta"):
+            transformer = WanTransformer3DModel.from_config(read_config(args))
         try:
-            train_ltd.read_lora(name)
-        except (OSError, ValueError, SafetensorError, *train_ltd.HUB_ERRORS) as error:
-            raise ValueError(f"--lora {name} cannot be used: {error}") from error
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # weights that are copied to the meta device are lost
+                train_ltd.add_lora(transformer, with_lora(args, name))
+        except Exception as error:  # of any file, and of the Hub
+            reason = textwrap.shorten(str(error), 300)  # else torch lists every weight
+            raise ValueError(f"--lora {name} cannot be used: {reason}") from error
+    return wan
 
 
-def load_model(args: argparse.Namespace, device: torch.device, lora="", transformer="") -> WanTransformer3DModel:
-    """The base, `lora` on it, or `transformer` in its place. Raises `ValueError` when the LoRA does not fit."""
-    own = {"init_lora": lora, "rank": None, "lora_alpha": None, "lora_target_modules": None}
-    own["transformer_path"] = transformer or args.transformer_path
-    args = argparse.Namespace(**vars(args) | own)
-    model = train_ltd.load_transformer(args)
+def read_config(args: argparse.Namespace) -> dict:
+    """Read the configuration of the transformer that LoRAs are put on. A single file has that of the base."""
+    path = args.transformer_path
+    if not path or path.endswith(".safetensors"):
+        return WanTransformer3DModel.load_config(
+            args.pretrained_model_name_or_path, subfolder="transformer", revision=args.revision
+        )
+    try:
+        return WanTransformer3DModel.load_config(path, subfolder="transformer")
+    except OSError:
+        return WanTransformer3DModel.load_config(path)
+
+
+def load_model(
+    args: argparse.Namespace, wan, device: torch.device, lora: str = "", transformer: str = ""
+) -> WanTransformer3DModel:
+    """Load the base, `lora` on it, or `transformer` in its place. Raises `ValueError` when the LoRA does not fit."""
+    if transformer:
+        args = changed(args, transformer_path=transformer)
+    model = train_ltd.load_transformer(args, wan)
     if lora:
-        train_ltd.add_lora(model, args)
+        train_ltd.add_lora(model, with_lora(args, lora))
     return model.to(device).eval()
 
 
@@ -120,16 +196,19 @@ def load_model(args: argparse.Namespace, device: torch.device, lora="", transfor
 
 @dataclass
 class Row:
-    """A row of Fig. 1: pictures `(N, H, W, 3)` in [0, 1], or values `(F, h, w)` and their colours."""
+    """A row of Fig. 1: pictures `(N, H, W, 3)` in [0, 1], or values `(F, h, w)` and their colors."""
 
     label: str
     values: np.ndarray
-    colours: ScalarMappable | None = None
+    colors: ScalarMappable | None = None
     over_video: bool = False
 
 
 def read_latents(path: str) -> torch.Tensor:
-    """`(C, F, H, W)` float32; the first clip of a batch, or of an entry of the training cache."""
+    """Read latents `(C, F, H, W)` float32: the first clip of a batch, or those of an entry of the training cache.
+
+    Raises `ValueError` for a file that has none of this shape.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             if "latents" not in file.keys():
@@ -137,57 +216,94 @@ def read_latents(path: str) -> torch.Tensor:
             latents = file.get_tensor("latents").float()
     except SafetensorError as error:
         raise ValueError(f"--latents {path} is not a safetensors file: {error}") from error
-    if latents.ndim not in (4, 5):
+    if latents.ndim == 5:
+        return latents[0]
+    if latents.ndim != 4:
         raise ValueError(f"--latents {path}: (C, F, H, W) or (B, C, F, H, W) is needed, got {tuple(latents.shape)}")
-    return latents[0] if latents.ndim == 5 else latents
+    return latents
+
+
+def picture_latents(latents: torch.Tensor) -> np.ndarray:
+    """Draw latents `(C, F, H, W)` in gray by their main component: `(F, H, W, 3)` in [0, 1]."""
+    gray = main_component(latents, latents)
+    low, high = np.quantile(gray, [0.01, 0.99])
+    gray = (gray - low) / max(high - low, 1e-6)
+    return gray.clip(0, 1)[..., None].repeat(3, axis=-1)
+
+
+def encode_video(args: argparse.Namespace, device: torch.device) -> tuple[torch.Tensor, np.ndarray]:
+    """Read `--video` as training does: latents `(C, F, H, W)`, and pictures `(N, H, W, 3)` float32 in [0, 1].
+
+    Raises `ValueError` for what is no video, or too short a one.
+    """
+    size = (args.num_frames, args.height, args.width)
+    try:
+        frames = train_ltd.read_clip(args.video, size, args.fps)[0][0]  # (N, 3, H, W)
+    except (OSError, ValueError, av.FFmpegError) as error:
+        raise ValueError(f"--video {args.video}: {error}; see --num_frames and --fps") from error
+    vae = train_ltd.load_vae(args, device)
+    latents = train_ltd.encode_clip(vae, frames)["latents"].cpu()
+    pictures = frames.permute(0, 2, 3, 1).numpy() / np.float32(255)
+    return latents, pictures
 
 
 @torch.no_grad()
-def predict_noise(transformer: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """
-    Eq. 1's noise prediction, from a flow model's v: z_t + (1 - sigma) v. Takes what `train_ltd.flow_matching_error`
-    takes; the squared error of what it returns, `(B, C, F, H, W)` float32, is (1 - sigma)^2 times that function's.
+def predict_noise(wan, transformer: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return Eq. 1's noise prediction, `(B, C, F, H, W)` float32, which a flow model gives as z_t + (1 - sigma) v.
+
+    z_t is the noisy latents and v the predicted flow from clip to noise. `batch` holds `latents`, `noise`, `sigmas`
+    and `prompt_embeds`. The squared error of the noise is (1 - sigma)^2 times that of the flow.
     """
     sigmas = batch["sigmas"].view(-1, 1, 1, 1, 1)
     noisy_latents = (1 - sigmas) * batch["latents"] + sigmas * batch["noise"]
-    inputs = {"timestep": 1000 * batch["sigmas"], "encoder_hidden_states": batch["prompt_embeds"]}
-    flow = transformer(hidden_states=noisy_latents, **inputs, return_dict=False)[0]
+    flow = train_ltd.predict_flow(wan, transformer, noisy_latents, batch)
     return noisy_latents + (1 - sigmas) * flow.float()
 
 
 def main_component(latents: torch.Tensor, values: torch.Tensor) -> np.ndarray:
-    """Projection of `values` `(C, F, H, W)` on the latents' first principal component over channels: `(F, H, W)`."""
-    direction = torch.linalg.eigh(latents.flatten(1).cov()).eigenvectors[:, -1]
-    return torch.einsum("c,cfhw->fhw", direction * direction.sum().sign(), values).numpy()
+    """Project `values` `(C, F, H, W)` on the latents' first principal component over channels: `(F, H, W)`."""
+    covariance = latents.flatten(1).cov()  # (C, C)
+    direction = torch.linalg.eigh(covariance).eigenvectors[:, -1]
+    direction = direction * direction.sum().sign()
+    return torch.einsum("c,cfhw->fhw", direction, values).numpy()
 
 
 def heat(values: np.ndarray, low: float, name: str) -> ScalarMappable:
+    """Make colors for `(F, h, w)`, from `low` to the 99 % quantile of latent frames 2 and on.
+
+    The first two hold the first gap, which a causal VAE inflates, and would darken all others.
     """
-    Colours of `(F, h, w)` from `low` to the 99 % quantile of latent frames 2 and on: the first two hold the first gap,
-    which a causal VAE inflates, and would darken all others.
-    """
-    high = np.quantile(values[2:] if len(values) > 2 else values, 0.99)
-    return ScalarMappable(Normalize(low, max(high, low + 1e-6)), name)
+    later = values
+    if len(values) > 2:
+        later = values[2:]
+    high = max(np.quantile(later, 0.99), low + 1e-6)
+    return ScalarMappable(Normalize(low, high), name)
 
 
 def paint(row: Row, pictures: np.ndarray, index: int) -> np.ndarray:
-    """What a row shows at picture `index` of the video: `(H, W, 3)` in [0, 1]."""
-    if row.colours is None:
+    """Return what a row shows at picture `index` of the video: `(H, W, 3)` in [0, 1]."""
+    if row.colors is None:
         return row.values[index]
     # Latent frame 0 holds the first picture alone, each other one as many as the next (4, or 1 of a latent preview).
     frame = math.ceil(index * (len(row.values) - 1) / max(1, len(pictures) - 1))
-    colours, factor = row.colours.to_rgba(row.values[frame])[..., :3], pictures.shape[1] // row.values.shape[1]
-    colours = colours.repeat(factor, axis=0).repeat(factor, axis=1)
-    return 0.75 * colours + 0.25 * pictures[index].mean(-1, keepdims=True) if row.over_video else colours
+    factor = pictures.shape[1] // row.values.shape[1]
+    colors = row.colors.to_rgba(row.values[frame])[..., :3]
+    colors = colors.repeat(factor, axis=0).repeat(factor, axis=1)
+    if row.over_video:
+        gray = pictures[index].mean(-1, keepdims=True)
+        return 0.75 * colors + 0.25 * gray
+    return colors
 
 
 def draw_strip(rows: list[Row], title: str, fps: float) -> Figure:
-    """Latent frames spread over the clip, a column each, with the last picture of each."""
-    pictures, frames = rows[0].values, len(rows[1].values)
+    """Draw latent frames spread over the clip, a column each, with the last picture of each."""
+    pictures = rows[0].values
+    frames = len(rows[1].values)
     chosen = np.unique(np.linspace(0, frames - 1, COLUMNS).round().astype(int))
-    panel = (WIDTH - 1.2) / len(chosen) * pictures.shape[1] / pictures.shape[2]  # inches
-    size = WIDTH, len(rows) * (panel + 0.05) + 0.2 * (4 + title.count("\n"))
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    panel_width = (WIDTH - 1.2) / len(chosen)  # inches
+    panel_height = panel_width * pictures.shape[1] / pictures.shape[2] + 0.05
+    height = len(rows) * panel_height + 0.2 * (4 + title.count("\n"))
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots(len(rows), len(chosen), squeeze=False)
     for row, line in zip(rows, axes, strict=True):
@@ -198,71 +314,99 @@ def draw_strip(rows: list[Row], title: str, fps: float) -> Figure:
             if row is rows[0]:
                 axis.set_title(f"latent frame {frame}\n{index / fps:.2f} s", fontsize=10)
         line[0].set_ylabel(row.label, fontsize=10)
-        if row.colours:
-            extend = "max" if row.colours.norm.vmin >= 0 else "both"
-            figure.colorbar(row.colours, ax=list(line), aspect=10, pad=0.01, extend=extend)
+        if row.colors:
+            extend = "max" if row.colors.norm.vmin >= 0 else "both"
+            figure.colorbar(row.colors, ax=list(line), aspect=10, pad=0.01, extend=extend)
     return figure
 
 
 def video_frames(rows: list[Row]) -> np.ndarray:
-    """All pictures with the rows side by side: `(N, H, W, 3)` uint8 of even H and W."""
-    pictures, frames = rows[0].values, []
-    size = VIDEO_WIDTH, round(VIDEO_WIDTH * pictures.shape[1] / pictures.shape[2] / 2) * 2
+    """Draw all pictures with the rows side by side: `(N, H, W, 3)` uint8 of even H and W."""
+    pictures = rows[0].values
+    height = round(VIDEO_WIDTH * pictures.shape[1] / pictures.shape[2] / 2) * 2
+    labels = [row.label.replace("\n", " ") for row in rows]
+    frames = []
     for index in range(len(pictures)):
-        panels = [Image.fromarray(np.uint8(255 * paint(row, pictures, index))) for row in rows]
-        panels = [
-            np.asarray(panel.resize(size, Image.Resampling.BOX)) for panel in panels
-        ]  # voxels stay sharp squares
-        labels = [row.label.replace("\n", " ") for row in rows]
+        panels = []
+        for row in rows:
+            panel = Image.fromarray(np.uint8(255 * paint(row, pictures, index)))
+            panel = panel.resize((VIDEO_WIDTH, height), Image.Resampling.BOX)  # voxels stay sharp squares
+            panels.append(np.asarray(panel))
         frames.append(labelled_row(panels, labels))
     return np.stack(frames)
 
 
+def predict(
+    args: argparse.Namespace, wan, accelerator: Accelerator, latents: torch.Tensor
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Predict a clip's noise at `--sigma`: `(C, F, H, W)`, and the squared error of the flow: `(F, H, W)`.
+
+    The error is the one that training minimizes. Raises `ValueError` for latents that are not this model's.
+    """
+    caption = args.validation_prompt[-1]
+    files = train_ltd.cache_captions(args, accelerator, {caption})
+    tuned = {}
+    if args.lora:
+        tuned["lora"] = args.lora[0]
+    if args.transformer:
+        tuned["transformer"] = args.transformer[0]
+    model = load_model(args, wan, accelerator.device, **tuned)
+    if model.config.in_channels != len(latents):
+        raise ValueError(f"--latents has {len(latents)} channels, the model {model.config.in_channels}")
+    generator = torch.Generator().manual_seed(args.seed)
+    sample = {
+        "latents": latents,
+        "noise": torch.randn(latents.shape, generator=generator),
+        "prompt_embeds": train_ltd.LatentDataset([], files, args).load_prompt(caption),
+    }
+    batch = {name: tensor[None].to(accelerator.device) for name, tensor in sample.items()}
+    batch["sigmas"] = torch.tensor(args.sigma, device=accelerator.device)
+    with accelerator.autocast():
+        noise = predict_noise(wan, model, batch)
+    flow_error = (noise - batch["noise"]) / (1 - args.sigma[0])
+    return noise[0].cpu(), flow_error.square().mean(dim=1)[0].cpu().numpy()
+
+
 def make_maps(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Write `ltd_maps.png` and `ltd_maps.mp4` of one clip.
+
+    With `--latents` their main component stands for the video; it is also what is shown of the noise prediction.
     """
-    `ltd_maps.png` and `ltd_maps.mp4` of one clip. With `--latents` their main component stands for the video; it is
-    also what is shown of the noise prediction. The error is that of the flow, which training minimises.
-    """
-    folder, fps = Path(args.output_dir), args.fps
-    if args.latents:
-        latents, fps = read_latents(args.latents), args.fps / 4
-        gray = main_component(latents, latents)
-        low, high = np.quantile(gray, [0.01, 0.99])
-        pictures = np.clip((gray - low) / max(high - low, 1e-6), 0, 1)[..., None].repeat(3, axis=-1)
-    else:
-        try:
-            frames = train_ltd.read_clips(args.video, args)[0][0]
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--video {args.video}: {error}; see --num_frames and --fps") from error
-        latents = train_ltd.encode_clip(train_ltd.load_vae(args, accelerator.device), frames).cpu()
-        pictures = frames.permute(0, 2, 3, 1).numpy() / np.float32(255)
-    ltd = torch.log(math.e + latent_temporal_discrepancy(latents[None])[0]).numpy()
-    title = [f"“{args.prompt}”" if args.prompt else Path(args.video or args.latents).name]
-    spread = f"{ltd.min():.2f} to {ltd.max():.2f}, mean {ltd.mean():.2f}"
-    title += [f"ln(e + D): {spread} (frames 0 and 1 hold the VAE's inflated first gap)"]
-    rows = [Row("latents" if args.latents else "video", pictures)]
-    rows += [Row("ln(e + D)", ltd, heat(ltd, 1, "magma"), over_video=True)]
+    # What can be refused is refused first. Latents need no model, unless noise is to be predicted.
+    wan = None
     if not args.ltd_only:
-        caption = train_ltd.with_trigger(args, args.prompt)
-        files, _ = train_ltd.cache_captions(args, accelerator, {caption})
-        tuned = {"lora": args.lora, "transformer": args.transformer}
-        model = load_model(args, accelerator.device, **{flag: names[0] for flag, names in tuned.items() if names})
-        if model.config.in_channels != len(latents):
-            raise ValueError(f"--latents has {len(latents)} channels, the model {model.config.in_channels}")
-        batch = {"latents": latents, "prompt_embeds": train_ltd.load_prompt(args, files[caption])}
-        batch["noise"] = torch.randn(latents.shape, generator=torch.Generator().manual_seed(args.seed))
-        batch = {k: v[None].to(accelerator.device) for k, v in batch.items()}
-        batch["sigmas"] = torch.tensor(args.sigma, device=accelerator.device)
-        with accelerator.autocast():
-            noise = predict_noise(model, batch)
-        error = ((noise - batch["noise"]) / (1 - args.sigma[0])).square().mean(dim=1)[0].cpu().numpy()
-        shown = main_component(latents, noise[0].cpu())
-        rows += [Row("noise\nprediction", shown, ScalarMappable(Normalize(-3, 3), "gray"))]
-        rows += [Row("squared\nerror", error, heat(error, 0, "viridis"))]
-        name = [*args.lora, *args.transformer, args.pretrained_model_name_or_path][0]
+        wan = check_models(args)
+    elif args.video:
+        train_ltd.identify_wan(args)
+    if args.latents:
+        latents = read_latents(args.latents)
+        pictures = picture_latents(latents)
+        fps = args.fps / FRAME_PICTURES
+        label = "latents"
+    else:
+        latents, pictures = encode_video(args, accelerator.device)
+        fps = args.fps
+        label = "video"
+
+    ltd = latent_temporal_discrepancy(latents[None])[0]  # (F, H, W)
+    ltd = torch.log(math.e + ltd).numpy()
+    rows = [Row(label, pictures), Row("ln(e + D)", ltd, heat(ltd, 1, "magma"), over_video=True)]
+    name = f"“{args.prompt}”"
+    if not args.prompt:
+        name = Path(args.video or args.latents).name
+    spread = f"{ltd.min():.2f} to {ltd.max():.2f}, mean {ltd.mean():.2f}"
+    lines = [name, f"ln(e + D): {spread} (frames 0 and 1 hold the VAE's inflated first gap)"]
+    if not args.ltd_only:
+        noise, error = predict(args, wan, accelerator, latents)
+        colors = ScalarMappable(Normalize(-3, 3), "gray")
+        rows.append(Row("noise\nprediction", main_component(latents, noise), colors))
+        rows.append(Row("squared\nerror", error, heat(error, 0, "viridis")))
+        model = [*args.lora, *args.transformer, args.pretrained_model_name_or_path][0]
         settings = f"sigma {args.sigma[0]:g}, noise of seed {args.seed}"
-        title += [f"{name}: {settings}, mean squared error of the flow {error.mean():.3f}"]
-    title = "\n".join(textwrap.fill(line, 100) for line in title)
+        lines.append(f"{model}: {settings}, mean squared error of the flow {error.mean():.3f}")
+
+    folder = Path(args.output_dir)
+    title = "\n".join(textwrap.fill(line, 100) for line in lines)
     draw_strip(rows, title, fps).savefig(folder / "ltd_maps.png")
     write_video(video_frames(rows), folder / "ltd_maps.mp4", fps)
     print(f"wrote {folder}/ltd_maps.png and ltd_maps.mp4")
@@ -271,157 +415,325 @@ def make_maps(args: argparse.Namespace, accelerator: Accelerator) -> None:
 # --- curves: Fig. 3 --------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def error_per_frame(model, dataset: train_ltd.LatentDataset, args: argparse.Namespace, accelerator) -> np.ndarray:
-    """The squared error of `train_ltd.evaluate`, at its fixed noise: mean over `--sigma` and voxels, `(clips, F)`."""
-    rows = []
-    for index, clip in enumerate(tqdm(dataset.clips, desc="measuring", unit="clip")):
-        generator = torch.Generator().manual_seed(train_ltd.sample_seed("eval", args.seed, index))
-        batch = dataset.load(clip, clip["captions"][0], generator)
-        batch, errors = {k: v[None].to(accelerator.device) for k, v in batch.items()}, []
-        for sigma in args.sigma:
-            batch["sigmas"] = torch.tensor([sigma], device=accelerator.device)
-            with accelerator.autocast():
-                errors.append(train_ltd.flow_matching_error(model, batch).mean(dim=(0, 1, 3, 4)))
-        rows.append(torch.stack(errors).mean(dim=0).cpu().numpy())
-    return np.stack(rows)
+def frame_errors(prediction: torch.Tensor, target: torch.Tensor, latents: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Measure, for `train_ltd.evaluate`, the squared error of each latent frame, `(F,)`."""
+    error = (prediction.float() - target.float()).square()  # (1, C, F, H, W)
+    return {"frames": error.mean(dim=(0, 1, 3, 4))}
+
+
+def error_per_frame(
+    args: argparse.Namespace, wan, model: torch.nn.Module, dataset: train_ltd.LatentDataset, accelerator: Accelerator
+) -> np.ndarray:
+    """Measure the first `--max_eval_clips` clips as training does, averaged over `--sigma`: `(clips, F)`."""
+    bounds = dataset.motion_bounds(accelerator.device)
+    with accelerator.autocast():
+        rows = train_ltd.evaluate(
+            wan, model, dataset, bounds, accelerator, args, sigmas=args.sigma, measure=frame_errors
+        )
+    errors = torch.stack([row["frames"] for row in rows])
+    errors = errors.unflatten(0, (-1, len(args.sigma)))  # (clips, sigmas, F): the rows are sorted so
+    return errors.mean(dim=1).numpy()
+
+
+def draw_lines(axes: Axes, lines: dict[str, np.ndarray], quantity: str) -> None:
+    """Draw values `(clips, F)` over latent frames: their mean as a line, their middle half as a band."""
+    for color, (name, values) in zip(COLORS, lines.items(), strict=False):
+        low, high = np.quantile(values, [0.25, 0.75], axis=0)
+        axes.fill_between(np.arange(len(low)), low, high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(values.mean(axis=0), color=color, marker=".", label=name)
+    axes.set_xlabel("latent frame (0: one picture, then four each)")
+    axes.set_ylabel(f"{quantity}, mean over voxels")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def draw_curves(ltd: np.ndarray, errors: dict[str, np.ndarray], title: str) -> Figure:
-    """LTD on the left, the error of each model on the right, `(clips, F)`: mean as a line, middle half as a band."""
+    """Draw LTD on the left and the error of each model on the right, all `(clips, F)`."""
     figure = Figure(figsize=(WIDTH, 3.4 + 0.2 * len(errors)), dpi=DPI, layout="constrained")
     figure.suptitle(title, fontsize=10)
-    panels = zip(figure.subplots(1, 2), ("LTD", "squared error"), ({"LTD": ltd}, errors), strict=True)
-    for axes, quantity, lines in panels:
-        for colour, (name, values) in zip(COLOURS, lines.items(), strict=False):
-            low, high = np.quantile(values, [0.25, 0.75], axis=0)
-            axes.fill_between(np.arange(len(low)), low, high, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(values.mean(axis=0), color=colour, marker=".", label=name)
-        axes.set(xlabel="latent frame (0: one picture, then four each)", ylabel=f"{quantity}, mean over voxels")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center")
+    left, right = figure.subplots(1, 2)
+    draw_lines(left, {"LTD": ltd}, "LTD")
+    draw_lines(right, errors, "squared error")
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center")
     return figure
 
 
 def make_curves(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """`ltd_curves.png` and its numbers, `ltd_curves.json`; of held-out clips if `--validation_split` leaves any."""
+    """Write `ltd_curves.png` and its numbers, `ltd_curves.json`; of held-out clips if training leaves any."""
+    wan = check_models(args)
     clips, held_out, captions = train_ltd.prepare_data(args, accelerator)
-    dataset = train_ltd.LatentDataset((held_out or clips)[: args.max_eval_clips], captions, args)
-    ltd, errors = np.array([clip["ltd_per_frame"] for clip in dataset.clips]), {}
-    numbers = {"clips": [clip["name"] for clip in dataset.clips], "held_out": bool(held_out), "sigma": args.sigma}
-    numbers |= {"seed": args.seed, "base": args.pretrained_model_name_or_path, "ltd": ltd.tolist(), "mse": {}}
-    models = {"base": {}} | {n: {"lora": n} for n in args.lora} | {n: {"transformer": n} for n in args.transformer}
-    for name, kwargs in models.items():
-        model = load_model(args, accelerator.device, **kwargs)
-        errors[name] = error_per_frame(model, dataset, args, accelerator)
+    shown = (held_out or clips)[: args.max_eval_clips]
+    dataset = train_ltd.LatentDataset(shown, captions, args)
+    ltd = np.array([clip.ltd_per_frame for clip in shown])
+    numbers = {
+        "clips": [clip.name for clip in shown],
+        "held_out": bool(held_out),
+        "sigma": args.sigma,
+        "seed": args.seed,
+        "base": args.pretrained_model_name_or_path,
+        "ltd": ltd.tolist(),
+        "mse": {},
+    }
+    models = {"base": {}}
+    for name in args.lora:
+        models[name] = {"lora": name}
+    for name in args.transformer:
+        models[name] = {"transformer": name}
+    folder = Path(args.output_dir)
+    errors = {}
+    for name, tuned in models.items():
+        model = load_model(args, wan, accelerator.device, **tuned)
+        errors[name] = error_per_frame(args, wan, model, dataset, accelerator)
         del model
         free_memory()
         numbers["mse"][name] = errors[name].tolist()
-        Path(args.output_dir, "ltd_curves.json").write_text(json.dumps(numbers, indent=1))
+        (folder / "ltd_curves.json").write_text(json.dumps(numbers, indent=1))
         print(f"{name}: mean squared error {errors[name].mean():.4f}")
-    title = f"mean and middle half of {len(ltd)} {'held-out ' if held_out else ''}clips; "
-    title += f"sigma {', '.join(f'{sigma:g}' for sigma in args.sigma)}; noise of seed {args.seed}"
-    draw_curves(ltd, errors, title).savefig(Path(args.output_dir, "ltd_curves.png"))
-    print(f"wrote {args.output_dir}/ltd_curves.png and ltd_curves.json")
+    kind = "held-out clips" if held_out else "clips"
+    sigmas = ", ".join(f"{sigma:g}" for sigma in args.sigma)
+    title = f"mean and middle half of {len(ltd)} {kind}; sigma {sigmas}; noise of seed {args.seed}"
+    draw_curves(ltd, errors, title).savefig(folder / "ltd_curves.png")
+    print(f"wrote {folder}/ltd_curves.png and ltd_curves.json")
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
 
 
-def largest_jump(gaps: list[float]) -> tuple[float, int]:
-    """The largest of a clip's gaps but the first, which a causal VAE inflates, as a multiple of their median, and the
-    latent frame before it; `(0, 0)` for a clip too short to tell."""
-    later = gaps[1:]
-    if len(later) < 3:
-        return 0.0, 0
-    return max(later) / max(sorted(later)[len(later) // 2], 1e-9), 1 + int(np.argmax(later))
+def describe(clip) -> dict:
+    """Say of a clip what `ltd_report.json` lists."""
+    jump, frame = clip.largest_jump()
+    return {
+        "name": clip.name,
+        "order": clip.order,
+        "ltd": clip.ltd,
+        "jump": jump,
+        "jump_frame": frame,
+        "cut_suspected": clip.cut_is_suspected(),
+    }
 
 
-def list_clips(videos: list[dict]) -> list[dict]:
-    """The clips, that is windows, of `train_ltd.cache_videos`' videos, from the stillest to the wildest."""
-    clips = []
-    for video in (v for v in videos if "reason" not in v):
-        statistics, windows = video["statistics"], len(video["statistics"]["ltd"])
-        for window in range(windows):
-            jump, frame = largest_jump(statistics["gaps"][window])
-            clip = {"name": video["file"] + f"#{window}" * (windows > 1), "number": video["number"], "window": window}
-            clip |= {"ltd": statistics["ltd"][window], "jump": jump, "jump_frame": frame}
-            clips.append(clip | {"cut_suspected": jump > train_ltd.CUT_RATIO})
-    return sorted(clips, key=lambda clip: clip["ltd"])
-
-
-def read_pictures(args: argparse.Namespace, clips: list[dict], indices: Iterable[int]) -> list[np.ndarray]:
-    """For each clip the picture of that index, as training sees it: `(H, W, 3)` uint8."""
-    (dataset, *where), pictures = train_ltd.open_dataset(args, args.dataset_split), []
+def read_pictures(args: argparse.Namespace, clips: Iterable, indices: Iterable[int]) -> list[np.ndarray]:
+    """Read for each clip the picture of that index, as training sees it: `(H, W, 3)` uint8."""
+    dataset, folder = train_ltd.open_dataset(args, args.dataset_split)
+    size = (args.num_frames, args.height, args.width)
+    pictures = []
     for clip, index in zip(clips, indices, strict=True):
-        row = next(iter(dataset.skip(clip["number"])))  # a stream has no other access
-        frames, *_ = train_ltd.read_clips(train_ltd.clip_source(row["video"], *where, args), args)
-        pictures.append(frames[clip["window"], index].permute(1, 2, 0).numpy())
+        shard, number, window = clip.order
+        if isinstance(dataset, datasets.IterableDataset):
+            rows = split_dataset_by_node(dataset, shard, dataset.num_shards)
+            row = next(iter(rows.skip(number)))  # a stream has no other access
+        else:
+            row = dataset[number]
+        source = train_ltd.locate_clip(row["video"], folder, args)
+        frames = train_ltd.read_clip(source, size, args.fps, args.clips_per_video)[0]
+        pictures.append(frames[window, index].permute(1, 2, 0).numpy())
     return pictures
 
 
-def draw_report(args: argparse.Namespace, clips: list[dict]) -> Figure:
-    """Histogram of the clips' mean LTD, above thumbnails of the two ends and of the largest jumps."""
-    count = min(2 * COLUMNS, math.ceil(len(clips) / 2))
-    sections = []
-    for title, ends in (("stillest", clips[:count]), ("wildest", clips[: -count - 1 : -1])):
-        pictures = read_pictures(args, ends, [args.num_frames // 2] * count)
-        labels = [f"{clip['ltd']:.3f}\n{clip['name'][-20:]}" for clip in ends]
-        sections.append((f"the {count} {title} clips, by their mean LTD", pictures, labels))
-    jumps = [clip for clip in sorted(clips, key=lambda clip: -clip["jump"])[:COLUMNS] if clip["jump"]]
-    if jumps:
+@dataclass
+class Section:
+    """Thumbnails `(H, W, 3)` uint8 of one size, with a label each, under a title."""
+
+    title: str
+    pictures: list[np.ndarray]
+    labels: list[str]
+
+    def lines(self) -> int:
+        """Return how many lines of thumbnails there are."""
+        return math.ceil(len(self.pictures) / COLUMNS)
+
+    def height(self) -> float:
+        """Return the height in inches."""
+        height, width = self.pictures[0].shape[:2]
+        panel = WIDTH / COLUMNS * height / width + 0.4
+        return self.lines() * panel + 0.3
+
+
+def section_of_ends(args: argparse.Namespace, title: str, clips: Sequence) -> Section:
+    """Show the middle picture of the stillest or of the wildest clips."""
+    pictures = read_pictures(args, clips, [args.num_frames // 2] * len(clips))
+    labels = [f"{clip.ltd:.3f}\n{clip.name[-20:]}" for clip in clips]
+    return Section(f"the {len(clips)} {title} clips, by their mean LTD", pictures, labels)
+
+
+def section_of_jumps(args: argparse.Namespace, clips: Sequence) -> Section:
+    """Show the pictures before and after the largest jump of each clip, one above the other."""
+    before = []
+    after = []
+    labels = []
+    for clip in clips:
+        jump, frame = clip.largest_jump()
         # Latent frame f ends with picture 4f: these lie on either side, wherever in frames f and f + 1 the jump is.
-        sides = [read_pictures(args, jumps, [4 * clip["jump_frame"] + step for clip in jumps]) for step in (-3, 4)]
-        labels = [f"{c['jump']:.1f} x, {4 * c['jump_frame'] / args.fps:.1f} s\n{c['name'][-20:]}" for c in jumps]
-        title = "largest jumps, as multiples of the clip's median gap, before and after; "
-        title += f"above {train_ltd.CUT_RATIO:g} a cut is suspected"
-        sections.append((title, [np.vstack(pair) for pair in zip(*sides, strict=True)], labels))
-    heights = [2.6]
-    for _, pictures, _ in sections:
-        panel = WIDTH / COLUMNS * pictures[0].shape[0] / pictures[0].shape[1] + 0.4  # inches
-        heights.append(math.ceil(len(pictures) / COLUMNS) * panel + 0.3)
+        last = FRAME_PICTURES * frame
+        before.append(last - 3)
+        after.append(last + 4)
+        mark = ", a cut?" if clip.cut_is_suspected() else ""
+        labels.append(f"{jump:.1f} x, {last / args.fps:.1f} s{mark}\n{clip.name[-20:]}")
+    pairs = zip(read_pictures(args, clips, before), read_pictures(args, clips, after), strict=True)
+    pictures = [np.vstack(pair) for pair in pairs]
+    return Section("largest jumps, as multiples of the clip's median gap, before and after", pictures, labels)
+
+
+def draw_report(args: argparse.Namespace, clips: Sequence) -> Figure:
+    """Draw the histogram of the clips' mean LTD, above thumbnails of both ends and of the largest jumps.
+
+    `clips` go from the stillest to the wildest.
+    """
+    count = min(2 * COLUMNS, math.ceil(len(clips) / 2))
+    wildest = list(reversed(clips))[:count]
+    sections = [section_of_ends(args, "stillest", clips[:count]), section_of_ends(args, "wildest", wildest)]
+    by_jump = sorted(clips, key=lambda clip: clip.largest_jump(), reverse=True)
+    jumps = [clip for clip in by_jump[:COLUMNS] if clip.largest_jump()[0]]
+    if jumps:
+        sections.append(section_of_jumps(args, jumps))
+
+    heights = [2.6, *(section.height() for section in sections)]
     figure = Figure(figsize=(WIDTH, sum(heights)), dpi=DPI, layout="constrained")
     top, *others = figure.subfigures(len(heights), 1, height_ratios=heights)
     axes = top.subplots()
-    values = [[clip["ltd"] for clip in clips if clip["cut_suspected"] == cut] for cut in (False, True)]
-    style = {"color": COLOURS[1:3], "label": ["no cut suspected", "cut suspected"], "edgecolor": "white"}
-    axes.hist(values, bins="auto", stacked=True, **style)
+    values = {False: [], True: []}
+    for clip in clips:
+        values[clip.cut_is_suspected()].append(clip.ltd)
+    axes.hist(
+        [values[False], values[True]],
+        bins="auto",
+        stacked=True,
+        color=COLORS[1:3],
+        label=["no cut suspected", "cut suspected"],
+        edgecolor="white",
+    )
     axes.set(xlabel="mean LTD of a clip", ylabel="clips")
     axes.legend()
-    for part, (title, pictures, labels) in zip(others, sections, strict=True):
-        part.suptitle(title, fontsize=10)
-        panels = part.subplots(math.ceil(len(pictures) / COLUMNS), COLUMNS, squeeze=False).ravel()
-        for axes, picture, label in itertools.zip_longest(panels, pictures, labels):
-            axes.axis("off")
+    for part, section in zip(others, sections, strict=True):
+        part.suptitle(section.title, fontsize=10)
+        panels = part.subplots(section.lines(), COLUMNS, squeeze=False).ravel()
+        for panel, picture, label in itertools.zip_longest(panels, section.pictures, section.labels):
+            panel.axis("off")
             if picture is not None:
-                axes.imshow(picture)
-                axes.set_title(label, fontsize=9)
+                panel.imshow(picture)
+                panel.set_title(label, fontsize=9)
     return figure
 
 
 def make_report(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """`ltd_report.png`, and every clip in `ltd_report.json`."""
-    videos, folder = train_ltd.cache_videos(args, accelerator, args.dataset_split, None), Path(args.output_dir)
-    clips, skipped = list_clips(videos), {v["file"]: v["reason"] for v in videos if "reason" in v}
-    if not clips:
-        raise ValueError(f"none of the {len(videos)} videos can be used: {json.dumps(skipped)[:300]}")
-    (folder / "ltd_report.json").write_text(json.dumps({"clips": clips, "skipped": skipped}, indent=1))
+    """Write `ltd_report.png`, every clip in `ltd_report.json`, and the table of `--write_metadata`."""
+    train_ltd.identify_wan(args)
+    if args.write_metadata:
+        check_table(args)
+    # The whole split, whatever training holds out or would refuse
+    whole = changed(args, validation_fraction=None, validation_split=None, max_skipped=1.0)
+    clips, _, _ = train_ltd.prepare_data(whole, accelerator, with_captions=False)
+    folder = Path(args.output_dir)
+    skipped = {}
+    if (folder / "skipped.jsonl").is_file():
+        for line in (folder / "skipped.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            skipped[row["file"]] = row["reason"]
+    clips.sort(key=lambda clip: clip.ltd)
+    report = {"clips": [describe(clip) for clip in clips], "skipped": skipped}
+    (folder / "ltd_report.json").write_text(json.dumps(report, indent=1))
     draw_report(args, clips).savefig(folder / "ltd_report.png")
-    low, median, high = np.quantile([clip["ltd"] for clip in clips], [0.1, 0.5, 0.9])
-    print(f"{len(clips)} clips of {len(videos)} videos; {len(skipped)} videos cannot be used")
+
+    videos = len({clip.order[:2] for clip in clips}) + len(skipped)
+    low, median, high = np.quantile([clip.ltd for clip in clips], [0.1, 0.5, 0.9])
+    cuts = [clip.name for clip in clips if clip.cut_is_suspected()]
+    print(f"{len(clips)} clips of {videos} videos; {len(skipped)} videos cannot be used")
     print(f"mean LTD: a tenth of the clips below {low:.3f}, half below {median:.3f}, a tenth above {high:.3f}")
-    cuts = [clip["name"] for clip in clips if clip["cut_suspected"]]
     print(f"a cut is suspected in {len(cuts)} clips (--drop_cuts)", *cuts)
     print(f"wrote {folder}/ltd_report.png and ltd_report.json")
+    if args.write_metadata:
+        write_table(args, clips, skipped)
+
+
+# --- report --write_metadata -----------------------------------------------------------------------------------------
+
+
+def check_table(args: argparse.Namespace) -> None:
+    """Refuse a table that could not be trained on before anything is encoded. Raises `ValueError`."""
+    table = args.write_metadata
+    if args.dataset_name:
+        raise ValueError(f"--write_metadata is for clips in a local folder; filter {args.dataset_name} on the Hub")
+    if table.suffix != ".jsonl":
+        raise ValueError(f"--write_metadata {table} must end in .jsonl")
+    _, folder = train_ltd.open_dataset(args, args.dataset_split)
+    if not is_within(folder, table.parent):
+        raise ValueError(f"--write_metadata {table}: {remedy(table, folder)}")
+    is_source = table.resolve() == Path(args.train_data_dir).resolve()
+    if is_source or (table.name == "metadata.jsonl" and table.exists()):
+        raise ValueError(f"--write_metadata {table} would overwrite the dataset's own table; take another name")
+
+
+def is_within(path: Path, folder: Path) -> bool:
+    """Tell whether a path lies in a folder, by its words, as train_ltd.py reads them."""
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+
+
+def remedy(table: Path, folder: Path) -> str:
+    """Say where a table must lie."""
+    return f"its rows may not lead out of its folder, so write it where the clips are: {folder / table.name}"
+
+
+def reason_to_drop(clip, args: argparse.Namespace) -> str | None:
+    """Say why `--min_ltd`, `--max_ltd` or `--drop_cuts` drops a clip; `None` when it is kept."""
+    if args.min_ltd is not None and clip.ltd < args.min_ltd:
+        return f"mean LTD {clip.ltd:.4f} is below --min_ltd {args.min_ltd:g}"
+    if args.max_ltd is not None and clip.ltd > args.max_ltd:
+        return f"mean LTD {clip.ltd:.4f} is above --max_ltd {args.max_ltd:g}"
+    if args.drop_cuts and clip.cut_is_suspected():
+        jump, frame = clip.largest_jump()
+        seconds = FRAME_PICTURES * frame / args.fps
+        return f"a cut is suspected at {seconds:.1f} s, a jump of {jump:.1f} times the median gap (--drop_cuts)"
+    return None
+
+
+def write_table(args: argparse.Namespace, clips: Sequence, skipped: dict[str, str]) -> None:
+    """Write a metadata.jsonl of the videos that are kept, and print which are dropped and why.
+
+    A video of several windows is kept when all its windows are. The columns have the names that the dataset's have,
+    so that the same flags train on it. Raises `ValueError` when no video is left, or one is no file in the folder.
+    """
+    dropped = {}  # number of the row -> why
+    for clip in sorted(clips, key=lambda clip: clip.order):
+        reason = reason_to_drop(clip, args)
+        if reason:
+            dropped.setdefault(clip.order[1], f"{clip.name}: {reason}")
+    numbers = {clip.order[1] for clip in clips}
+    kept = sorted(numbers - dropped.keys())
+    for reason in dropped.values():
+        print(f"dropped {reason}")
+    for name, reason in skipped.items():
+        print(f"dropped {name}: {reason}")
+    if not kept:
+        raise ValueError(f"--write_metadata {args.write_metadata}: no video is left; widen --min_ltd and --max_ltd")
+
+    table = args.write_metadata
+    dataset, folder = train_ltd.open_dataset(args, args.dataset_split)
+    video_column = args.video_column
+    if video_column == "video":
+        video_column = "file_name"
+    lines = []
+    for number in kept:
+        row = dataset[number]
+        source = train_ltd.locate_clip(row["video"], folder, args)
+        if isinstance(source, bytes):
+            raise ValueError("--write_metadata is for clips that are files in a local folder; these lie in a table")
+        if not is_within(source, table.parent):
+            raise ValueError(f"--write_metadata {table}: {source} is elsewhere; {remedy(table, folder)}")
+        file_name = Path(os.path.relpath(source, table.parent)).as_posix()
+        line = {video_column: file_name, args.caption_column: row["text"]}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    table.write_text("".join(lines), encoding="utf-8")
+    print(f"kept {len(kept)} of {len(numbers) + len(skipped)} videos; train on them by --train_data_dir {table}")
+
+
+COMMANDS = {"report": make_report, "curves": make_curves, "maps": make_maps}
 
 
 def main(args: argparse.Namespace) -> None:
+    """Make the picture of one command."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    if args.command == "curves" or (args.command == "maps" and not args.ltd_only):
-        check_models(args)
-    {"report": make_report, "curves": make_curves, "maps": make_maps}[args.command](args, accelerator)
+    accelerator = train_ltd.build_accelerator(args)
+    COMMANDS[args.command](args, accelerator)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import sprites
@@ -55,7 +57,7 @@ def vae():
 @pytest.mark.parametrize("number", range(3))
 def test_heat_is_brightest_where_the_object_moves(vae, number):
     video, truth = find_clips(3, "quickly")[number]
-    latents = train_ltd.encode_clip(vae, torch.from_numpy(video).permute(0, 3, 1, 2))
+    latents = train_ltd.encode_clip(vae, torch.from_numpy(video).permute(0, 3, 1, 2))["latents"]
     ltd = latent_temporal_discrepancy(latents[None])[0].numpy()
     row, black = visualize_ltd.Row("", ltd, visualize_ltd.heat(ltd, 0, "magma")), np.zeros((33, 96, 96, 3))
     for picture in range(5, 33):  # the first two latent frames hold the inflated first gap
@@ -64,7 +66,7 @@ def test_heat_is_brightest_where_the_object_moves(vae, number):
         assert moves.flat[bright.argmax()] and bright[moves].mean() > 2 * bright[~moves].mean()
 
 
-def test_a_picture_gets_the_colours_of_its_latent_frame():
+def test_a_picture_gets_the_colors_of_its_latent_frame():
     values = np.arange(3.0)[:, None, None].repeat(2, 1).repeat(3, 2)  # (F, h, w)
     row = visualize_ltd.Row("", values, visualize_ltd.heat(values, 0, "gray"))
     shown = [visualize_ltd.paint(row, np.ones((9, 16, 24, 3)), index) for index in range(9)]
@@ -73,20 +75,26 @@ def test_a_picture_gets_the_colours_of_its_latent_frame():
     assert levels == sorted(levels) and [levels.count(level) for level in sorted(set(levels))] == [1, 4, 4]
 
 
-def test_noise_prediction_fits_the_training_error(tiny_wan):
-    model, generator = WanTransformer3DModel.from_pretrained(tiny_wan, subfolder="transformer"), torch.Generator()
-    latents, noise = torch.randn(2, 2, 16, 3, 4, 6, generator=generator.manual_seed(0))
+def test_noise_prediction_fits_the_training_error(flags):
+    args = train_ltd.parse_args(flags())
+    wan = train_ltd.identify_wan(args)
+    model = train_ltd.load_transformer(args, wan)
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 2, 16, 3, 4, 6, generator=generator)
     batch = {"latents": latents, "noise": noise, "sigmas": torch.tensor([0.3, 0.8])}
     batch["prompt_embeds"] = torch.randn(2, 512, 32, generator=generator)
-    error = (visualize_ltd.predict_noise(model, batch) - noise).square()
-    factor = (1 - batch["sigmas"]).square().view(2, 1, 1, 1, 1)
-    torch.testing.assert_close(error, factor * train_ltd.flow_matching_error(model, batch).detach())
+    error = (visualize_ltd.predict_noise(wan, model, batch) - noise).square()
+    sigmas = batch["sigmas"].view(2, 1, 1, 1, 1)
+    noisy_latents = (1 - sigmas) * latents + sigmas * noise
+    flow = train_ltd.predict_flow(wan, model, noisy_latents, batch).detach()
+    torch.testing.assert_close(error, (1 - sigmas).square() * (flow - (noise - latents)).square())
 
 
 def test_maps_of_a_clip(flags, clips, tmp_path):
     visualize("maps", f"--video={clips / '1.mp4'}", "--prompt=a square moves", "--sigma=0.7", *flags(rank=None))
     args = train_ltd.parse_args(flags())
-    wanted = train_ltd.read_clips(str(clips / "1.mp4"), args)[0][0].permute(0, 2, 3, 1).numpy()
+    frames = train_ltd.read_clip(str(clips / "1.mp4"), (NUM_FRAMES, HEIGHT, WIDTH), args.fps)[0]
+    wanted = frames[0].permute(0, 2, 3, 1).numpy()
     with Image.open(tmp_path / "run/ltd_maps.png") as strip:
         assert strip.width == 800
     shown = read_video(tmp_path / "run/ltd_maps.mp4")
@@ -127,12 +135,12 @@ def test_maps_of_a_cache_entry(run, flags, tmp_path):
 
 
 def test_curves_are_the_held_out_errors_of_training(run, flags, tiny_wan, tmp_path):
-    folder = run(validation_split="0.4", eval_steps=2)
+    folder = run(validation_fraction=0.4, eval_steps=2)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = [row["val/mse"] for row in rows if "val/mse" in row]
     comfyui = folder / train_ltd.COMFYUI_FILE
     tuned = [f"--lora={folder}", f"--lora={comfyui}", f"--transformer={tiny_wan}"]
-    visualize("curves", *tuned, *flags(validation_split="0.4"))
+    visualize("curves", *tuned, *flags(validation_fraction=0.4))
     numbers = json.loads((folder / "ltd_curves.json").read_text())
     mse = {name: np.array(values) for name, values in numbers["mse"].items()}
     shape = len(numbers["clips"]), 1 + NUM_FRAMES // 4
@@ -179,14 +187,11 @@ def test_report_knows_still_wild_and_cut(known_clips, tmp_path, monkeypatch, cap
     assert list(report["skipped"]) == ["broken.mp4"]
     assert "cut is suspected in 1 clips (--drop_cuts) cut.mp4" in capsys.readouterr().out
 
-    # The same clips as training drops, from the same cache, without the VAE
+    # The same from the cache, without any model, and of all clips, whatever training holds out
     monkeypatch.setattr(train_ltd, "load_vae", None)
-    visualize(*command_line)
+    monkeypatch.setattr(train_ltd, "cache_captions", None)
+    visualize(*command_line, "--validation_fraction=0.5")
     assert json.loads((tmp_path / "ltd_report.json").read_text()) == report
-    args = visualize_ltd.parse_args([*command_line, "--drop_cuts"])
-    videos = train_ltd.cache_videos(args, visualize_ltd.Accelerator(), "train", None)
-    kept = train_ltd.select_clips(args, [video for video in videos if "reason" not in video])
-    assert sorted(clip["name"] for clip in kept) == sorted(set(names) - {"cut.mp4"})
     with Image.open(tmp_path / "ltd_report.png") as figure:
         assert figure.width == 800
 
@@ -194,10 +199,130 @@ def test_report_knows_still_wild_and_cut(known_clips, tmp_path, monkeypatch, cap
 def test_report_shows_the_pictures_of_each_window(known_clips, tmp_path):
     flags = [f"--train_data_dir={known_clips}", f"--output_dir={tmp_path}", *NANO_FLAGS[:3], "--num_frames=9"]
     args = visualize_ltd.parse_args(["report", *flags, "--clips_per_video=3"])
-    clips = [{"number": 1, "window": window} for window in (0, 1, 2)]
-    shown = visualize_ltd.read_pictures(args, clips, [8, 0, 8])
-    frames = train_ltd.read_clips(str(known_clips / "cut.mp4"), args)[0].permute(0, 1, 3, 4, 2).numpy()
+    windows = [SimpleNamespace(order=(0, 1, window)) for window in (0, 1, 2)]
+    shown = visualize_ltd.read_pictures(args, windows, [8, 0, 8])
+    frames = train_ltd.read_clip(str(known_clips / "cut.mp4"), (9, 96, 96), 16, 3)[0].permute(0, 1, 3, 4, 2).numpy()
     assert np.array_equal(np.stack(shown), np.stack([frames[0, 8], frames[1, 0], frames[2, 8]]))
+
+
+def test_report_finds_the_pictures_of_a_stream(flags, clips, monkeypatch):
+    """Of several shards, whose rows are counted in each."""
+    args = visualize_ltd.parse_args(["report", *flags()])
+    dataset, folder = train_ltd.open_dataset(args, "train")
+    stream = dataset.to_iterable_dataset(num_shards=3)
+    monkeypatch.setattr(train_ltd, "open_dataset", lambda args, split: (stream, folder))
+    cached, _, _ = train_ltd.prepare_data(args, train_ltd.build_accelerator(args), with_captions=False)
+    assert len(cached) == 7 and len({clip.order[0] for clip in cached}) == 3
+    shown = visualize_ltd.read_pictures(args, cached, [0] * 7)
+    for clip, picture in zip(cached, shown, strict=True):
+        frames = train_ltd.read_clip(str(clips / clip.name), (NUM_FRAMES, HEIGHT, WIDTH), args.fps)[0]
+        assert np.array_equal(picture, frames[0, 0].permute(1, 2, 0).numpy())
+
+
+# --- report --write_metadata -----------------------------------------------------------------------------------------
+
+
+def training_clips(*command_line) -> list:
+    """The clips that train_ltd.py would train on."""
+    args = train_ltd.parse_args([str(argument) for argument in command_line])
+    return train_ltd.prepare_data(args, train_ltd.build_accelerator(args), with_captions=False)[0]
+
+
+def test_what_is_kept_is_what_trains(known_clips, tmp_path, capsys):
+    """Still clips, the cut and what cannot be read are dropped, each with its reason; captions stay as they were."""
+    folder = shutil.copytree(known_clips, tmp_path / "clips")
+    out = [f"--output_dir={tmp_path / 'out'}", *NANO_FLAGS, "--trigger_word=sprite,"]
+    table = folder / "kept.jsonl"
+    line = ["report", f"--train_data_dir={folder}", *out, f"--write_metadata={table}"]
+    visualize(*line)
+    report = json.loads((tmp_path / "out/ltd_report.json").read_text())
+    ltd = {clip["name"]: clip["ltd"] for clip in report["clips"]}
+    everything = ["fast-0.mp4", "cut.mp4", "still-0.mp4", "still-1.mp4", "fast-1.mp4", "fast-2.mp4"]
+    trained = training_clips(f"--train_data_dir={table}", *out)
+    assert [clip.name for clip in trained] == everything
+    assert [clip.captions for clip in trained[:2]] == [["sprite, fast-0"], ["sprite, cut"]]
+
+    fast = sorted((name for name in ltd if name.startswith("fast")), key=ltd.get)
+    low = (ltd["still-0.mp4"] + ltd["still-1.mp4"] + 2 * ltd[fast[0]]) / 4
+    low = max(low, ltd["still-0.mp4"] + 1e-6, ltd["still-1.mp4"] + 1e-6)
+    high = (ltd[fast[1]] + ltd[fast[2]]) / 2
+    capsys.readouterr()
+    visualize(*line, f"--min_ltd={low}", f"--max_ltd={high}", "--drop_cuts")
+    trained = training_clips(f"--train_data_dir={table}", *out)
+    assert sorted(clip.name for clip in trained) == sorted(fast[:2])
+    assert all(not clip.encoded for clip in trained)
+    said = capsys.readouterr().out
+    for name in ("still-0", "still-1"):
+        assert f"dropped {name}.mp4: mean LTD {ltd[f'{name}.mp4']:.4f} is below --min_ltd" in said
+    assert f"dropped {fast[2]}: mean LTD" in said and "above --max_ltd" in said
+    assert "dropped broken.mp4: cannot be read" in said
+    assert f"kept 2 of 7 videos; train on them by --train_data_dir {table}" in said
+
+    visualize(*line, "--drop_cuts")
+    assert {clip.name for clip in training_clips(f"--train_data_dir={table}", *out)} == set(everything) - {"cut.mp4"}
+    assert "dropped cut.mp4: a cut is suspected at 0.8 s" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no video is left"):
+        visualize(*line, f"--min_ltd={max(ltd.values()) + 1}")
+
+
+def test_a_table_above_the_clips_keeps_captions_and_columns(flags, clips, tmp_path):
+    """As a folder's metadata.jsonl, of clips in a folder of it, with lists of captions in columns of other names."""
+    folder = shutil.copytree(clips, tmp_path / "data/clips")
+    rows = [{"path": f"{i}.mp4", "captions": [f"one, {i}", f"zwei, ä {i}"]} for i in range(3)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = {"video_column": "path", "caption_column": "captions"}
+    table = tmp_path / "data/metadata.jsonl"
+    line = flags(train_data_dir=folder, max_train_samples=2, **columns)
+    visualize("report", *line, f"--write_metadata={table}")
+    trained = training_clips(*flags(train_data_dir=table.parent, **columns))
+    assert [clip.name for clip in trained] == ["clips/0.mp4", "clips/1.mp4"]
+    assert [clip.captions for clip in trained] == [row["captions"] for row in rows[:2]]
+    with pytest.raises(ValueError, match="would overwrite the dataset's own table"):
+        visualize("report", *line, f"--write_metadata={table}")
+
+
+def test_a_video_is_kept_with_all_its_windows(known_clips, tmp_path, capsys):
+    """The sprite of `turns` is still in its first window, and fast in the second."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    still, fast = find_clips(1, "still")[0][0], find_clips(1, "quickly")[0][0]
+    for name, parts in {"turns": [still, fast], "fast": [fast, fast]}.items():
+        write_video(np.concatenate(parts), folder / f"{name}.mp4", sprites.FPS, codec=sprites.CODEC)
+        (folder / f"{name}.txt").write_text(name)
+    out = [f"--output_dir={tmp_path / 'out'}", *NANO_FLAGS, "--clips_per_video=2"]
+    line = ["report", f"--train_data_dir={folder}", *out]
+    visualize(*line)
+    report = json.loads((tmp_path / "out/ltd_report.json").read_text())
+    ltd = {clip["name"]: clip["ltd"] for clip in report["clips"]}
+    assert min(ltd, key=ltd.get) == "turns.mp4#0" and len(ltd) == 4
+    others = min(value for name, value in ltd.items() if name != "turns.mp4#0")
+    visualize(*line, f"--write_metadata={folder / 'kept.jsonl'}", f"--min_ltd={(ltd['turns.mp4#0'] + others) / 2}")
+    trained = training_clips(f"--train_data_dir={folder / 'kept.jsonl'}", *out)
+    assert [clip.name for clip in trained] == ["fast.mp4#0", "fast.mp4#1"]
+    assert "dropped turns.mp4#0: mean LTD" in capsys.readouterr().out
+
+
+def test_refuses_a_table_that_could_not_be_trained_on(flags, clips, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ltd, "prepare_data", None)  # before anything is encoded
+        for table, message in (
+            (tmp_path / "kept.csv", "must end in .jsonl"),
+            (tmp_path / "kept.jsonl", f"write it where the clips are: {clips}/kept.jsonl"),
+            (clips / "metadata.jsonl", "would overwrite the dataset's own table"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                visualize("report", *flags(), f"--write_metadata={table}")
+        with pytest.raises(ValueError, match=r"for clips in a local folder; filter user/clips on the Hub"):
+            line = flags(train_data_dir=None, dataset_name="user/clips")
+            visualize("report", *line, f"--write_metadata={clips / 'kept.jsonl'}")
+
+    rows = {"video": [(clips / f"{i}.mp4").read_bytes() for i in range(2)], "text": ["", ""]}
+    (tmp_path / "bytes").mkdir()
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "bytes/metadata.parquet")
+    with pytest.raises(ValueError, match="these lie in a table"):
+        line = flags(train_data_dir=tmp_path / "bytes")
+        visualize("report", *line, f"--write_metadata={tmp_path / 'bytes/kept.jsonl'}")
+    assert not list(tmp_path.rglob("kept.*"))
 
 
 # --- Refusals --------------------------------------------------------------------------------------------------------
@@ -213,6 +338,7 @@ def test_report_shows_the_pictures_of_each_window(known_clips, tmp_path):
         (["maps", f"--latents={__file__}", "--sigma=1"], r"--sigma must lie in (0, 1), got [1.0]"),
         (["curves", *["--lora=a"] * 7], "curves takes at most 6 of --lora and --transformer"),
         (["report", "--lora=a"], "unrecognized arguments: --lora=a"),
+        (["report", "--min_ltd=1"], "--min_ltd, --max_ltd and --drop_cuts need --write_metadata"),
     ],
 )
 def test_refuses_the_command_line(command_line, message, clips, capsys):
@@ -221,8 +347,14 @@ def test_refuses_the_command_line(command_line, message, clips, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_refuses_before_anything_is_encoded(flags, clips, monkeypatch, tmp_path):
+def test_refuses_before_anything_is_encoded(run, flags, clips, monkeypatch, tmp_path):
+    folder = run(max_train_steps=1)
     monkeypatch.setattr(train_ltd, "prepare_data", None)
+    wanted = rf"--lora {folder} cannot be used: .*size mismatch"  # it is of another model
+    with pytest.raises(ValueError, match=wanted):
+        visualize("curves", f"--lora={folder}", *flags(pretrained_model_name_or_path=NANO))
+    with pytest.raises(ValueError, match="--height must be a multiple of 16, got 40"):
+        visualize("report", *flags(height=40))
     (tmp_path / "empty").mkdir()
     for flag in ("lora", "transformer"):
         with pytest.raises(ValueError, match=f"--{flag}.*{tmp_path}/empty"):
@@ -245,10 +377,7 @@ def test_refuses_what_is_no_clip(flags, clips, tmp_path):
         visualize("maps", f"--video={clips / '0.mp4'}", "--ltd_only", *flags(num_frames=49))
 
 
-def test_a_recipe_that_compiles_needs_no_compiler_here(monkeypatch, tmp_path):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    recipe = ROOT / "examples/recipes/lora_1.3b.yaml"
-    line = ["report", f"--config={recipe}", f"--train_data_dir={tmp_path}"]
-    assert visualize_ltd.parse_args(line).torch_compile is False
-    with pytest.raises(ValueError, match="needs a C compiler"):
-        train_ltd.parse_args(line[1:])
+def test_a_recipe_that_compiles_needs_no_compiler_here(flags, clips, monkeypatch):
+    monkeypatch.setattr(WanTransformer3DModel, "compile_repeated_blocks", None)
+    monkeypatch.setattr(WanTransformer3DModel, "compile", None)
+    visualize("maps", f"--video={clips / '1.mp4'}", *flags(torch_compile=True, rank=None))
