@@ -629,6 +629,7 @@ def test_gallery_plays_in_a_browser_and_prompts_stay_text(run, pair, chromium, t
     folder = run("gallery", compare=pair, labels=["Wan2.1", "<i>LTD"])
     shutil.rmtree(pair[0])  # the folder stands for itself
     page, errors = chromium.new_page(), []
+    page.set_default_timeout(180_000)  # the machine may be busy
     page.on("pageerror", lambda error: errors.append(error))
     page.on("requestfailed", lambda request: errors.append(request.url))
     page.goto((folder / "index.html").as_uri())
