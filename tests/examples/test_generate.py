@@ -465,22 +465,24 @@ def test_finished_files_are_kept_and_missing_ones_made_again(run):
     folder = run(num_samples=2)
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.mp4")}
     lost = folder / f"{PROMPTS[0]}-1.mp4"
-    content = lost.read_bytes()
+    content = pixels(lost)
     lost.unlink()
     (folder / ".partial-x.mp4").touch()  # as a killed run leaves it
     run(num_samples=2)
     after = {path: path.stat().st_mtime_ns for path in folder.glob("*.mp4")}
-    assert lost.read_bytes() == content and not (folder / ".partial-x.mp4").exists()
+    # Not the same bytes: x264's macroblock tree is not the same every time.
+    assert abs(pixels(lost) - content).mean() < 1 and not (folder / ".partial-x.mp4").exists()
     assert {p for p in after if after[p] != before[p]} == {lost} and len(after) == 6
 
 
 def test_a_run_that_was_killed_in_its_first_video_goes_on(run):
     folder = run(prompt=["a cat"])
     video = folder / "a cat-0.mp4"
-    content = video.read_bytes()
+    content = pixels(video)
     video.rename(folder / ".partial-a cat-0.mp4")
     run(prompt=["a cat"])
-    assert contents(folder) == {video.name: content}
+    assert list(contents(folder)) == [video.name]
+    assert abs(pixels(video) - content).mean() < 1
 
 
 def test_prompts_and_samples_can_be_added(run):
@@ -642,6 +644,7 @@ def test_gallery_plays_in_a_browser_and_prompts_stay_text(run, pair, chromium, t
     folder = run("gallery", compare=pair, labels=["Wan2.1", "<i>LTD"])
     shutil.rmtree(pair[0])  # the folder stands for itself
     page, errors = chromium.new_page(), []
+    page.set_default_timeout(180_000)  # the machine may be busy
     page.on("pageerror", lambda error: errors.append(error))
     page.on("requestfailed", lambda request: errors.append(request.url))
     page.goto((folder / "index.html").as_uri())

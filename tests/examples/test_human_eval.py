@@ -369,6 +369,7 @@ def test_order_and_sides_of_460_pairs(chromium, tmp_path):
     folder.mkdir()
     build.write_page(study, folder)
     page = chromium.new_page()
+    page.set_default_timeout(180_000)  # the machine may be busy
     page.goto((folder / "index.html").as_uri())
     names = [f"annotator{n}" for n in range(10)]
     schedules = orders(page, names)
