@@ -525,6 +525,8 @@ def check_args(args: argparse.Namespace) -> None:
             problems.append(f"a package is missing: pip install {package}")
     if args.attention_backend and args.attention_backend not in [name.value for name in AttentionBackendName]:
         problems.append(f"--attention_backend {args.attention_backend}: diffusers knows no kernel of that name")
+    elif args.attention_backend and "sage" in args.attention_backend:
+        problems.append("--attention_backend: sage has no backward pass, and to_q, to_k, to_v would not be trained")
     if args.mixed_precision == "bf16" and torch.cuda.is_available():
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             problems.append("--mixed_precision bf16: this GPU has no bf16; use no")
@@ -1878,10 +1880,14 @@ def check_output_dir(args: argparse.Namespace) -> None:
     first_of_another_run = 0
     if asked in ("latest", "hub"):
         if existing:
-            read_checkpoint(existing[-1])
+            with contextlib.suppress(json.JSONDecodeError):  # it is damaged, and `resume` will leave it out
+                read_checkpoint(existing[-1])
         return
     if asked:
-        checkpoint = read_checkpoint(Path(asked))
+        try:
+            checkpoint = read_checkpoint(Path(asked))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--resume_from_checkpoint {asked} is damaged; take an older one, or latest") from error
         if Path(asked).resolve().parent == Path(args.output_dir).resolve():
             first_of_another_run = checkpoint["state"]["step"] + 1
     others = [path.name for path in existing if checkpoint_step(path.name) >= first_of_another_run]
@@ -1894,7 +1900,7 @@ def check_output_dir(args: argparse.Namespace) -> None:
 
 def read_checkpoint(folder: Path) -> dict:
     """Read `settings` and `state` of a checkpoint. Raises `ValueError` for one of an earlier version."""
-    checkpoint = json.loads((folder / "settings.json").read_text())
+    checkpoint = json.loads((folder / "settings.json").read_text(errors="replace"))
     if checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(
             f"{folder} is of an earlier version, which alone can resume it. Start a new run from its weights by "
@@ -1932,21 +1938,23 @@ def resume(run: "Run", args: argparse.Namespace) -> None:
         logger.warning(f"no checkpoint in {args.output_dir} to resume from: starting afresh")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        remove_later(run, args, starts_afresh=folder is None)
+        remove_later(run, args)
 
 
-def remove_later(run: "Run", args: argparse.Namespace, starts_afresh: bool) -> None:
+def remove_later(run: "Run", args: argparse.Namespace) -> None:
     """Delete what lies ahead of this run: damaged checkpoints, and those of a run that is to be overwritten.
 
     `latest` must not go back to them, nor the limit count them.
     """
-    step = 0 if starts_afresh else run.state.step
+    # Unless this run comes from a checkpoint of this very folder, all that is in it is of another.
+    step = run.state.step if run.saved else 0
     for path in list_checkpoints(args.output_dir):
         if checkpoint_step(path.name) >= step and path != run.saved:
             logger.warning(f"{path} is damaged, or of the run that is overwritten: it is deleted")
             remove_checkpoint(path)
-    if starts_afresh:
+    if not run.saved:
         shutil.rmtree(Path(args.output_dir, "samples"), ignore_errors=True)
+        Path(args.output_dir, "metrics.jsonl").unlink(missing_ok=True)
 
 
 def load_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:

@@ -28,8 +28,8 @@ from datetime import timedelta
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
-import diffusers
 import numpy as np
 import safetensors.torch
 import torch
@@ -57,33 +57,71 @@ WAN_NEGATIVE_PROMPT = (
     "丑陋的,残缺的,多余的手指,画得不好的手部,画得不好的脸部,畸形的,毁容的,形态畸形的肢体,手指融合,"
     "静止不动的画面,杂乱的背景,三条腿,背景人很多,倒着走"
 )
-WAN_1_3B = {"pretrained_model_name_or_path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-            "height": 480, "width": 832, "num_frames": 81, "fps": 16.0}  # fmt: skip
+WAN_1_3B = {
+    "pretrained_model_name_or_path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "height": 480,
+    "width": 832,
+    "num_frames": 81,
+    "fps": 16.0,
+}
 # What a preset leaves `None` is the model's own; every value has a flag of its name
 PRESETS = {
     # VBench's, of the Wan2.1-T2V-1.3B videos on its leaderboard (sampled_videos/README.md there)
-    "wan": WAN_1_3B | {"scheduler": "unipc", "num_inference_steps": 50, "guidance_scale": 6.0, "flow_shift": 3.0,
-                       "negative_prompt": WAN_NEGATIVE_PROMPT},
+    "wan": {
+        **WAN_1_3B,
+        "scheduler": "unipc",
+        "num_inference_steps": 50,
+        "guidance_scale": 6.0,
+        "flow_shift": 3.0,
+        "negative_prompt": WAN_NEGATIVE_PROMPT,
+    },
     # Section 3.1 has DDIM: first order and deterministic, and so is Euler's method on the flow
-    "paper": WAN_1_3B | {"scheduler": "euler", "num_inference_steps": 50, "guidance_scale": 7.5, "flow_shift": None,
-                         "negative_prompt": ""},
+    "paper": {
+        **WAN_1_3B,
+        "scheduler": "euler",
+        "num_inference_steps": 50,
+        "guidance_scale": 7.5,
+        "flow_shift": None,
+        "negative_prompt": "",
+    },
     # The small Wan that was trained in examples/nano
-    "nano": {"pretrained_model_name_or_path": str(ROOT / "examples/nano/wan-nano"),
-             "height": 96, "width": 96, "num_frames": 33, "fps": 16.0, "scheduler": "unipc",
-             "num_inference_steps": 20, "guidance_scale": 4.0, "flow_shift": None, "negative_prompt": ""},
-}  # fmt: skip
-VBENCH_DIMENSIONS = """subject_consistency background_consistency temporal_flickering motion_smoothness dynamic_degree
-    aesthetic_quality imaging_quality""".split()  # those of the Quality Score
-VBENCH_SAMPLES, VBENCH_FLICKER_SAMPLES = 5, 25  # flicker is measured on those of 25 that turn out static
+    "nano": {
+        "pretrained_model_name_or_path": str(ROOT / "examples/nano/wan-nano"),
+        "height": 96,
+        "width": 96,
+        "num_frames": 33,
+        "fps": 16.0,
+        "scheduler": "unipc",
+        "num_inference_steps": 20,
+        "guidance_scale": 4.0,
+        "flow_shift": None,
+        "negative_prompt": "",
+    },
+}
+# Those of VBench's Quality Score
+VBENCH_DIMENSIONS = [
+    "subject_consistency",
+    "background_consistency",
+    "temporal_flickering",
+    "motion_smoothness",
+    "dynamic_degree",
+    "aesthetic_quality",
+    "imaging_quality",
+]
+VBENCH_SAMPLES = 5
+VBENCH_FLICKER_SAMPLES = 25  # flicker is measured on those of them that turn out static
 MAX_STEM = 230  # bytes; a file name may have 255
 QUANTIZE = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig"}  # names in torchao.quantization
 PROMPT_SOURCES = ("prompt", "prompt_file", "dataset_name", "vbench", "vmbench")
+FILES = ("prompt_file", "vbench", "augmented_prompts", "vmbench")
+POSITIVE = ("num_samples", "max_prompts", "num_inference_steps", "flow_shift", "fps", "batch_size")
 SAMPLING = ("num_inference_steps", "guidance_scale", "height", "width", "num_frames")  # as the pipeline calls them
 VERSIONS = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
 # fmt: off
 def build_parser() -> argparse.ArgumentParser:
+    """Build the parser, a flag a line."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--output_dir", required=True, help="where videos and generation.json, or the gallery, go")
@@ -143,126 +181,202 @@ def build_parser() -> argparse.ArgumentParser:
 
 # fmt: on
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    """Command line over preset. Raises `ValueError` with everything that is wrong at once."""
+    """Read the command line, over the preset. Raises `ValueError` with everything that is wrong at once."""
     args = build_parser().parse_args(input_args)
-    for key, value in PRESETS[args.preset].items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    args.mixed_precision = args.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
-    args.lora_scale = args.lora_scale or [1.0] * len(args.lora)
-    args.cache_dir = args.cache_dir or os.path.join(args.output_dir, "cache")
-    args.cache_dtype = "float32"  # of the cached embeddings, so that they are the stock pipeline's to the bit
+    for name, value in PRESETS[args.preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if not args.mixed_precision:
+        args.mixed_precision = "bf16" if torch.cuda.is_available() else "no"
+    if not args.lora_scale:
+        args.lora_scale = [1.0] * len(args.lora)
+    if not args.cache_dir:
+        args.cache_dir = os.path.join(args.output_dir, "cache")
     if args.compare and not args.labels:
         args.labels = [Path(folder).resolve().name for folder in args.compare]
-    if problems := find_problems(args):
+
+    # What train_ltd.py's functions read besides: a frozen model as it is, embeddings that are the stock pipeline's
+    args.train_type = "lora"
+    args.quantization = None
+    args.gradient_checkpointing = "none"
+    args.attention_backend = None
+    args.cache_dtype = "float32"
+
+    problems = find_comparison_problems(args) if args.compare else find_problems(args)
+    if problems:
         raise ValueError("\n- ".join(["these settings do not work:", *problems]))
     return args
 
 
+def given_sources(args: argparse.Namespace) -> list[str]:
+    """Name the flags that give prompts."""
+    return [f"--{name}" for name in PROMPT_SOURCES if getattr(args, name)]
+
+
+def find_comparison_problems(args: argparse.Namespace) -> list[str]:
+    """Name every setting of a comparison that cannot work."""
+    problems = []
+    if len(args.compare) < 2:
+        problems.append("--compare needs two folders or more")
+    if len(args.labels) != len(args.compare):
+        problems.append(f"{len(args.labels)} --labels for {len(args.compare)} folders")
+    if len(set(args.labels)) < len(args.labels):
+        problems.append("--labels must differ")
+    sources = given_sources(args)
+    if sources:
+        problems.append(f"--compare and {', '.join(sources)} exclude each other")
+    return problems
+
+
 def find_problems(args: argparse.Namespace) -> list[str]:
-    values, sources = vars(args), [f"--{s}" for s in PROMPT_SOURCES if getattr(args, s)]
-    if args.compare:
-        checks = [
-            (len(args.compare) < 2, "--compare needs two folders or more"),
-            (len(args.labels) != len(args.compare), f"{len(args.labels)} --labels for {len(args.compare)} folders"),
-            (len(set(args.labels)) < len(args.labels), "--labels must differ"),
-            (sources, f"--compare and {', '.join(sources)} exclude each other"),
-        ]
-        return [message for wrong, message in checks if wrong]
-    positive = "num_samples max_prompts num_inference_steps flow_shift fps batch_size".split()
-    near = {k: max(16, round(values[k] / 16) * 16) for k in ("height", "width")}
-    frames = max(1, round((args.num_frames - 1) / 4) * 4 + 1)
-    files = ("prompt_file", "vbench", "augmented_prompts", "vmbench")
-    checks = [
-        (len(sources) != 1, f"give one of {', '.join(f'--{s}' for s in PROMPT_SOURCES)}; got {len(sources)}"),
-        *((values[k] and not os.path.isfile(values[k]), f"--{k} {values[k]}: no such file") for k in files),
-        (not all(p.strip() for p in args.prompt or []), "--prompt must not be empty"),
-        (args.augmented_prompts and not args.vbench, "--augmented_prompts goes with --vbench"),
-        (args.vmbench and (args.num_samples or 1) > 1, "--vmbench wants one video a prompt: no --num_samples"),
-        (len(args.lora_scale) != len(args.lora), f"{len(args.lora_scale)} --lora_scale for {len(args.lora)} --lora"),
-        *((values[k] is not None and not values[k] > 0, f"--{k} must be positive, got {values[k]}") for k in positive),
-        *((values[k] != near[k], f"--{k} must be a multiple of 16, got {values[k]}; try {near[k]}") for k in near),
-        (args.num_frames != frames, f"--num_frames must be 4k+1, got {args.num_frames}; try {frames}"),
-        (args.labels, "--labels goes with --compare"),
-        (args.quantize and not importlib.util.find_spec("torchao"), "--quantize: pip install torchao"),
-    ]
-    return [message for wrong, message in checks if wrong]
+    """Name every setting that cannot work. Sizes are checked later, by `identify_wan`: they depend on the model."""
+    problems = []
+
+    # Prompts
+    sources = given_sources(args)
+    if len(sources) != 1:
+        problems.append(f"give one of {', '.join(f'--{name}' for name in PROMPT_SOURCES)}; got {len(sources)}")
+    for name in FILES:
+        path = getattr(args, name)
+        if path and not os.path.isfile(path):
+            problems.append(f"--{name} {path}: no such file")
+    if not all(prompt.strip() for prompt in args.prompt or []):
+        problems.append("--prompt must not be empty")
+    if args.augmented_prompts and not args.vbench:
+        problems.append("--augmented_prompts goes with --vbench")
+    if args.vmbench and (args.num_samples or 1) > 1:
+        problems.append("--vmbench wants one video a prompt: no --num_samples")
+    if args.labels:
+        problems.append("--labels goes with --compare")
+
+    # Model and sampling
+    if len(args.lora_scale) != len(args.lora):
+        problems.append(f"{len(args.lora_scale)} --lora_scale for {len(args.lora)} --lora")
+    if args.quantize and not importlib.util.find_spec("torchao"):
+        problems.append("--quantize: pip install torchao")
+    for name in POSITIVE:
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            problems.append(f"--{name} must be positive, got {value}")
+    return problems
 
 
 # --- Prompts ---------------------------------------------------------------------------------------------------------
 
 
+class Request(NamedTuple):
+    """A prompt of which videos are wanted."""
+
+    prompt: str  # names the file
+    text: str  # what the model is given for it
+    count: int  # how many videos
+
+
 def read_json(path: str, flag: str, keys: set[str]) -> list[dict]:
+    """Read a list of objects. Raises `ValueError` when the file holds anything else, or an object lacks a key."""
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{flag} {path} is not JSON: {error}") from error
-    if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) and keys <= set(r) for r in rows):
+    complete = isinstance(rows, list) and bool(rows)
+    complete = complete and all(isinstance(row, dict) and keys <= set(row) for row in rows)
+    if not complete:
         raise ValueError(f"{flag} {path} must be a list of objects with {', '.join(sorted(keys))}")
     return rows
 
 
-def vbench_prompts(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
-    """Prompt, what the model is given for it, and number of samples, once for each prompt of the dimensions."""
+def vbench_requests(args: argparse.Namespace) -> list[Request]:
+    """Read VBench's prompts of `--dimensions`, each once. Raises `ValueError` for a dimension that is not there."""
     rows = read_json(args.vbench, "--vbench", {"prompt_en", "dimension"})
-    known = sorted({d for row in rows for d in row["dimension"]})
-    if odd := [d for d in args.dimensions if d not in known]:
-        raise ValueError(f"--dimensions {odd[0]}: there is no such dimension; there are {', '.join(known)}")
+    known = set()
+    for row in rows:
+        known.update(row["dimension"])
+    for dimension in args.dimensions:
+        if dimension not in known:
+            names = ", ".join(sorted(known))
+            raise ValueError(f"--dimensions {dimension}: there is no such dimension; there are {names}")
     texts = [row["prompt_en"] for row in rows]
     if args.augmented_prompts:
         texts = Path(args.augmented_prompts).read_text(encoding="utf-8").splitlines()
         if len(texts) != len(rows):
             raise ValueError(f"--augmented_prompts has {len(texts)} lines for the {len(rows)} entries of --vbench")
-    wanted = {}
+
+    requests = {}
     for row, text in zip(rows, texts, strict=True):
-        if dimensions := set(row["dimension"]) & set(args.dimensions):
-            count = VBENCH_FLICKER_SAMPLES if "temporal_flickering" in dimensions else VBENCH_SAMPLES
-            text, before = wanted.get(row["prompt_en"], (text, 0))
-            wanted[row["prompt_en"]] = text, max(count, before)
-    for prompt, (text, count) in wanted.items():
-        yield prompt, text, args.num_samples or count
+        prompt = row["prompt_en"]
+        dimensions = set(row["dimension"]) & set(args.dimensions)
+        if not dimensions:
+            continue
+        count = VBENCH_SAMPLES
+        if "temporal_flickering" in dimensions:
+            count = VBENCH_FLICKER_SAMPLES
+        if prompt in requests:  # several entries may have it
+            text = requests[prompt].text
+            count = max(count, requests[prompt].count)
+        if args.num_samples:
+            count = args.num_samples
+        requests[prompt] = Request(prompt, text, count)
+    return list(requests.values())
 
 
 def dataset_prompts(args: argparse.Namespace) -> Iterator[str]:
-    """Captions in the dataset's order; it is streamed, and its clips stay undecoded."""
+    """Yield captions in the dataset's order; it is streamed, and its clips stay undecoded.
+
+    Raises `ValueError` when there is no `--caption_column`.
+    """
     path = Path(args.dataset_name)
     if path.is_file():
-        if path.suffix not in train_ltd.TABLE_BUILDERS:
-            raise ValueError(f"--dataset_name {path} is none of {', '.join(train_ltd.TABLE_BUILDERS)}")
-        rows = load_dataset(train_ltd.TABLE_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
+        rows = load_dataset(str(path.parent), data_files=path.name, split="train", streaming=True)
     else:
         rows = load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split, streaming=True)
         rows = rows.decode(False)
     for row in rows:
         if args.caption_column not in row:
             raise ValueError(f"--caption_column {args.caption_column}: the dataset has {', '.join(row)}")
-        captions = row[args.caption_column]
-        caption = (captions or [""])[0] if isinstance(captions, list) else captions
-        if caption and caption.strip():
-            yield caption.strip()
+        caption = row[args.caption_column]
+        if isinstance(caption, list):
+            caption = caption[0] if caption else None
+        yield caption or ""
 
 
-def read_prompts(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
-    """Prompt, what the model is given for it, and number of samples, from any source but `--vmbench`."""
+def read_requests(args: argparse.Namespace) -> Iterator[Request]:
+    """Read prompts from any source but `--vmbench`, whose files are called otherwise."""
     if args.vbench:
-        return vbench_prompts(args)
-    lines = args.prompt or []
-    if args.prompt_file:
-        lines = Path(args.prompt_file).read_text(encoding="utf-8-sig").splitlines()
-    prompts = dataset_prompts(args) if args.dataset_name else (line.strip() for line in lines if line.strip())
-    return ((prompt, prompt, args.num_samples or 1) for prompt in prompts)
+        yield from vbench_requests(args)
+        return
+    if args.dataset_name:
+        prompts = dataset_prompts(args)
+    elif args.prompt_file:
+        prompts = Path(args.prompt_file).read_text(encoding="utf-8-sig").splitlines()
+    else:
+        prompts = args.prompt
+    for prompt in prompts:
+        prompt = prompt.strip()
+        if prompt:
+            yield Request(prompt, prompt, args.num_samples or 1)
 
 
 def file_stem(prompt: str) -> str:
-    """The prompt, as VBench has it; where a file cannot be called so, what is left of it and a hash."""
+    """Return the prompt, as VBench has it; where a file cannot be called so, what is left of it and a hash."""
     stem = re.sub(r"^\.|[/\x00-\x1f]", "_", prompt)
     if stem == prompt and len(prompt.encode()) <= MAX_STEM:
         return prompt
-    return f"{stem.encode()[: MAX_STEM - 9].decode(errors='ignore')}-{train_ltd.digest(prompt)[:8]}"
+    shortened = stem.encode()[: MAX_STEM - 9].decode(errors="ignore")
+    return f"{shortened}-{digest(prompt)[:8]}"
+
+
+def video_seed(seed: int, prompt: str, sample: int) -> int:
+    """Hash what the noise of a video depends on to 32 bits, all that a CPU generator looks at."""
+    parts = (seed, prompt, sample)
+    hashed = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
+    return int.from_bytes(hashed, "little")
 
 
 def plan_videos(args: argparse.Namespace) -> dict[str, dict]:
-    """File name -> `prompt`, `text` (what the model is given), `sample`, `seed`; first samples of all come first."""
+    """Plan a file for each video: its `prompt`, `text` (what the model is given), `sample` and `seed`.
+
+    The first samples of all prompts come first. Raises `ValueError` when there is no prompt.
+    """
     videos = {}
     if args.vmbench:
         for row in islice(read_json(args.vmbench, "--vmbench", {"prompt", "index"}), args.max_prompts):
@@ -270,120 +384,198 @@ def plan_videos(args: argparse.Namespace) -> dict[str, dict]:
                 raise ValueError(f"--vmbench {args.vmbench}: {row['index']!r} is no index such as 0001")
             videos[f"{row['index']}.mp4"] = {"prompt": row["prompt"], "text": row["prompt"], "sample": 0}
     else:
-        prompts = list(islice(read_prompts(args), args.max_prompts))
-        for sample in range(max((count for *_, count in prompts), default=0)):
-            for prompt, text, count in prompts:
-                if sample < count:
-                    entry = {"prompt": prompt, "text": text, "sample": sample}
-                    videos[f"{file_stem(prompt)}-{sample}.mp4"] = entry
+        requests = list(islice(read_requests(args), args.max_prompts))
+        most = max((request.count for request in requests), default=0)
+        for sample in range(most):
+            for request in requests:
+                if sample < request.count:
+                    name = f"{file_stem(request.prompt)}-{sample}.mp4"
+                    videos[name] = {"prompt": request.prompt, "text": request.text, "sample": sample}
     if not videos:
         raise ValueError("there is no prompt in the source that was given")
     for entry in videos.values():
-        entry["seed"] = train_ltd.sample_seed(args.seed, entry["prompt"], entry["sample"])
+        entry["seed"] = video_seed(args.seed, entry["prompt"], entry["sample"])
     return videos
 
 
 # --- What is recorded ------------------------------------------------------------------------------------------------
 
 
-def transformer_revision(path: str) -> str:
-    """A hash of the local file or folder, or the commit on the Hub."""
-    subfolder = None if os.path.isfile(path) else train_ltd.transformer_subfolder(path)
-    if os.path.exists(path):
-        files = [Path(path)] if os.path.isfile(path) else sorted(Path(path, subfolder or "").glob("*.*"))
-        return train_ltd.digest([(file.name, train_ltd.content_hash(str(file))) for file in files])
-    return WanTransformer3DModel.load_config(path, subfolder=subfolder, return_commit_hash=True)[1]
+def digest(*parts) -> str:
+    """Hash the parts. The 1 is that of earlier versions: their folders shall be gone on with."""
+    return hashlib.blake2b(json.dumps([1, *parts]).encode(), digest_size=16).hexdigest()
+
+
+def hash_files(files: list[Path]) -> str:
+    """Hash local files, of each its name, its size, and 64 KiB of its head, middle and tail: models are large."""
+    length = 2**16
+    hashes = []
+    for path in files:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            hashed = hashlib.blake2b(str(size).encode(), digest_size=16)
+            for start in (0, size // 2, max(0, size - length)):
+                file.seek(start)
+                hashed.update(file.read(length))
+        hashes.append((path.name, hashed.hexdigest()))
+    return digest(hashes)
+
+
+def base_revision(args: argparse.Namespace) -> str:
+    """Identify the base by its Hub id, commit and variant, or by the files of a local folder."""
+    base = args.pretrained_model_name_or_path
+    if not os.path.isdir(base):
+        _, commit = WanPipeline.load_config(base, revision=args.revision, return_commit_hash=True)
+        return f"{base}@{commit}:{args.variant}"
+    files = []
+    for part in ("transformer", "vae", "text_encoder", "tokenizer"):
+        files += sorted(path for path in Path(base, part).glob("*") if path.is_file())
+    return hash_files(files)
+
+
+def transformer_revision(name: str) -> str:
+    """Identify a fine-tuned transformer by its local files, or by its commit on the Hub."""
+    if os.path.isfile(name):
+        return hash_files([Path(name)])
+    if os.path.isdir(name):
+        folder = Path(name, "transformer")
+        if not folder.is_dir():
+            folder = Path(name)
+        return hash_files(sorted(folder.glob("*.*")))
+    try:
+        _, commit = WanTransformer3DModel.load_config(name, subfolder="transformer", return_commit_hash=True)
+    except OSError:
+        _, commit = WanTransformer3DModel.load_config(name, return_commit_hash=True)
+    return commit
 
 
 def lora_revision(name: str) -> str:
-    """A hash of its weights and metadata."""
+    """Hash a LoRA's weights and metadata. Raises `ValueError` when it cannot be read."""
     try:
         state_dict, metadata = WanPipeline.lora_state_dict(name, return_lora_metadata=True, use_safetensors=True)
-    except (OSError, ValueError, safetensors.SafetensorError, *train_ltd.HUB_ERRORS) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"--lora {name}: {error}") from error
-    weights = safetensors.torch.save({k: v.contiguous() for k, v in state_dict.items()})
-    return train_ltd.digest(hashlib.blake2b(weights).hexdigest(), metadata)
+    weights = safetensors.torch.save({key: value.contiguous() for key, value in state_dict.items()})
+    return digest(hashlib.blake2b(weights).hexdigest(), metadata)
 
 
 def load_scheduler(args: argparse.Namespace) -> UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler:
-    """`--scheduler` with the model's own settings; settles `args.flow_shift`."""
-    folder = {"subfolder": "scheduler", "revision": args.revision}
-    config = UniPCMultistepScheduler.load_config(args.pretrained_model_name_or_path, **folder)
+    """Load `--scheduler` with the model's own settings; settles `args.flow_shift`."""
+    config = UniPCMultistepScheduler.load_config(
+        args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision
+    )
     if args.flow_shift is None:
         args.flow_shift = config.get("flow_shift", config.get("shift", 1.0))
     if args.scheduler == "euler":
         return FlowMatchEulerDiscreteScheduler(config["num_train_timesteps"], shift=args.flow_shift)
-    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": args.flow_shift}
-    return UniPCMultistepScheduler.from_config(config, **flow)
-
-
-def describe(args: argparse.Namespace, scheduler) -> dict:
-    """All that a video depends on, apart from its prompt and sample; no path of this machine."""
-    own, same = args.transformer_path, ("negative_prompt", "fps", "seed", "mixed_precision", "quantize")
-    loras = zip(args.lora, args.lora_scale, strict=True)
-    return {
-        "model": public_name(args.pretrained_model_name_or_path),
-        "revision": train_ltd.model_identity(args, "transformer", "vae", "text_encoder", "tokenizer"),
-        "transformer": own and {"name": public_name(own), "revision": transformer_revision(own)},
-        "lora": [{"name": public_name(n), "revision": lora_revision(n), "scale": scale} for n, scale in loras],
-        "preset": args.preset,
-        "scheduler": type(scheduler).__name__,
-        "flow_shift": args.flow_shift,
-    } | {key: getattr(args, key) for key in (*SAMPLING, *same)}
+    return UniPCMultistepScheduler.from_config(
+        config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=args.flow_shift
+    )
 
 
 def public_name(name: str) -> str:
-    return train_ltd.hub_id(name) or Path(name).resolve().name
+    """Return a Hub id as it is, and the last part of a local path."""
+    if os.path.exists(name):
+        return Path(name).resolve().name
+    return name
 
 
-def prepare_folder(args, settings: dict, videos: dict[str, dict], accelerator: Accelerator) -> None:
+def describe(args: argparse.Namespace, scheduler) -> dict:
+    """Collect all that a video depends on, apart from its prompt and sample; no path of this machine."""
+    transformer = None
+    if args.transformer_path:
+        transformer = {
+            "name": public_name(args.transformer_path),
+            "revision": transformer_revision(args.transformer_path),
+        }
+    loras = []
+    for name, scale in zip(args.lora, args.lora_scale, strict=True):
+        loras.append({"name": public_name(name), "revision": lora_revision(name), "scale": scale})
+    settings = {
+        "model": public_name(args.pretrained_model_name_or_path),
+        "revision": base_revision(args),
+        "transformer": transformer,
+        "lora": loras,
+        "preset": args.preset,
+        "scheduler": type(scheduler).__name__,
+        "flow_shift": args.flow_shift,
+    }
+    for name in (*SAMPLING, "negative_prompt", "fps", "seed", "mixed_precision", "quantize"):
+        settings[name] = getattr(args, name)
+    return settings
+
+
+def find_differences(record: dict, settings: dict, made: dict[str, dict], videos: dict[str, dict]) -> list[str]:
+    """Name what the videos `made` so far, and the settings in their `record`, have otherwise than those to come."""
+    differences = []
+    recorded = record["settings"]
+    for name in recorded | settings:
+        then = recorded.get(name)
+        now = settings.get(name)
+        if then != now:
+            differences.append(f"{name}: {then!r} then, {now!r} now")
+    for name, entry in videos.items():
+        if name in made and made[name] != entry:
+            differences.append(f"{name}: {made[name]!r} then, {entry!r} now")
+    return differences
+
+
+def prepare_folder(
+    args: argparse.Namespace, settings: dict, videos: dict[str, dict], accelerator: Accelerator
+) -> None:
     """Write `generation.json`. Raises `ValueError` when the folder holds videos that were made otherwise."""
-    folder, differences = Path(args.output_dir), []
+    folder = Path(args.output_dir)
     path = folder / "generation.json"
-    versions = {"python": platform.python_version()} | {name: version(name) for name in VERSIONS}
-    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"videos": {}}
-    made = {name: entry for name, entry in old["videos"].items() if (folder / name).is_file()}
-    earlier = old.get("earlier_versions", []) if made else []
+    record = {"videos": {}}
+    if path.is_file():
+        record = json.loads(path.read_text(encoding="utf-8"))
+    made = {name: entry for name, entry in record["videos"].items() if (folder / name).is_file()}
+    versions = {"python": platform.python_version()}
+    for name in VERSIONS:
+        versions[name] = version(name)
+
+    # What was made otherwise cannot be gone on with
+    earlier_versions = []
+    differences = []
     if made:
-        pairs = {key: (old["settings"].get(key), settings.get(key)) for key in old["settings"] | settings}
-        pairs |= {name: (made[name], videos[name]) for name in videos if name in made}
-        differences = [f"{key}: {then!r} then, {now!r} now" for key, (then, now) in pairs.items() if then != now]
-        if old["versions"] != versions:
-            logger.warning(f"videos so far were made with {old['versions']}, those to come with {versions}")
-            earlier.append(old["versions"])
+        differences = find_differences(record, settings, made, videos)
+        earlier_versions = record.get("earlier_versions", [])
+        if record["versions"] != versions:
+            logger.warning(f"videos so far were made with {record['versions']}, those to come with {versions}")
+            earlier_versions.append(record["versions"])
     elif find_videos(folder):
-        differences = ["it holds videos, but no generation.json that says how they were made"]
+        differences.append("it holds videos, but no generation.json that says how they were made")
     if differences:
         message = f"--output_dir {folder} was made otherwise; take another folder, or the same settings"
         raise ValueError("\n- ".join([message, *differences[:10]]))
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left_by_a_kill in folder.glob(".partial-*"):
-            left_by_a_kill.unlink()
-        record = {"settings": settings, "versions": versions, "earlier_versions": earlier, "videos": made | videos}
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-        print("\n".join(f"{key:20} {value}" for key, value in settings.items()))
+    if not accelerator.is_main_process:
+        return
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_by_a_kill in folder.glob(".partial-*"):
+        left_by_a_kill.unlink()
+    record = {
+        "settings": settings,
+        "versions": versions,
+        "earlier_versions": earlier_versions,
+        "videos": made | videos,
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    for name, value in settings.items():
+        print(f"{name:20} {value}")
 
 
 # --- Generation ------------------------------------------------------------------------------------------------------
 
 
-def load_pipeline(args: argparse.Namespace, scheduler, accelerator: Accelerator) -> WanPipeline:
-    """The stock pipeline without its text encoder, on this rank's device or offloaded from it."""
+def load_pipeline(args: argparse.Namespace, wan, scheduler, accelerator: Accelerator) -> WanPipeline:
+    """Load the stock pipeline without its text encoder, on this rank's device or offloaded from it."""
     device = accelerator.device
-    base, path, kwargs = args.pretrained_model_name_or_path, args.transformer_path, {"subfolder": "transformer"}
-    kwargs["dtype"] = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+    transformer = train_ltd.load_transformer(args, wan).eval()
     if args.quantize:
-        torchao = importlib.import_module("torchao.quantization")
-        kwargs["quantization_config"] = diffusers.TorchAoConfig(getattr(torchao, QUANTIZE[args.quantize])())
-    if path and path.endswith(".safetensors"):
-        transformer = WanTransformer3DModel.from_single_file(path, config=base, revision=args.revision, **kwargs)
-    else:
-        base_only = {"revision": args.revision, "variant": args.variant}
-        kwargs |= {"subfolder": train_ltd.transformer_subfolder(path)} if path else base_only
-        transformer = WanTransformer3DModel.from_pretrained(path or base, **kwargs)
+        quantize(transformer, args.quantize)
     vae = train_ltd.load_vae(args, torch.device("cpu"))
     pipeline = WanPipeline(tokenizer=None, text_encoder=None, transformer=transformer, vae=vae, scheduler=scheduler)
     add_loras(pipeline, args)
@@ -397,39 +589,63 @@ def load_pipeline(args: argparse.Namespace, scheduler, accelerator: Accelerator)
     return pipeline
 
 
+def quantize(transformer: WanTransformer3DModel, kind: str) -> None:
+    """Put the weights of the linear layers in 8 bits, in place, but for those that diffusers keeps in float32."""
+    torchao = importlib.import_module("torchao.quantization")
+    config = getattr(torchao, QUANTIZE[kind])()
+    torchao.quantize_(transformer, config, filter_fn=is_quantized)
+
+
+def is_quantized(module: torch.nn.Module, name: str) -> bool:
+    """Tell whether the weight of a module is quantized, for torchao."""
+    kept = any(part in name for part in WanTransformer3DModel._keep_in_fp32_modules)
+    return isinstance(module, torch.nn.Linear) and not kept
+
+
 def add_loras(pipeline: WanPipeline, args: argparse.Namespace) -> None:
     """Load each LoRA with its scale. Raises `ValueError` for one that fits the model in part or not at all."""
-    names = [f"lora_{i}" for i in range(len(args.lora))]
-    for name, lora in zip(names, args.lora, strict=True):
+    names = []
+    for number, lora in enumerate(args.lora):
+        name = f"lora_{number}"
         try:
             pipeline.load_lora_weights(lora, adapter_name=name, use_safetensors=True)
-            fits = len(get_peft_model_state_dict(pipeline.transformer, adapter_name=name))
+            fitting = len(get_peft_model_state_dict(pipeline.transformer, adapter_name=name))
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"--lora {lora} does not fit the model: {error}") from error
-        if fits != (count := len(WanPipeline.lora_state_dict(lora, use_safetensors=True))):
-            raise ValueError(f"--lora {lora} fits the model in {fits} of its {count} tensors only")
+        count = len(WanPipeline.lora_state_dict(lora, use_safetensors=True))
+        if fitting != count:
+            raise ValueError(f"--lora {lora} fits the model in {fitting} of its {count} tensors only")
+        names.append(name)
     if names:
         pipeline.set_adapters(names, args.lora_scale)
 
 
 @torch.no_grad()
-def sample(pipeline: WanPipeline, entries: list[dict], captions: dict[str, str], args) -> np.ndarray:
-    """Videos `(B, F, H, W, 3)`, float32 in [0, 1]; `captions` has the file of each prompt's embedding."""
+def sample(
+    pipeline: WanPipeline, entries: list[dict], captions: dict[str, str], args: argparse.Namespace
+) -> np.ndarray:
+    """Sample videos `(B, F, H, W, 3)`, float32 in [0, 1]; `captions` has the file of each prompt's embedding.
+
+    Raises `RuntimeError` when the model returns values that are not finite.
+    """
     device = pipeline._execution_device
-    prompts = torch.stack([train_ltd.load_prompt(args, captions[entry["text"]]) for entry in entries]).to(device)
-    negative = train_ltd.load_prompt(args, captions[args.negative_prompt]).to(device).expand_as(prompts)
+    embeddings = train_ltd.LatentDataset([], captions, args)
+    prompt_embeds = torch.stack([embeddings.load_prompt(entry["text"]) for entry in entries]).to(device)  # (B, 512, D)
+    negative_prompt_embeds = embeddings.load_prompt(args.negative_prompt).to(device).expand_as(prompt_embeds)
     videos = pipeline(
-        prompt_embeds=prompts,
-        negative_prompt_embeds=negative,
+        prompt_embeds=prompt_embeds,
+        negative_prompt_embeds=negative_prompt_embeds,
         generator=[torch.Generator().manual_seed(entry["seed"]) for entry in entries],
-        **{key: getattr(args, key) for key in SAMPLING},
+        **{name: getattr(args, name) for name in SAMPLING},
     ).frames
     if not np.isfinite(videos).all():
-        raise RuntimeError(f"the model returned values that are not finite for one of {[e['text'] for e in entries]}")
+        texts = [entry["text"] for entry in entries]
+        raise RuntimeError(f"the model returned values that are not finite for one of {texts}")
     return videos
 
 
 def main(args: argparse.Namespace) -> None:
+    """Generate what is missing of the videos, or compare folders of them."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if args.compare:
@@ -439,30 +655,42 @@ def main(args: argparse.Namespace) -> None:
 
     # 1. What can be refused is refused before anything is loaded
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])
-    rank, world, folder = accelerator.process_index, accelerator.num_processes, Path(args.output_dir)
-    train_ltd.check_model(args)
+    rank = accelerator.process_index
+    world = accelerator.num_processes
+    folder = Path(args.output_dir)
+    wan = train_ltd.identify_wan(args)
     scheduler = load_scheduler(args)
     videos = plan_videos(args)
     prepare_folder(args, describe(args, scheduler), videos, accelerator)
     missing = [name for name in videos if not (folder / name).is_file()]
 
     # 2. Embeddings of all prompts that are still needed; then the text encoder is gone
-    texts = {videos[name]["text"] for name in missing}
-    captions, _ = train_ltd.cache_captions(args, accelerator, texts | {args.negative_prompt}) if missing else ({}, 0)
+    captions = {}
+    if missing:
+        texts = {videos[name]["text"] for name in missing}
+        captions = train_ltd.cache_captions(args, accelerator, texts | {args.negative_prompt})
 
     # 3. This rank's share of the videos
     mine = missing[rank::world]
     logger.info(f"rank {rank} of {world}: {len(mine)} of {len(missing)} missing videos", main_process_only=False)
-    pipeline = load_pipeline(args, scheduler, accelerator) if mine else None
-    count = {"total": len(videos), "initial": len(videos) - len(missing), "unit": "video"}
-    bar = tqdm(desc="generating", disable=not accelerator.is_main_process, **count)
+    pipeline = None
+    if mine:
+        pipeline = load_pipeline(args, wan, scheduler, accelerator)
+    progress = tqdm(
+        total=len(videos),
+        initial=len(videos) - len(missing),
+        desc="generating",
+        unit="video",
+        disable=not accelerator.is_main_process,
+    )
     for start in range(0, len(mine), args.batch_size):
         names = mine[start : start + args.batch_size]
         frames = sample(pipeline, [videos[name] for name in names], captions, args)
         for name, video in zip(names, frames, strict=True):
             write_video((video * 255).round().astype(np.uint8), folder / name, args.fps)
-        bar.update(min(len(names) * world, bar.total - bar.n))
-    bar.close()
+        made_by_all = len(names) * world
+        progress.update(min(made_by_all, progress.total - progress.n))
+    progress.close()
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

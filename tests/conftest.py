@@ -129,11 +129,11 @@ def flags(tiny_wan, clips, tmp_path):
 def run(flags):
     """Function that trains in this process with `flags(**kwargs)` and returns the output folder."""
 
-    def train(**kwargs) -> Path:
+    def train(compute_loss=None, **kwargs) -> Path:
         args = train_ltd.parse_args(flags(**kwargs))
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
-        train_ltd.main(args)
+        train_ltd.main(args, **({"compute_loss": compute_loss} if compute_loss else {}))
         return Path(args.output_dir)
 
     return train

@@ -10,12 +10,11 @@ import train_ltd
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    calls, training_loss = itertools.count(1), train_ltd.training_loss
+    calls = itertools.count(1)
 
     def fail(*args):
         if os.environ["RANK"] == "1" and next(calls) == 3:
             raise RuntimeError("this rank has had enough")
-        return training_loss(*args)
+        return train_ltd.compute_loss(*args)
 
-    train_ltd.training_loss = fail
-    train_ltd.main(train_ltd.parse_args(sys.argv[1:]))
+    train_ltd.main(train_ltd.parse_args(sys.argv[1:]), fail)

@@ -120,7 +120,7 @@ def test_sigma_density(latent_dataset, settings):
 
 def test_default_density_is_shifted_logit_normal(flags):
     args = train_ltd.parse_args(flags())
-    sigmas = train_ltd.sigmas_in_range(args, torch.Generator().manual_seed(0))
+    sigmas = train_ltd.draw_sigmas(args, torch.Generator().manual_seed(0))
     # The median of u is 1/2, and a shift of 3 takes it to 3/4.
     assert sigmas.median() == pytest.approx(0.75, abs=0.03) and sigmas.dtype == torch.float32
 
@@ -140,10 +140,10 @@ def test_windows_are_samples(prepare, tmp_path):
     write_numbered(folder / "a.mp4", 60)
     write_metadata(folder, [{"file_name": "a.mp4", "text": "a"}])
     clips, _, files, args = prepare(train_data_dir=folder, clips_per_video=3, caption_dropout=0)
-    assert len(clips) == 3 and len({clip["name"] for clip in clips}) == 3
+    assert [clip.name for clip in clips] == ["a.mp4#0", "a.mp4#1", "a.mp4#2"]
     dataset = train_ltd.LatentDataset(clips, files, args)
-    stored = load_file(Path(args.cache_dir, clips[0]["path"]))["latents"].float()
-    assert stored.shape == (3, 16, 3, HEIGHT // 8, WIDTH // 8)
+    stored = [load_file(Path(args.cache_dir, clip.path))["latents"].float() for clip in clips]
+    assert {latents.shape for latents in stored} == {(16, 3, HEIGHT // 8, WIDTH // 8)}
     assert all(torch.equal(dataset[n]["latents"], stored[n]) for n in range(3))
     assert not torch.equal(stored[0], stored[1]) and not torch.equal(stored[1], stored[2])
 
@@ -154,7 +154,7 @@ def test_windows_are_samples(prepare, tmp_path):
 def drawn_captions(clips, files, args, epochs: int) -> list[list[str]]:
     """The caption that each clip gets in each epoch, told by its embedding."""
     dataset = train_ltd.LatentDataset(clips, files, args)
-    known = {train_ltd.load_prompt(args, file).numpy().tobytes(): caption for caption, file in files.items()}
+    known = {dataset.load_prompt(caption).numpy().tobytes(): caption for caption in files}
     assert len(known) == len(files)
     drawn = []
     for epoch in range(epochs):
@@ -166,7 +166,7 @@ def drawn_captions(clips, files, args, epochs: int) -> list[list[str]]:
 def test_lists_of_captions_are_drawn_per_epoch(prepare, tmp_path):
     texts = ["one", "two", "three"]
     clips, _, files, args = prepare(**caption_dataset(tmp_path / "data", [texts, texts, "alone"]), caption_dropout=0)
-    assert [clip["captions"] for clip in clips] == [texts, texts, ["alone"]]
+    assert [clip.captions for clip in clips] == [texts, texts, ["alone"]]
     drawn = drawn_captions(clips, files, args, 60)
     assert drawn == drawn_captions(clips, files, args, 60)
     for n in (0, 1):

@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -57,14 +56,14 @@ def test_resume_with_two_processes(flags, tmp_path, train_type):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"rank": 8, "lora_alpha": 4}, "rank 4 there, 8 here"),
-        ({"lora_alpha": 2}, "lora_alpha 4 there, 2.0 here"),
+        ({"rank": 8, "lora_alpha": 4}, "rank 4 then, 8 now"),
+        ({"lora_alpha": 2}, "lora_alpha 4 then, 2.0 now"),
         ({"lora_target_modules": ["to_q"]}, "lora_target_modules"),
-        ({"train_type": "full", "rank": None}, "train_type lora there, full here"),
-        ({"seed": 4}, "seed 3 there, 4 here"),
-        ({"gradient_accumulation_steps": 2}, "samples_per_update 1 there, 2 here"),
-        ({"validation_split": 0.2}, "clips 7 there, 6 here"),
-        ({"use_ema": True}, "use_ema False there, True here"),
+        ({"train_type": "full", "rank": None}, "train_type lora then, full now"),
+        ({"seed": 4}, "seed 3 then, 4 now"),
+        ({"gradient_accumulation_steps": 2}, "samples_per_update 1 then, 2 now"),
+        ({"validation_fraction": 0.2}, "clips 7 then, 6 now"),
+        ({"use_ema": True}, "use_ema False then, True now"),
     ],
 )
 def test_checkpoint_of_other_settings_is_refused(run, change, named):
@@ -102,18 +101,32 @@ def test_nothing_to_resume_starts_afresh(run, caplog):
 # --- Signals and the clock -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", train_ltd.STOP_SIGNALS)
-def test_signal_stops_with_a_checkpoint(run, straight, monkeypatch, number):
+@pytest.mark.parametrize("name", train_ltd.STOP_SIGNALS)
+def test_signal_stops_with_a_checkpoint(run, straight, monkeypatch, name):
     """In the middle of the third update: its first half is dropped, and the resumed run makes it again."""
+    number = signal.Signals[name]
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        strike(patch, train_ltd, "training_loss", 5, lambda: os.kill(os.getpid(), number))
+        strike(patch, train_ltd, "predict_flow", 5, lambda: os.kill(os.getpid(), number))
         with pytest.raises(SystemExit) as stop:
             run(**STEPS | {"checkpointing_steps": 100})
     assert stop.value.code == train_ltd.EXIT_STOPPED == 75
     assert signal.getsignal(number) == before
     folder = run(**STEPS, resume_from_checkpoint="latest")
     assert checkpoints(folder) == ["checkpoint-2", "checkpoint-3"] and same_weights(folder, straight)
+
+
+def test_a_signal_that_is_ignored_from_the_start_stays_so(run, straight, monkeypatch):
+    """`nohup` ignores SIGHUP: the run that it starts outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with monkeypatch.context() as patch:
+            strike(patch, train_ltd, "predict_flow", 5, lambda: os.kill(os.getpid(), signal.SIGHUP))
+            folder = run(**STEPS)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert checkpoints(folder)[-1] == "checkpoint-3" and same_weights(folder, straight)
 
 
 def test_clock_stops_with_a_checkpoint(run, straight):
@@ -126,11 +139,11 @@ def test_clock_stops_with_a_checkpoint(run, straight):
 
 @pytest.mark.parametrize("strikes_at", ["evaluation", "samples"])
 def test_notice_during_validation(run, monkeypatch, tmp_path, strikes_at):
-    """The rest of the look is left out, the checkpoint written; the resumed run looks first, and ends the same."""
-    looks = {"validation_split": 0.3, "eval_steps": 2, "validation_steps": 2, "validation_prompt": ["a", "b"]}
+    """The next sample is left out, the checkpoint written; the resumed run makes what lacks, and ends the same."""
+    looks = {"validation_fraction": 0.3, "eval_steps": 2, "validation_steps": 2, "validation_prompt": ["a", "b"]}
     kwargs = STEPS | looks | {"max_train_steps": 4, "validation_num_inference_steps": 1}
     whole = run(output_dir=tmp_path / "whole", **kwargs)
-    name, call = {"evaluation": ("motion_sums", 16), "samples": ("export_to_video", 3)}[strikes_at]  # both at step 2
+    name, call = {"evaluation": ("motion_errors", 16), "samples": ("export_to_video", 3)}[strikes_at]  # both at step 2
     with monkeypatch.context() as patch:
         strike(patch, train_ltd, name, call, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit) as stop:
@@ -138,8 +151,9 @@ def test_notice_during_validation(run, monkeypatch, tmp_path, strikes_at):
     folder = tmp_path / "run"
     assert stop.value.code == 75 and checkpoints(folder)[-1] == "checkpoint-2"
     looked = [row["step"] for row in train_ltd.read_metrics(folder) if "val/mse" in row]
-    assert looked == ([0] if strikes_at == "evaluation" else [0, 2])
-    assert not (folder / "samples/step-000002-1.mp4").exists()
+    assert looked == [0, 2]  # held-out errors are quick, and are finished
+    samples = [path.stem for path in sorted((folder / "samples").glob("step-000002-*"))]
+    assert samples == ([] if strikes_at == "evaluation" else ["step-000002-0"])
     run(**kwargs, resume_from_checkpoint="latest")
     assert same_weights(folder, whole)
     rows = [[r for r in train_ltd.read_metrics(f) if "val/mse" in r] for f in (folder, whole)]
@@ -248,6 +262,7 @@ def test_loader_process_that_dies(run, straight, monkeypatch):
     [
         ("flip", "optimizer.bin"),
         ("flip", "settings.json"),
+        ("truncate", "settings.json"),
         ("truncate", train_ltd.LORA_FILE),
         ("remove", "scheduler.bin"),
     ],
@@ -264,9 +279,10 @@ def test_damaged_checkpoint_is_left_out(run, straight, caplog, damage, name):
         path.unlink()
     with pytest.raises(ValueError, match=r"--resume_from_checkpoint .*checkpoint-3 is damaged"):
         run(output_dir=straight, **STEPS, resume_from_checkpoint=newest)
-    assert any(f"checkpoint-3 is damaged and left out: {name}" in r.message for r in caplog.records)
     run(output_dir=straight, **STEPS, resume_from_checkpoint="latest")
+    assert any(f"checkpoint-3 is damaged and left out: {name}" in r.message for r in caplog.records)
     assert any("resumed" in r.message and "checkpoint-2" in r.message for r in caplog.records)
+    assert sum("checkpoint-3 is damaged" in r.message and "deleted" in r.message for r in caplog.records) == 1
     assert all(torch.equal(v, before[k]) for k, v in weights(straight).items()) and train_ltd.is_intact(newest)
 
 
@@ -302,18 +318,24 @@ def test_nothing_is_unpickled_from_a_checkpoint(run, straight, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("limit", "what"), [(3_000, "cache/latents"), (30_000, "run/checkpoint-1")])
-def test_full_disk(run, flags, tmp_path, limit, what):
-    """A limit on the size of a file stands for it: the same calls fail, and with as little of an `OSError`."""
-    command = [sys.executable, str(ROOT / "train_ltd.py"), *flags(**STEPS)]
+@pytest.mark.parametrize("limit", [3_000, 30_000], ids=["a cache entry", "a checkpoint"])
+def test_full_disk(run, flags, straight, tmp_path, limit):
+    """A limit on the size of a file stands for it: the same calls fail, and with as little of an `OSError`.
+
+    What is written is complete or absent, so that the same command goes on once there is room.
+    """
+    kwargs = {"cache_dir": tmp_path / "small", "resume_from_checkpoint": "latest"}
+    command = [sys.executable, str(ROOT / "train_ltd.py"), *flags(**STEPS, **kwargs)]
     env = os.environ | CPU
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     restrict = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))}
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, **restrict)
     assert done.returncode == 1
-    message = done.stderr[done.stderr.rindex("RuntimeError: cannot write ") :]
-    assert what in message and "make room" in message and "--resume_from_checkpoint latest" in message
     assert not checkpoints(tmp_path / "run")
+    assert bool(list((tmp_path / "small/text").glob("*.safetensors"))) == (limit == 30_000)
+    resumed = run(**STEPS, **kwargs)
+    assert same_weights(resumed, straight)
+    assert not list(resumed.glob(".checkpoint-*"))
 
 
 def test_older_checkpoints_outlive_a_full_disk(run, straight, monkeypatch):
@@ -324,7 +346,7 @@ def test_older_checkpoints_outlive_a_full_disk(run, straight, monkeypatch):
 
     with monkeypatch.context() as patch:
         strike(patch, train_ltd, "save_weights", 1, full)
-        with pytest.raises(RuntimeError, match=r"cannot write .*checkpoint-4: .*older checkpoints are intact"):
+        with pytest.raises(RuntimeError, match="PytorchStreamWriter failed"):
             run(output_dir=straight, **STEPS | {"max_train_steps": 4}, resume_from_checkpoint="latest")
     assert checkpoints(straight) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     assert train_ltd.is_intact(straight / "checkpoint-3")
@@ -334,7 +356,7 @@ def test_older_checkpoints_outlive_a_full_disk(run, straight, monkeypatch):
 
 @pytest.mark.parametrize("what", ["save_weights", "model_card", "log_metrics"])
 def test_disk_that_fills_at_the_end(run, straight, monkeypatch, tmp_path, what):
-    """Weights, card or a line of the log: the message says what, and the same command with `latest` mends it."""
+    """Weights, card or a line of the log: the system's message gets through, and `latest` mends it."""
     calls = {"save_weights": 4, "model_card": 1, "log_metrics": 3}
 
     def full():
@@ -343,7 +365,7 @@ def test_disk_that_fills_at_the_end(run, straight, monkeypatch, tmp_path, what):
     owner, name = {"log_metrics": (train_ltd.Accelerator, "log")}.get(what, (train_ltd, what))
     with monkeypatch.context() as patch:
         strike(patch, owner, name, calls[what], full)
-        with pytest.raises(RuntimeError, match=r"cannot write .*run.*: .*No space left.*checkpoint latest"):
+        with pytest.raises(OSError, match="No space left on device"):
             run(**STEPS)
     assert checkpoints(tmp_path / "run") == [f"checkpoint-{n}" for n in range(1, 3 + (what != "log_metrics"))]
     assert same_weights(run(**STEPS, resume_from_checkpoint="latest"), straight)
@@ -355,52 +377,71 @@ def test_second_run_into_one_folder_is_refused(run, tmp_path):
     with open(folder / ".lock", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match=r"--output_dir .*: another run is writing there"):
-            run(max_train_steps=1)
-    run(max_train_steps=1)
+            run(max_train_steps=1, overwrite_output_dir=True)
+    assert checkpoints(folder) == ["checkpoint-1"]
+    run(max_train_steps=1, overwrite_output_dir=True)
 
 
-# --- leaves with the feature ---
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_only_a_later_signal_ends_the_process(monkeypatch):
-    notice, codes = train_ltd.Notice(), []
-    monkeypatch.setattr(os, "_exit", codes.append)
-    notice(signal.SIGTERM, None)
-    notice(signal.SIGTERM, None)  # the launcher passes on what the process group had already got
-    assert not codes and notice.at <= time.monotonic()
-    notice.at -= train_ltd.SAME_NOTICE
-    notice(signal.SIGINT, None)
-    assert codes == [128 + signal.SIGINT]
+def test_a_folder_with_checkpoints_is_refused(run, straight):
+    """Two runs in one folder would be one in the eyes of `latest`. Nothing in it is touched."""
+    before = files(straight)
+    with pytest.raises(ValueError) as error:
+        run(output_dir=straight, **STEPS)
+    message = str(error.value)
+    for part in (f"{straight} holds checkpoint-3 of an earlier run", "--resume_from_checkpoint latest"):
+        assert part in message
+    assert "another folder" in message and "--overwrite_output_dir" in message
+    with pytest.raises(ValueError, match="holds checkpoint-3 of an earlier run"):  # whose path lies ahead of this one
+        run(output_dir=straight, **STEPS, resume_from_checkpoint=straight / "checkpoint-1")
+    assert files(straight) == before
 
 
-@pytest.mark.slow
-def test_second_signal_ends_at_once_and_harms_no_checkpoint(run, flags):
-    """While a sample is made that would take hours."""
-    folder = run(max_train_steps=2, checkpointing_steps=1)
-    kwargs = {"max_train_steps": 3, "validation_steps": 3, "validation_num_inference_steps": 10**5}
-    command = [sys.executable, str(ROOT / "train_ltd.py"), *flags(validation_prompt=["a"], **kwargs)]
-    env = os.environ | CPU
-    with subprocess.Popen([*command, "--resume_from_checkpoint=latest"], env=env, cwd=ROOT) as process:
-        wait_for((folder / "samples").is_dir, process)
-        process.terminate()
-        time.sleep(train_ltd.SAME_NOTICE + 3)
-        assert process.poll() is None
-        process.terminate()
-        time.sleep(3)
-        process.kill()
-        assert process.wait() == 128 + signal.SIGTERM
-    names = ["checkpoint-1", "checkpoint-2", "checkpoint-3"]  # that of the last step is written before its look
-    assert checkpoints(folder) == names and all(train_ltd.is_intact(folder / name) for name in names)
-
-
-def test_checkpoints_of_an_earlier_run_are_set_aside(run, straight, caplog):
-    """A fresh run into an old folder: the limit must not drop its own for theirs, nor `latest` go back to them."""
+def test_an_earlier_run_is_overwritten(run, straight, caplog):
+    """The limit must not drop the new run's checkpoints for the old one's, nor `latest` go back to those."""
     caplog.set_level("INFO")
-    kwargs = STEPS | {"output_dir": straight, "checkpoints_total_limit": 1, "max_train_steps": 2}
-    run(**kwargs)
-    assert checkpoints(straight) == ["checkpoint-2"]
-    aside = sorted(path.name.split("-", 2)[2] for path in straight.glob("earlier-*"))
-    assert aside == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
-    assert sum("is of an earlier run" in r.message for r in caplog.records) == 3
-    run(**kwargs | {"max_train_steps": 3}, resume_from_checkpoint="latest")
+    (straight / "samples").mkdir()
+    (straight / "samples/step-000009-0.mp4").touch()
+    kwargs = STEPS | {"output_dir": straight, "checkpoints_total_limit": 1}
+    run(**kwargs | {"max_train_steps": 2}, overwrite_output_dir=True)
+    assert checkpoints(straight) == ["checkpoint-2"] and not list(straight.glob(".checkpoint-*"))
+    assert [row["step"] for row in train_ltd.read_metrics(straight)] == [1, 2]
+    assert not (straight / "samples").exists()
+    assert sum("it is deleted" in r.message for r in caplog.records) == 3
+    run(**kwargs, resume_from_checkpoint="latest")
     assert any("checkpoint-2, step 2" in r.message for r in caplog.records)
+
+
+def test_an_earlier_run_is_overwritten_from_an_older_checkpoint(run, straight, tmp_path):
+    """One of its own, or one of another folder, where then none of the earlier run is left."""
+    before = weights(straight)
+    kwargs = STEPS | {"overwrite_output_dir": True}
+    run(output_dir=straight, **kwargs, resume_from_checkpoint=straight / "checkpoint-2")
+    assert checkpoints(straight) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert_same(weights(straight), before)
+    other = run(output_dir=tmp_path / "other", **STEPS | {"max_train_steps": 2}, learning_rate=1e-3)
+    (other / "samples").mkdir()
+    (other / "samples/step-000001-0.mp4").touch()
+    run(output_dir=other, **kwargs, resume_from_checkpoint=straight / "checkpoint-2")
+    assert checkpoints(other) == ["checkpoint-3"] and not (other / "samples").exists()
+    assert [row["step"] for row in train_ltd.read_metrics(other)] == [3]
+    assert_same(weights(other), before)
+
+
+@pytest.mark.parametrize("asked", ["latest", "checkpoint-3"])
+def test_a_checkpoint_of_an_earlier_version_is_refused(run, straight, asked):
+    """In one line that says what can be done with it; a fresh run over it is no matter."""
+    path = straight / "checkpoint-3/settings.json"
+    contents = json.loads(path.read_text())
+    assert contents.pop("format") == train_ltd.CHECKPOINT_FORMAT
+    path.write_text(json.dumps(contents))
+    kwargs = STEPS | {"output_dir": straight}
+    with pytest.raises(ValueError) as error:
+        run(**kwargs, resume_from_checkpoint=asked if asked == "latest" else straight / asked)
+    message = str(error.value)
+    assert "checkpoint-3 is of an earlier version" in message and "\n" not in message
+    assert "--init_lora" in message and "--transformer_path" in message
+    run(**kwargs, overwrite_output_dir=True)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import pytest
@@ -44,41 +45,45 @@ import train_ltd
 # The ten sacred tests: whatever else changes, these stay.
 
 
-class Stub(torch.nn.Module):
-    """Records what it is called with and returns a fixed prediction."""
-
-    def __init__(self, prediction):
-        super().__init__()
-        self.prediction = prediction
-
-    def forward(self, **kwargs):
-        self.kwargs = kwargs
-        return (self.prediction,)
-
-
 @pytest.mark.parametrize("loss", ["ltd", "mse"])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_training_loss_is_equation_3_on_rectified_flow(flags, loss, normalize):
-    args = train_ltd.parse_args(flags(loss=loss, ltd_normalize=normalize, ltd_scale=2, ltd_window=4))
-    latents, noise, prediction = torch.randn(3, 2, 16, 5, 4, 6).unbind()
-    batch = {
-        "latents": latents,
-        "noise": noise,
-        "sigmas": torch.tensor([0.25, 0.8]),
-        "prompt_embeds": torch.zeros(2, 4, 8),
-    }
-    model = Stub(prediction)
-    value, _ = train_ltd.training_loss(model, batch, torch.tensor([1.0, 5.0]), args)
-    knobs = {"scale": 2, "normalize": normalize}
-    target = noise - latents
-    expected = (
-        ltd_loss.ltd_loss(prediction, target, latents, 4, **knobs) if loss == "ltd" else F.mse_loss(prediction, target)
+def test_training_loss_is_equation_3_on_rectified_flow(run, monkeypatch, loss, normalize):
+    """In the step itself: what the model is given, what comes out, what it is compared to, and what is logged."""
+    given, compared = {}, {}
+    forward = WanTransformer3DModel.forward
+
+    def record_input(self, **kwargs):
+        given.update(kwargs)
+        return forward(self, **kwargs)
+
+    def record_loss(prediction, target, batch, args):
+        compared.update(batch, prediction=prediction.detach(), target=target)
+        return train_ltd.compute_loss(prediction, target, batch, args)
+
+    monkeypatch.setattr(WanTransformer3DModel, "forward", record_input)
+    output = run(
+        record_loss,
+        loss=loss,
+        ltd_normalize=normalize,
+        ltd_scale=2,
+        ltd_window=4,
+        num_frames=17,
+        train_batch_size=2,
+        max_train_steps=1,
     )
-    torch.testing.assert_close(value, expected)
-    assert torch.equal(model.kwargs["timestep"], torch.tensor([250.0, 800.0]))
-    assert model.kwargs["timestep"].dtype == torch.float32
-    mixed = 0.75 * latents[0] + 0.25 * noise[0]
-    torch.testing.assert_close(model.kwargs["hidden_states"][0], mixed)
+    latents, noise, sigmas, prediction = (compared[k] for k in ("latents", "noise", "sigmas", "prediction"))
+    assert latents.shape == (2, 16, 5, 4, 6)
+    target = noise - latents
+    expected = F.mse_loss(prediction, target)
+    if loss == "ltd":
+        expected = ltd_loss.ltd_loss(prediction, target, latents, 4, scale=2, normalize=normalize)
+    assert metrics(output) == {1: pytest.approx(expected.item())} and torch.equal(compared["target"], target)
+    assert sigmas[0] != sigmas[1] and torch.equal(given["timestep"], 1000 * sigmas)
+    assert given["timestep"].dtype == torch.float32
+    assert torch.equal(given["encoder_hidden_states"], compared["prompt_embeds"])
+    for n in (0, 1):
+        mixed = (1 - sigmas[n]) * latents[n] + sigmas[n] * noise[n]
+        torch.testing.assert_close(given["hidden_states"][n], mixed)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -88,17 +93,17 @@ def test_golden_latents(prepare, tiny_wan, originals, expected_latents, tmp_path
     vae = AutoencoderKLWan.from_pretrained(tiny_wan, subfolder="vae")
     mean, std = (torch.tensor(c).view(1, -1, 1, 1, 1) for c in (vae.config.latents_mean, vae.config.latents_std))
     for clip, name, expected in zip(clips, NAMES, expected_latents, strict=True):
-        latents = load_file(Path(args.cache_dir, clip["path"]))["latents"]
-        assert latents.dtype == getattr(torch, dtype) and latents.shape == (1, 16, 3, HEIGHT // 8, WIDTH // 8)
+        latents = load_file(Path(args.cache_dir, clip.path))["latents"]
+        assert latents.dtype == getattr(torch, dtype) and latents.shape == (16, 3, HEIGHT // 8, WIDTH // 8)
         tolerance = 1e-5 if dtype == "float32" else 5e-3
-        torch.testing.assert_close(latents[0].float(), expected, rtol=0, atol=tolerance)
+        torch.testing.assert_close(latents.float(), expected, rtol=0, atol=tolerance)
         pixels = ffmpeg_frames(originals / name, HEIGHT, WIDTH)[:NUM_FRAMES].float().div(127.5).sub(1)
         with torch.no_grad():
             own = vae(pixels.transpose(0, 1)[None]).sample
-            decoded = vae.decode(latents.float() * std + mean).sample
+            decoded = vae.decode(latents[None].float() * std + mean).sample
         assert (decoded - own).abs().mean() < 2 * tolerance
     item = train_ltd.LatentDataset(clips, prepare(train_data_dir=tmp_path / "data", cache_dtype=dtype)[2], args)[2]
-    stored = load_file(Path(args.cache_dir, clips[2]["path"]))["latents"][0]
+    stored = load_file(Path(args.cache_dir, clips[2].path))["latents"]
     assert torch.equal(item["latents"], stored.float())
 
 
@@ -202,7 +207,7 @@ def test_sample_equals_the_stock_pipeline(run, tiny_wan, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("extra", [{}, {"lora_dropout": 0.5, "use_ema": True}])
 def test_looking_does_not_move_training(run, tmp_path, extra):
-    kwargs = {"max_train_steps": 4, "validation_split": 0.2} | extra
+    kwargs = {"max_train_steps": 4, "validation_fraction": 0.2} | extra
     looking = run(output_dir=tmp_path / "looking", **kwargs, **LOOKS)
     blind = run(output_dir=tmp_path / "blind", max_eval_clips=1, eval_steps=100, **kwargs)
     assert_same(weights(looking, "lora"), weights(blind, "lora"))
@@ -227,7 +232,7 @@ def test_code_of_the_card_runs(run, tiny_wan, tmp_path, monkeypatch, train_type)
 
 
 POINTS = {
-    "a step": (train_ltd, "training_loss", 4),
+    "a step": (train_ltd, "predict_flow", 4),
     "a checkpoint's state": (torch, "save", 4),
     "a checkpoint's weights": (train_ltd, "save_weights", 2),
     "a checkpoint's rename": (Path, "rename", 2),
@@ -277,9 +282,29 @@ def test_too_few_clips_for_one_update(run):
         run(train_batch_size=8)
 
 
+def test_a_trial_on_the_first_rows(run, prepare, tmp_path):
+    """--max_train_samples counts rows of the dataset, before any is encoded."""
+    clips, held_out, _, _ = prepare(max_train_samples=4, validation_fraction=0.25)
+    assert sorted(clip.name for clip in clips + held_out) == ["0.mp4", "1.mp4", "2.mp4", "3.mp4"]
+    assert len(list((tmp_path / "cache/latents").iterdir())) == 4
+    assert len(prepare(max_train_samples=100)[0]) == 7
+    card = (run(max_train_samples=4, max_train_steps=1) / "README.md").read_text()
+    assert "| clips | 4, and 0 held out |" in card and "| updates | 1 of 1 clips, 4 an epoch |" in card
+
+
+def test_a_trial_on_the_first_rows_is_shared_by_the_ranks(flags):
+    args = train_ltd.parse_args(flags(max_train_samples=5))
+    numbers = []
+    for rank in range(2):
+        reader = train_ltd.ClipReader(args, "train", SimpleNamespace(process_index=rank, num_processes=2))
+        numbers.append([number for (_, number), _ in reader.local_rows()])
+        assert reader.count() == len(numbers[rank])
+    assert numbers == [[0, 2, 4], [1, 3]]
+
+
 @pytest.mark.parametrize("train_type", ["lora", "full"])
 def test_bf16_trains(run, train_type):
-    kwargs = {"validation_prompt": "a", "validation_num_inference_steps": 2, "validation_split": 0.2}
+    kwargs = {"validation_prompt": "a", "validation_num_inference_steps": 2, "validation_fraction": 0.2}
     output = run(train_type=train_type, rank=None, mixed_precision="bf16", **kwargs)
     assert all(math.isfinite(v) for v in metrics(output).values())
     assert {v.dtype for v in weights(output, train_type).values()} == {torch.float32}
@@ -298,7 +323,7 @@ def test_non_finite_step_is_skipped_and_counted(run, tmp_path, caplog):
     entry = sorted((tmp_path / "cache/latents").iterdir())[0]
     tensors = load_file(entry)
     save_file(tensors | {"latents": torch.full_like(tensors["latents"], torch.nan)}, entry)
-    output = run(max_train_steps=7)
+    output = run(max_train_steps=7, overwrite_output_dir=True)
     assert max(metrics(output, "skipped_steps").values()) == 1
     assert sum("skipped: its loss or gradient is not finite" in r.message for r in caplog.records) == 1
     assert all(v.isfinite().all() for v in weights(output, "lora").values())
@@ -310,7 +335,7 @@ def test_ten_bad_steps_stop_the_run(run, tmp_path):
         tensors = load_file(entry)
         save_file(tensors | {"latents": torch.full_like(tensors["latents"], torch.inf)}, entry)
     with pytest.raises(RuntimeError, match=r"10 steps in a row were not finite; clips of the last one: \d.mp4"):
-        run(max_train_steps=20)
+        run(max_train_steps=20, overwrite_output_dir=True)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="no bitsandbytes")
@@ -345,7 +370,7 @@ def test_work_is_shared_evenly():
     """All ranks do equally many, and each item counts once."""
     for count, world in [(1, 4), (4, 4), (5, 4), (32, 8), (3, 1)]:
         ranks = [type("", (), {"process_index": i, "num_processes": world}) for i in range(world)]
-        shares = [train_ltd.shared_work(rank, count) for rank in ranks]
+        shares = [train_ltd.split_between_ranks(rank, count) for rank in ranks]
         assert len({len(share) for share in shares}) == 1
         assert sorted(i for share in shares for i, mine in share if mine) == list(range(count))
         assert all(0 <= i < count for share in shares for i, _ in share)
@@ -378,7 +403,7 @@ def test_regional_compile_in_two_processes(run, flags, tmp_path, checkpointing):
 
 @pytest.mark.slow
 def test_four_processes_equal_accumulation_of_four(run, flags, tmp_path):
-    kwargs = {"max_train_steps": 3, "validation_split": 0.3, "eval_steps": 1, "use_ema": True}
+    kwargs = {"max_train_steps": 3, "validation_fraction": 0.3, "eval_steps": 1, "use_ema": True}
     alone = run(output_dir=tmp_path / "alone", gradient_accumulation_steps=4, **kwargs)
     result = launch(flags(output_dir=tmp_path / "four", **kwargs), processes=4)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -431,7 +456,7 @@ def test_sharded_weights_train_resume_and_publish_as_whole_ones(run, flags, tmp_
     kwargs = {"train_type": train_type, "rank": 4 if train_type == "lora" else None, "max_train_steps": 3}
     kwargs |= {"learning_rate": 1e-3}  # Adam magnifies rounding by it
     kwargs |= {"checkpointing_steps": 2, "use_ema": True, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1}
-    kwargs |= {"validation_split": 0.3, "eval_steps": 1, "max_eval_clips": 1, "validation_prompt": "a square"}
+    kwargs |= {"validation_fraction": 0.3, "eval_steps": 1, "max_eval_clips": 1, "validation_prompt": "a square"}
     kwargs |= {"validation_steps": 100, "validation_num_inference_steps": 2}
     whole, sharded, resumed = (tmp_path / name for name in ("whole", "sharded", "resumed"))
     result = launch(flags(output_dir=whole, **kwargs), processes=2)
@@ -472,7 +497,7 @@ def test_sharded_weights_train_resume_and_publish_as_whole_ones(run, flags, tmp_
     a, b = (torch.load(f / "checkpoint-3/optimizer.bin", weights_only=True)["state"] for f in (sharded, resumed))
     assert a.keys() == b.keys() and all(torch.equal(a[p][k], b[p][k]) for p in a for k in a[p])
     assert losses(resumed) == losses(sharded)[-3:]  # a look at step 2 first, which its folder lacks
-    with pytest.raises(ValueError, match="fsdp True there, None here"):  # its optimizer's file is another
+    with pytest.raises(ValueError, match="fsdp True then, None now"):  # its optimizer's file is another
         run(**kwargs | {"resume_from_checkpoint": resumed / "checkpoint-3", "gradient_accumulation_steps": 4})
 
 
@@ -531,25 +556,3 @@ def test_the_file_for_sharding_names_a_layer_of_the_model(tiny_wan):
     transformer = train_ltd.WanTransformer3DModel.from_pretrained(tiny_wan, subfolder="transformer")
     layer = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"]
     assert {type(block).__name__ for block in transformer.blocks} == {layer}
-
-
-# --- leaves with the feature ---
-
-
-@pytest.mark.parametrize("train_type", ["lora", "full"])
-def test_dry_run_prints_a_table_and_leaves_no_weights(run, capsys, train_type):
-    output = run(dry_run=True, train_type=train_type, rank=None, validation_split=0.2)
-    table = capsys.readouterr().out
-    for part in (
-        "videos",
-        "skipped",
-        "captions",
-        "cache to expect",
-        "trainable parameters",
-        "latents",
-        "tokens per clip",
-    ):
-        assert part in table
-    assert "(16, 3, 4, 6)" in table and "peak memory" in table and "base model's loss" in table
-    assert ("passed" in table) == (train_type == "lora")
-    assert {p.name for p in output.iterdir()} <= {"logs", ".lock"}

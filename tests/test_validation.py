@@ -3,7 +3,9 @@
 import json
 
 import av
+import numpy as np
 import pytest
+import torch
 from conftest import HEIGHT, NUM_FRAMES, WIDTH, launch
 from helpers import LOOKS
 
@@ -11,7 +13,7 @@ import train_ltd
 
 
 def test_held_out_errors_repeat_to_the_last_digit(run, tmp_path):
-    kwargs = {"validation_split": 0.4, "eval_steps": 1, "max_train_steps": 2}
+    kwargs = {"validation_fraction": 0.4, "eval_steps": 1, "max_train_steps": 2}
     first, second = (run(output_dir=tmp_path / name, **kwargs) for name in "ab")
     rows = [
         [line for line in (f / "metrics.jsonl").read_text().splitlines() if "val/mse" in line] for f in (first, second)
@@ -22,9 +24,37 @@ def test_held_out_errors_repeat_to_the_last_digit(run, tmp_path):
     assert row["val/mse"] == pytest.approx(sum(row[f"val/mse_sigma_{s}"] for s in train_ltd.EVAL_SIGMAS) / 5)
 
 
+def test_rows_of_evaluate_are_clips_and_sigmas(prepare):
+    """For programs that measure by it: any sigmas, and `measure`'s own tensors in the row."""
+    _, held_out, files, args = prepare(validation_fraction=0.4)
+    wan = train_ltd.identify_wan(args)
+    dataset = train_ltd.LatentDataset(held_out, files, args)
+    model = train_ltd.load_transformer(args, wan)
+    bounds = dataset.motion_bounds(torch.device("cpu"))
+    accelerator = train_ltd.build_accelerator(args)
+
+    def measure(prediction, target, latents):
+        return {"largest": (prediction - target).abs().max(), "shape": torch.tensor(latents.shape)}
+
+    rows = train_ltd.evaluate(wan, model, dataset, bounds, accelerator, args, sigmas=(0.2, 0.6), measure=measure)
+    assert [(row["clip"], row["sigma"]) for row in rows] == [(n, s) for n in range(2) for s in (0.2, 0.6)]
+    for row in rows:
+        assert row["shape"].tolist() == [1, 16, 3, HEIGHT // 8, WIDTH // 8] and row["largest"] ** 2 > row["mse"]
+    values = train_ltd.held_out_metrics(rows)
+    assert values["val/mse"] == pytest.approx(np.mean([row["mse"] for row in rows]))
+    # One sample by hand: fixed noise, rectified flow, the timestep 1000 sigma.
+    sample = {name: tensor[None] for name, tensor in dataset.load_fixed(1).items()}
+    with torch.no_grad():
+        prediction = model.eval()(
+            0.4 * sample["latents"] + 0.6 * sample["noise"], torch.tensor([600.0]), sample["prompt_embeds"]
+        ).sample
+    error = (prediction - sample["noise"] + sample["latents"]).square()
+    assert rows[3]["mse"] == pytest.approx(error.mean().item(), rel=1e-5)
+
+
 @pytest.mark.slow
 def test_held_out_errors_in_two_processes_are_those_of_one(run, flags, tmp_path):
-    kwargs = {"validation_split": 0.4, "eval_steps": 1, "max_train_steps": 2}
+    kwargs = {"validation_fraction": 0.4, "eval_steps": 1, "max_train_steps": 2}
     one = run(output_dir=tmp_path / "one", **kwargs)
     result = launch(flags(output_dir=tmp_path / "two", **kwargs), processes=2)
     assert result.returncode == 0, result.stderr
@@ -52,24 +82,30 @@ def test_samples_are_playable_and_keep_the_pipelines_shift(run, tmp_path):
 # --- Trackers --------------------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_gets_scalars_and_moving_pictures(run):
+def test_tensorboard_gets_scalars_frames_and_prompts(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    output = run(report_to="tensorboard", validation_split=0.2, checkpointing_steps=1, max_train_steps=3, **LOOKS)
+    output = run(report_to="tensorboard", validation_fraction=0.2, checkpointing_steps=1, max_train_steps=3, **LOOKS)
     run(
         report_to="tensorboard",
-        validation_split=0.2,
+        validation_fraction=0.2,
         resume_from_checkpoint=output / "checkpoint-1",
+        overwrite_output_dir=True,
         max_train_steps=3,
         **LOOKS,
     )
     events = EventAccumulator(str(output / "logs/ltd-wan"), size_guidance={"images": 0}).Reload()
     tags = events.Tags()
-    wanted = "loss mse mse_motion mse_static weight_mean weight_max lr grad_norm seconds_per_step clips_per_second"
+    wanted = "loss mse mse_motion mse_static weight lr grad_norm seconds_per_step clips_per_second"
     assert {*wanted.split(), "peak_memory_gib", "val/mse", "val/mse_motion", "val/mse_static"} <= set(tags["scalars"])
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
     assert set(tags["images"]) == {"sample/0", "sample/1"}
-    assert events.Images("sample/0")[0].encoded_image_string.startswith(b"GIF89a")
+    pictures = events.Images("sample/0")
+    assert [image.step for image in pictures] == [0, 2, 3]
+    assert {image.width * image.height for image in pictures} == {train_ltd.STRIP_FRAMES * WIDTH * HEIGHT}
+    assert {"sample/0/prompt/text_summary", "sample/1/prompt/text_summary"} <= set(tags["tensors"])
+    (prompt,) = events.Tensors("sample/1/prompt/text_summary")[0].tensor_proto.string_val
+    assert prompt == b"b"
 
 
 @pytest.mark.slow
@@ -91,8 +127,8 @@ def test_wandb_goes_on_with_its_run(run, monkeypatch):
     monkeypatch.setattr(wandb.Config, "update", record_config)
     kwargs = {"report_to": "wandb", "logging_steps": 1, "max_train_steps": 3, **LOOKS}
     output = run(checkpointing_steps=1, **kwargs)
-    run(resume_from_checkpoint=output / "checkpoint-1", **kwargs)
-    name = json.loads((output / "checkpoint-1/settings.json").read_text())["state"]["name"]
+    run(resume_from_checkpoint=output / "checkpoint-1", overwrite_output_dir=True, **kwargs)
+    name = json.loads((output / "checkpoint-1/settings.json").read_text())["state"]["tracker_run"]
     assert [path.stem for path in output.glob("wandb/offline-run-*/run-*.wandb")] == [f"run-{name}"] * 2
     assert [(config["rank"], config["max_train_steps"]) for config in configs if "rank" in config] == [(4, 3)] * 2
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 2, 3]
@@ -106,9 +142,9 @@ def test_trackio_goes_on_with_its_run(run, monkeypatch, tmp_path):
     storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
     kwargs = {"report_to": "trackio", "logging_steps": 1, "max_train_steps": 3, **LOOKS}
     output = run(checkpointing_steps=1, **kwargs)
-    run(resume_from_checkpoint=output / "checkpoint-1", **kwargs)
+    run(resume_from_checkpoint=output / "checkpoint-1", overwrite_output_dir=True, **kwargs)
     (name,) = storage.get_runs("ltd-wan")
-    assert name == json.loads((output / "checkpoint-1/settings.json").read_text())["state"]["name"]
+    assert name == json.loads((output / "checkpoint-1/settings.json").read_text())["state"]["tracker_run"]
     rows = storage.get_logs("ltd-wan", name)
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 2, 3]
     assert any("sample/0" in row for row in rows) and list((tmp_path / "trackio").rglob("*.mp4"))

@@ -106,10 +106,10 @@ def test_ema_weights_are_what_is_published(run, tmp_path):
 @pytest.mark.parametrize("alpha", [4, 2])
 @pytest.mark.parametrize("file", [train_ltd.LORA_FILE, train_ltd.COMFYUI_FILE])
 def test_init_lora_goes_on_from_an_adapter(run, tmp_path, alpha, file):
-    first = run(output_dir=tmp_path / "first", lora_alpha=alpha, lora_target_modules="to_q", validation_split=0.2)
+    first = run(output_dir=tmp_path / "first", lora_alpha=alpha, lora_target_modules="to_q", validation_fraction=0.2)
     last = metrics(first, "val/mse")[2]
     second = run(
-        output_dir=tmp_path / "second", init_lora=first / file, rank=None, max_train_steps=1, validation_split=0.2
+        output_dir=tmp_path / "second", init_lora=first / file, rank=None, max_train_steps=1, validation_fraction=0.2
     )
     assert metrics(second, "val/mse")[0] == pytest.approx(last, rel=1e-6)
     keys = {k.split(".lora_")[0] for k in load_file(second / train_ltd.LORA_FILE)}
@@ -119,8 +119,8 @@ def test_init_lora_goes_on_from_an_adapter(run, tmp_path, alpha, file):
 def test_init_lora_clash_is_an_error(run, tmp_path):
     lora = run(output_dir=tmp_path / "first") / train_ltd.LORA_FILE
     with pytest.raises(ValueError, match=r"--rank 8 clashes with --init_lora, which has 4"):
-        run(init_lora=lora, rank=8)
+        run(output_dir=tmp_path / "second", init_lora=lora, rank=8)
     with pytest.raises(ValueError, match=r"--lora_alpha 2\.0 clashes"):
-        run(init_lora=lora, lora_alpha=2)
+        run(output_dir=tmp_path / "second", init_lora=lora, lora_alpha=2)
     with pytest.raises(ValueError, match="--lora_target_modules clashes"):
-        run(init_lora=lora, lora_target_modules="to_q")
+        run(output_dir=tmp_path / "second", init_lora=lora, lora_target_modules="to_q")

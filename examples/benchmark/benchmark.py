@@ -6,11 +6,11 @@
 
 Nothing is downloaded. Flags that are not listed below go to `train_ltd.py`, so any setting of a run can be measured;
 with `--config recipe.yaml` the clips have the recipe's size. What is timed is the script itself: its `main()` runs,
-with clocks around the library calls that it makes, and is stopped after the last measured step. On a GPU each clock
-waits for the GPU.
+with clocks around the library calls that it makes and around the loss that it is given, and is stopped after the last
+measured step. On a GPU each clock waits for the GPU.
 
 The parts (`--parts`):
-    step   the script: forward, backward, clipping, optimizer, data wait, LTD weights; useful FLOP/s, memory
+    step   the script: forward, loss, backward, clipping, optimizer, data wait; useful FLOP/s, memory
     bare   the same weights, batches and targets in a loop of a dozen lines, and in other trainers (below)
     ltd    `ltd_loss` against `F.mse_loss`, eager and compiled, beside one read of its inputs at memory bandwidth
     cache  decoding, VAE and text encoder a clip; the VAE in bfloat16 against float32
@@ -34,6 +34,7 @@ import math
 import os
 import platform
 import re
+import resource
 import runpy
 import shlex
 import shutil
@@ -42,12 +43,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers.training_utils import free_memory
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.benchmark import Timer
 from torch.utils.data.dataloader import _BaseDataLoaderIter
@@ -71,24 +74,31 @@ SHAPES = {
 }
 SIZES = {"nano": (33, 96, 96), "1.3b": (81, 480, 832), "14b": (81, 480, 832)}  # frames, height, width
 NUM_CLIPS = 4
+TEXT_TOKENS = 512  # that Wan pads a caption to
 LTD_SHAPES = [(1, 16, 21, 60, 104), (1, 16, 21, 90, 160), (4, 16, 21, 60, 104)]  # 480p, 720p and four clips; 81 frames
-SWEEP = ["gradient_checkpointing=none,selective,full", "attention_backend=native,_native_cudnn"]
-SWEEP += ["torch_compile=false,true", "train_batch_size=1,2"]
+PARTS = ["step", "bare", "ltd", "cache", "start", "profile"]
+SWEEP = [
+    "gradient_checkpointing=none,selective,full",
+    "attention_backend=native,_native_cudnn",
+    "torch_compile=false,true",
+    "train_batch_size=1,2",
+]
 WORK = ["forward", "backward", "clipping", "optimizer"]
+LABELS = [*WORK, "data wait", "loss", "rest of loop"]  # seconds each
 KERNELS = {  # kind -> pattern of a kernel's name, the first that fits
     "attention": "flash|fmha|attention|sdpa",
     "matrix products": "gemm|nvjet|cutlass|mm$",
     "copies": "memcpy|memset",
 }
-LABELS = [*WORK, "data wait", "LTD weights", "noise and loss", "rest of loop"]  # seconds each
 
 
-def parse_args(input_args=None):
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; what is not listed here is left in `train_flags`."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    add, parts = parser.add_argument, ["step", "bare", "ltd", "cache", "start", "profile"]
+    add = parser.add_argument
     add("--model", choices=SHAPES, default="nano", help="shape of the model; nano is for CPUs")
-    add("--parts", nargs="+", choices=parts, default=parts[:3], help="what to measure (default: step bare ltd)")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS[:3], help="what to measure (default: step bare ltd)")
     add("--steps", type=int, default=20, help="measured steps, of which medians are given")
     add("--warmup_steps", type=int, default=3, help="steps before them")
     add("--adapter", action="append", default=[], help="Python file with another trainer; repeatable")
@@ -111,20 +121,27 @@ def parse_args(input_args=None):
 
 
 def build_pipeline(args: argparse.Namespace) -> Path:
-    """A pipeline folder with a random transformer and VAE of true shape; its text encoder has one layer only."""
-    folder, shape = Path(args.work_dir, f"wan-{args.model}"), SHAPES[args.model]
-    partial = folder.with_name(f".{folder.name}.partial")
+    """Build a pipeline folder with a random transformer and VAE of true shape; its text encoder has one layer only."""
+    folder = Path(args.work_dir, f"wan-{args.model}")
     if folder.is_dir():
         return folder
+    partial = folder.with_name(f".{folder.name}.partial")
+    shape = SHAPES[args.model]
     build_small_wan(partial, **shape | {"num_layers": 1})
-    config = json.loads((partial / "transformer/config.json").read_text()) | {"num_layers": shape["num_layers"]}
-    if args.model == "nano" and (NANO / "transformer/config.json").is_file():
-        config = json.loads((NANO / "transformer/config.json").read_text())
-    if args.model == "nano" and (NANO / "vae").is_dir():
-        shutil.copytree(NANO / "vae", partial / "vae", dirs_exist_ok=True)
-    torch.set_default_dtype(torch.float32 if args.model == "nano" else torch.bfloat16)  # 28 GB of disk for 14B, not 57
-    big = args.model == "14b" and torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 2**35
-    with DEVICE if big else contextlib.nullcontext():  # a CPU takes minutes to draw 14 billion numbers
+    config = json.loads((partial / "transformer/config.json").read_text())
+    config["num_layers"] = shape["num_layers"]
+    dtype = torch.bfloat16  # 28 GB of disk for 14B, not 57
+    if args.model == "nano":
+        dtype = torch.float32
+        if (NANO / "transformer/config.json").is_file():
+            config = json.loads((NANO / "transformer/config.json").read_text())
+        if (NANO / "vae").is_dir():
+            shutil.copytree(NANO / "vae", partial / "vae", dirs_exist_ok=True)
+    device = torch.device("cpu")
+    if args.model == "14b" and torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 2**35:
+        device = DEVICE  # a CPU takes minutes to draw 14 billion numbers
+    torch.set_default_dtype(dtype)
+    with device:
         transformer = WanTransformer3DModel.from_config(config)
     torch.set_default_dtype(torch.float32)
     shutil.rmtree(partial / "transformer")
@@ -133,33 +150,49 @@ def build_pipeline(args: argparse.Namespace) -> Path:
 
 
 def write_clips(args: argparse.Namespace, settings: argparse.Namespace) -> Path:
-    """Captioned mp4 clips of smooth random motion."""
+    """Write captioned mp4 clips of smooth random motion; returns their folder."""
     size = (settings.num_frames, settings.height, settings.width)
     folder = Path(args.work_dir, "clips-" + "x".join(map(str, size)))
-    if not (folder / "metadata.jsonl").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        for number in range(NUM_CLIPS):
-            video = smooth_videos(1, *size)[0].permute(1, 2, 3, 0) / 2 + 0.5  # (F, H, W, 3)
-            frames = (video * 255).round().byte().numpy()
-            write_video(frames, folder / f"{number}.mp4", settings.fps)
-        rows = [{"file_name": f"{n}.mp4", "text": f"a smooth video, number {n}"} for n in range(NUM_CLIPS)]
-        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    if (folder / "metadata.jsonl").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(NUM_CLIPS):
+        video = smooth_videos(1, *size)[0].permute(1, 2, 3, 0) / 2 + 0.5  # (F, H, W, 3)
+        frames = (video * 255).round().byte().numpy()
+        write_video(frames, folder / f"{number}.mp4", settings.fps)
+        row = {"file_name": f"{number}.mp4", "text": f"a smooth video, number {number}"}
+        rows.append(json.dumps(row))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
     return folder
 
 
+def is_given(flag: str, args: argparse.Namespace) -> bool:
+    """Tell whether the user gave a flag of `train_ltd.py`."""
+    return any(given.startswith(flag) for given in args.train_flags)
+
+
 def script_flags(args: argparse.Namespace) -> list[str]:
-    """The command line of `train_ltd.py`: the user's flags, with what a measurement needs before and after them."""
+    """Build the command line of `train_ltd.py`: the user's flags, between what a measurement needs."""
     Path(args.work_dir).mkdir(parents=True, exist_ok=True)
-    size = zip(("num_frames", "height", "width"), SIZES[args.model], strict=True)
-    flags = ["--skip_vae_check"]
-    if not any(flag.startswith("--config") for flag in args.train_flags):
-        flags += [f"--{name}={value}" for name, value in size]
-    if not any(flag.startswith("--pretrained_model_name_or_path") for flag in args.train_flags):
+    flags = []
+    if not is_given("--config", args):
+        num_frames, height, width = SIZES[args.model]
+        flags += [f"--num_frames={num_frames}", f"--height={height}", f"--width={width}"]
+    if not is_given("--pretrained_model_name_or_path", args):
         flags.append(f"--pretrained_model_name_or_path={build_pipeline(args)}")
-    flags += [*args.train_flags, f"--max_train_steps={args.warmup_steps + args.steps + 1}", "--lr_warmup_steps=0"]
-    flags += ["--lr_scheduler=constant", "--gradient_accumulation_steps=1", "--report_to=none"]
-    flags += [f"--cache_dir={args.work_dir}/cache", f"--train_data_dir={args.work_dir}"]
-    return [*flags, f"--train_data_dir={write_clips(args, train_ltd.parse_args(flags))}"]
+    flags += args.train_flags
+    flags += [
+        f"--max_train_steps={args.warmup_steps + args.steps + 1}",  # it is stopped in the last of them
+        "--lr_warmup_steps=0",
+        "--lr_scheduler=constant",
+        "--gradient_accumulation_steps=1",
+        "--report_to=none",
+        f"--cache_dir={args.work_dir}/cache",
+        f"--train_data_dir={args.work_dir}",
+    ]
+    clips = write_clips(args, train_ltd.parse_args(flags))
+    return [*flags, f"--train_data_dir={clips}"]
 
 
 # --- Clocks ----------------------------------------------------------------------------------------------------------
@@ -170,31 +203,44 @@ class Enough(Exception):
 
 
 class Stopwatch:
-    """Seconds in each labelled call without those in labelled calls inside it; a step ends with the optimizer's."""
+    """Takes the seconds in each labelled call without those in labelled calls inside it.
+
+    A step ends with the optimizer's. Of `compute_loss`, the script's loss, it keeps the batches and losses.
+    """
 
     def __init__(self, warmup: int = 0, steps: int = 0, profiler: torch.profiler.profile | None = None):
-        self.warmup, self.wanted, self.profiler = warmup, warmup + steps, profiler
-        self.open, self.spans, self.batches, self.losses = [], [], [], []
+        self.warmup = warmup
+        self.wanted = warmup + steps
+        self.profiler = profiler
+        self.open = []  # label, start and seconds in inner calls, of each call that has not ended
+        self.spans = []  # label, end and seconds, of each call that has
+        self.batches = []
+        self.losses = []
 
     def start(self, label: str, *_) -> None:
+        """Start a clock; also a hook of the optimizer, whose arguments are ignored."""
         self.open.append([label, now(), 0.0])
 
     def stop(self, *_) -> None:
-        ended, (label, started, inside) = now(), self.open.pop()
+        """Stop the clock that was started last."""
+        ended = now()
+        label, started, inside = self.open.pop()
+        elapsed = ended - started
         if self.open:
-            self.open[-1][2] += ended - started
-        self.spans.append((label, ended, ended - started - inside))
+            self.open[-1][2] += elapsed
+        self.spans.append((label, ended, elapsed - inside))
 
     @contextlib.contextmanager
-    def measure(self, label: str):
+    def measure(self, label: str) -> Iterator[None]:
+        """Time what is done inside."""
         self.start(label)
         try:
             yield
         finally:
             self.stop()
 
-    def timed(self, function, label: str):
-        """The same function with a clock around it."""
+    def timed(self, function: Callable, label: str) -> Callable:
+        """Return the same function with a clock around it."""
 
         @functools.wraps(function)
         def wrapper(*args, **kwargs):
@@ -204,61 +250,94 @@ class Stopwatch:
         return wrapper
 
     @contextlib.contextmanager
-    def installed(self):
-        """Clocks on the calls that any trainer of Wan makes through torch and diffusers, and on our loss."""
+    def installed(self) -> Iterator[None]:
+        """Put clocks on the calls that any trainer of Wan makes through torch and diffusers."""
         watched = [
             (WanTransformer3DModel, "forward", "forward"),
             (torch.Tensor, "backward", "backward"),
             (torch.nn.utils, "clip_grad_norm_", "clipping"),
             (_BaseDataLoaderIter, "__next__", "data wait"),
-            (train_ltd, "ltd_weights", "LTD weights"),
         ]
         with contextlib.ExitStack() as stack:
             for owner, name, label in watched:
                 stack.enter_context(patch.object(owner, name, self.timed(getattr(owner, name), label)))
-            loss = functools.partial(self.training_loss, train_ltd.training_loss)
-            stack.enter_context(patch.object(train_ltd, "training_loss", loss))
             stack.callback(register_optimizer_step_pre_hook(functools.partial(self.start, "optimizer")).remove)
             stack.callback(register_optimizer_step_post_hook(self.stop).remove)
             yield
 
-    def training_loss(self, original, transformer, batch: dict, *rest):
-        """The script's own, which leaves its batches and losses here."""
+    def compute_loss(
+        self,
+        prediction: torch.Tensor,
+        target: torch.Tensor,
+        batch: dict[str, torch.Tensor],
+        args: argparse.Namespace,
+    ) -> torch.Tensor:
+        """Compute the script's own loss, and keep it and the batch. Raises `Enough` after the last measured step.
+
+        From the loss of the first measured step on, memory's peak counts and the profile is taken.
+        """
         if len(self.batches) == self.wanted:
             raise Enough
         with self.measure("benchmark"):
             if len(self.batches) == self.warmup:
-                train_ltd.reset_peak_memory(DEVICE)
+                reset_peak_memory()
                 if self.profiler:
                     self.profiler.start()
-            self.batches.append({k: v.cpu() for k, v in batch.items() if isinstance(v, torch.Tensor)})
-        with self.measure("noise and loss"):
-            result = original(transformer, batch, *rest)
-        self.losses.append(result[0].detach())
-        return result
+            self.batches.append({name: value.cpu() for name, value in batch.items() if torch.is_tensor(value)})
+        with self.measure("loss"):
+            loss = train_ltd.compute_loss(prediction, target, batch, args)
+        self.losses.append(loss.detach())
+        return loss
+
+    def measured_steps(self) -> list[dict[str, float]]:
+        """Sum each label's seconds a measured step, and what is left of it."""
+        steps = []
+        previous_end = 0.0
+        step = {}
+        number = 0
+        for label, ended, elapsed in self.spans:
+            step[label] = step.get(label, 0.0) + elapsed
+            if label != "optimizer":
+                continue
+            if number >= self.warmup:
+                total = ended - previous_end - step.pop("benchmark", 0.0)
+                work = sum(step.get(name, 0.0) for name in WORK)
+                step["rest of loop"] = total - sum(step.values())
+                step["seconds_per_step"] = total
+                step["overhead"] = 1 - work / total
+                steps.append(step)
+            previous_end = ended
+            step = {}
+            number += 1
+        return steps
 
     def summary(self) -> dict:
-        """Medians over the measured steps: seconds of a step and of each label, overhead as a share of the step."""
-        steps, ends, current = [], [], {}
-        for label, ended, elapsed in self.spans:
-            current[label] = current.get(label, 0.0) + elapsed
-            if label == "optimizer":
-                steps.append(current)
-                ends.append(ended)
-                current = {}
-        steps = steps[self.warmup :]
-        for step, (before, end) in zip(steps, itertools.pairwise(ends[self.warmup - 1 :]), strict=True):
-            total = end - before - step.pop("benchmark", 0.0)
-            step["rest of loop"] = total - sum(step.values())
-            step |= {"seconds_per_step": total, "overhead": 1 - sum(step.get(k, 0.0) for k in WORK) / total}
-        medians = {k: statistics.median(step.get(k, 0.0) for step in steps) for k in steps[0]}
+        """Return medians over the measured steps: seconds of a step and of each label, overhead as a share of it."""
+        steps = self.measured_steps()
+        medians = {}
+        for label in steps[0]:
+            medians[label] = statistics.median(step.get(label, 0.0) for step in steps)
         return medians | {"losses": [float(loss) for loss in self.losses]}
 
 
 def now() -> float:
+    """Return the time in seconds, when the GPU has done all that was asked of it."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def reset_peak_memory() -> None:
+    """Forget the GPU's peak so far; a process cannot forget its own."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> float:
+    """Return the peak in GiB: of the GPU, or of the process where there is none."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 # --- Loops -----------------------------------------------------------------------------------------------------------
@@ -269,24 +348,30 @@ class BareLoop:
 
     def __init__(self, settings: argparse.Namespace):
         self.settings = settings
+        self.wan = train_ltd.identify_wan(settings)
         torch.manual_seed(settings.seed)
-        self.model = train_ltd.load_transformer(settings)
+        self.model = train_ltd.load_transformer(settings, self.wan)
         if settings.train_type == "lora":
             train_ltd.add_lora(self.model, settings)
         if settings.torch_compile:
             self.model.compile_repeated_blocks()
         self.model.to(DEVICE)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        kwargs = {"weight_decay": settings.adam_weight_decay, "fused": DEVICE.type == "cuda"}
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, **kwargs)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=settings.learning_rate,
+            weight_decay=settings.adam_weight_decay,
+            fused=DEVICE.type == "cuda",
+        )
 
     def step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        batch = {k: v.to(DEVICE) for k, v in batch.items()}
-        sigmas, target = batch["sigmas"].view(-1, 1, 1, 1, 1), batch["noise"] - batch["latents"]
+        """Make one update on a batch on the CPU; returns the loss before it, a scalar."""
+        batch = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+        sigmas = batch["sigmas"].view(-1, 1, 1, 1, 1)
         noisy_latents = (1 - sigmas) * batch["latents"] + sigmas * batch["noise"]
-        inputs = {"timestep": 1000 * batch["sigmas"], "encoder_hidden_states": batch["prompt_embeds"]}
+        target = batch["noise"] - batch["latents"]
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.settings.mixed_precision == "bf16"):
-            prediction = self.model(hidden_states=noisy_latents, **inputs, return_dict=False)[0]
+            prediction = train_ltd.predict_flow(self.wan, self.model, noisy_latents, batch)
         loss = F.mse_loss(prediction.float(), target)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf)
@@ -299,17 +384,18 @@ def time_script(settings: argparse.Namespace, warmup: int, steps: int, profiler=
     """Run `train_ltd.main()` up to the last measured step."""
     watch = Stopwatch(warmup, steps, profiler)
     with tempfile.TemporaryDirectory() as folder, watch.installed(), contextlib.suppress(Enough):
-        train_ltd.main(argparse.Namespace(**vars(settings) | {"output_dir": folder}))
+        args = argparse.Namespace(**vars(settings) | {"output_dir": folder})
+        train_ltd.main(args, compute_loss=watch.compute_loss)
     return watch
 
 
 def time_trainer(trainer, batches: list[dict], warmup: int) -> Stopwatch:
-    """An adapter's `Trainer`, or `BareLoop`, on recorded batches."""
+    """Run an adapter's `Trainer`, or `BareLoop`, on recorded batches."""
     watch = Stopwatch(warmup)
     with watch.installed():
         for number, batch in enumerate(batches):
             if number == warmup:
-                train_ltd.reset_peak_memory(DEVICE)
+                reset_peak_memory()
             watch.losses.append(trainer.step(batch))
     return watch
 
@@ -319,34 +405,48 @@ def time_trainer(trainer, batches: list[dict], warmup: int) -> Stopwatch:
 
 def training_flops(settings: argparse.Namespace, latents_shape: tuple[int, ...]) -> dict[str, float]:
     """
-    Matrix-multiply FLOPs of one step on latents `(B, C, F, H, W)`: `forward`, the `attention` in it, `useful` (forward
-    and backward), and `hardware` (with the recomputation of checkpointed blocks).
+    Count the matrix-multiply FLOPs of one step on latents `(B, C, F, H, W)`: `forward`, the `attention` in it,
+    `useful` (forward and backward), and `hardware` (with the recomputation of checkpointed blocks).
 
     A layer's backward pass costs as much as its forward for the gradient of its input, which nobody needs before the
     first trained layer (of text and timestep too), and as much for that of its weights, unless they are frozen.
     """
     path = settings.pretrained_model_name_or_path
+    lora = settings.train_type == "lora"
     with torch.device("meta"):
         model = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(path, subfolder="transformer"))
-        model.requires_grad_(settings.train_type == "full")
-        if settings.train_type == "lora":
+        model.requires_grad_(not lora)
+        if lora:
             train_ltd.add_lora(model, copy.copy(settings))
-    tokens, text = math.prod(latents_shape[2:]) // math.prod(model.config.patch_size), train_ltd.MAX_SEQUENCE_LENGTH
+    tokens = math.prod(latents_shape[2:]) // math.prod(model.config.patch_size)
     width = model.config.num_attention_heads * model.config.attention_head_dim
-    attention = 4.0 * tokens * (tokens + text) * width * model.config.num_layers
-    forward, blocks, useful = attention, attention, 3 * attention
+    attention = 4.0 * tokens * (tokens + TEXT_TOKENS) * width * model.config.num_layers
+    forward = attention
+    blocks = attention
+    useful = 3 * attention
     for name, layer in model.named_modules():
-        if not isinstance(layer, (torch.nn.Linear, torch.nn.Conv3d)):
+        if not isinstance(layer, torch.nn.Linear | torch.nn.Conv3d):
             continue
         of_text = any(part in name for part in ("attn2.to_k", "attn2.to_v", "text_embedder"))
-        rows = text if of_text else 1 if "time_" in name else tokens
-        first = name == "patch_embedding" or name.endswith("_embedder.linear_1")
-        # Under a LoRA all that comes before the blocks is frozen.
-        frozen_input = first or ((of_text or rows == 1) and settings.train_type == "lora" and ".lora_B" not in name)
+        of_time = "time_" in name and not of_text
+        rows = tokens
+        if of_text:
+            rows = TEXT_TOKENS
+        elif of_time:
+            rows = 1
         flops = 2.0 * rows * layer.weight.numel()
         forward += flops
-        blocks += flops * name.startswith("blocks.")
-        useful += flops * (1 + (not frozen_input) + layer.weight.requires_grad)
+        if name.startswith("blocks."):
+            blocks += flops
+
+        useful += flops
+        first = name == "patch_embedding" or name.endswith("_embedder.linear_1")
+        # Under a LoRA all that comes before the blocks is frozen.
+        input_is_frozen = lora and (of_text or of_time) and ".lora_B" not in name
+        if not first and not input_is_frozen:
+            useful += flops
+        if layer.weight.requires_grad:
+            useful += flops
     recomputed = {"none": 0.0, "selective": blocks - attention, "full": blocks}
     hardware = useful + recomputed[settings.gradient_checkpointing]
     flops = {"forward": forward, "attention": attention, "useful": useful, "hardware": hardware}
@@ -354,27 +454,27 @@ def training_flops(settings: argparse.Namespace, latents_shape: tuple[int, ...])
 
 
 def seconds(statement: str, **names) -> float:
-    """Median over a second of runs, after one that warms up."""
+    """Time a statement: the median over a second of runs, after one that warms up."""
     timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
     timer.timeit(1)
     return timer.blocked_autorange(min_run_time=1).median
 
 
 def matmul_peak(dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product."""
+    """Measure the FLOP/s of a large matrix product."""
     size = 8192 if DEVICE.type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=DEVICE).to(dtype)
     return 2 * size**3 / seconds("a @ b", a=a, b=b)
 
 
 def memory_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy that fits no cache."""
+    """Measure the bytes a second, read and written, of a copy that fits no cache."""
     a = torch.ones(2**28 if DEVICE.type == "cuda" else 2**26, device=DEVICE)
     return 2 * a.nbytes / seconds("b.copy_(a)", a=a, b=torch.empty_like(a))
 
 
-def peak_bytes(function, *args) -> int:
-    """The most that a call holds of what it allocates."""
+def peak_bytes(function: Callable, *args) -> int:
+    """Measure the most that a call holds of what it allocates."""
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -385,67 +485,89 @@ def peak_bytes(function, *args) -> int:
     with tempfile.TemporaryDirectory() as folder:
         profiler.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    events = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
-    return max(itertools.accumulate(e["args"]["Bytes"] for e in events))
+    events = [event for event in events if event["name"] == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
+    return max(itertools.accumulate(event["args"]["Bytes"] for event in events))
 
 
 # --- The parts -------------------------------------------------------------------------------------------------------
 
 
 def measure_steps(args: argparse.Namespace, settings: argparse.Namespace) -> dict:
-    """Parts `step` and `bare`: the script and other loops side by side, and the peaks that they are held against."""
+    """Measure the parts `step` and `bare`: the script and other loops, and the peaks that they are held against."""
     watch = time_script(settings, args.warmup_steps, args.steps)
-    results = {"train_ltd.py": watch.summary() | {"peak_memory_gib": train_ltd.peak_memory(DEVICE)}}
-    trainers = {"bare loop": BareLoop} if "bare" in args.parts else {}
-    trainers |= {Path(path).stem: runpy.run_path(path)["Trainer"] for path in args.adapter}
+    results = {"train_ltd.py": watch.summary() | {"peak_memory_gib": peak_memory()}}
+    trainers = {}
+    if "bare" in args.parts:
+        trainers["bare loop"] = BareLoop
+    for path in args.adapter:
+        trainers[Path(path).stem] = runpy.run_path(path)["Trainer"]
     for name, trainer in trainers.items():
-        train_ltd.free_memory()
+        free_memory()
         results[name] = time_trainer(trainer(copy.copy(settings)), watch.batches, args.warmup_steps).summary()
         if DEVICE.type == "cuda":  # on a CPU the peak is the process's, hence that of whatever ran before
-            results[name]["peak_memory_gib"] = train_ltd.peak_memory(DEVICE)
+            results[name]["peak_memory_gib"] = peak_memory()
+
     shape = watch.batches[0]["latents"].shape
     flops = training_flops(settings, shape)
-    peaks = {str(d).removeprefix("torch."): matmul_peak(d) for d in (torch.bfloat16, torch.float32)}
+    peaks = {"bfloat16": matmul_peak(torch.bfloat16), "float32": matmul_peak(torch.float32)}
     peak = peaks["bfloat16" if settings.mixed_precision == "bf16" else "float32"]
     for result in results.values():
         elapsed = result["seconds_per_step"]
-        result |= {"clips_per_second": shape[0] / elapsed, "tflops": flops["useful"] / elapsed / 1e12}
-        result |= {"mfu": flops["useful"] / elapsed / peak, "hfu": flops["hardware"] / elapsed / peak}
+        result["clips_per_second"] = shape[0] / elapsed
+        result["tflops"] = flops["useful"] / elapsed / 1e12
+        result["mfu"] = flops["useful"] / elapsed / peak
+        result["hfu"] = flops["hardware"] / elapsed / peak
     return {"results": results, "latents": list(shape), "flops": flops, "matmul_flops_per_second": peaks}
 
 
 def print_steps(step: dict) -> None:
+    """Print a column a loop."""
     formats = dict.fromkeys(["seconds_per_step", *LABELS], "{:.5f}")
     formats |= dict.fromkeys(["overhead", "mfu", "hfu"], "{:.1%}")
     formats |= dict.fromkeys(["clips_per_second", "tflops", "peak_memory_gib"], "{:.3f}")
     print(" " * 20, *(f"{name:>15}" for name in step["results"]))
     for row, text in formats.items():
-        print(f"{row:20}", *(f"{text.format(r[row]) if row in r else '-':>15}" for r in step["results"].values()))
-    peaks = {k: round(v / 1e12, 3) for k, v in step["matmul_flops_per_second"].items()}
+        cells = []
+        for result in step["results"].values():
+            cell = text.format(result[row]) if row in result else "-"
+            cells.append(f"{cell:>15}")
+        print(f"{row:20}", *cells)
+    peaks = {name: round(flops / 1e12, 3) for name, flops in step["matmul_flops_per_second"].items()}
     print("TFLOP/s of a large matrix product:", peaks)
 
 
 def mse_loss(prediction: torch.Tensor, target: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Return the plain loss, called as `ltd_loss` is; the latents do not matter."""
     return F.mse_loss(prediction.float(), target.float())
 
 
-def loss_and_gradient(loss, prediction: torch.Tensor, target: torch.Tensor, latents: torch.Tensor) -> None:
+def loss_and_gradient(loss: Callable, prediction: torch.Tensor, target: torch.Tensor, latents: torch.Tensor) -> None:
+    """Compute a loss of three tensors `(B, C, F, H, W)`, and its gradient by the first."""
     torch.autograd.grad(loss(prediction, target, latents), prediction)
 
 
 def measure_ltd(step: dict | None) -> dict:
-    """Part `ltd`: seconds and bytes of both losses on float32 tensors; `floor` is one read of the three."""
-    bandwidth, rows = memory_bandwidth(), []
-    for shape in dict.fromkeys(([tuple(step["latents"])] if step else []) + LTD_SHAPES):
+    """Measure the part `ltd`: both losses on float32 tensors; `floor` is the seconds of one read of the three."""
+    bandwidth = memory_bandwidth()
+    shapes = list(LTD_SHAPES)
+    if step:
+        shapes.insert(0, tuple(step["latents"]))
+    rows = []
+    for shape in dict.fromkeys(shapes):
         tensors = torch.randn(3, *shape, device=DEVICE).unbind()
         tensors[0].requires_grad_()
         for loss, compiled in itertools.product((mse_loss, ltd_loss), (False, True)):
             function = torch.compile(loss, dynamic=False) if compiled else loss
-            names = {"f": function, "g": loss_and_gradient, "t": tensors}
-            row = {"shape": list(shape), "loss": loss.__name__, "compiled": compiled}
-            row |= {"floor": sum(t.nbytes for t in tensors) / bandwidth, "forward": seconds("f(*t)", **names)}
-            row |= {"with_gradient": seconds("g(f, *t)", **names)}
-            row |= {"peak_bytes": peak_bytes(loss_and_gradient, function, *tensors)}
+            row = {
+                "shape": list(shape),
+                "loss": loss.__name__,
+                "compiled": compiled,
+                "floor": sum(tensor.nbytes for tensor in tensors) / bandwidth,
+                "forward": seconds("f(*tensors)", f=function, tensors=tensors),
+                "with_gradient": seconds("g(f, *tensors)", g=loss_and_gradient, f=function, tensors=tensors),
+                "peak_bytes": peak_bytes(loss_and_gradient, function, *tensors),
+            }
             if step and step["latents"] == list(shape):
                 row["share_of_step"] = row["with_gradient"] / step["results"]["train_ltd.py"]["seconds_per_step"]
             rows.append(row)
@@ -453,76 +575,106 @@ def measure_ltd(step: dict | None) -> dict:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKLWan, frames: torch.Tensor) -> torch.Tensor:
-    """As `train_ltd.encode_clip`, but in the VAE's own dtype."""
-    pixels = frames.to(vae.device, vae.dtype).div(127.5).sub(1).transpose(0, 1)[None]  # (1, 3, F, H, W)
-    mean, std = train_ltd.latent_constants(vae)
-    return ((vae.encode(pixels).latent_dist.mode().float() - mean) / std)[0]
+def encode_in_bfloat16(vae: AutoencoderKLWan, frames: torch.Tensor) -> torch.Tensor:
+    """Encode frames `(F, 3, H, W)` uint8 as `train_ltd.encode_clip` does, but in bfloat16, which that never does."""
+    pixels = frames.to(vae.device, torch.bfloat16).div(127.5).sub(1)
+    pixels = pixels.transpose(0, 1)[None]  # (1, 3, F, H, W)
+    latents = vae.encode(pixels).latent_dist.mode()[0].float()  # (C, F', H/8, W/8)
+    mean = torch.tensor(vae.config.latents_mean, device=vae.device).view(-1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std, device=vae.device).view(-1, 1, 1, 1)
+    return (latents - mean) / std
 
 
-def measure_caching(settings: argparse.Namespace) -> dict:
-    """Part `cache`: median seconds a clip of each stage alone; the script's own caching, loading included."""
-    path, watch, differences = settings.pretrained_model_name_or_path, Stopwatch(), []
-    half = AutoencoderKLWan.from_pretrained(path, subfolder="vae", dtype=torch.bfloat16).to(DEVICE)
+def measure_stages(settings: argparse.Namespace) -> dict:
+    """Measure each stage of caching alone: median seconds a clip, and what the VAE in bfloat16 would change."""
+    path = settings.pretrained_model_name_or_path
+    size = (settings.num_frames, settings.height, settings.width)
     dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
+    half = AutoencoderKLWan.from_pretrained(path, subfolder="vae", dtype=torch.bfloat16).to(DEVICE)
     text = WanPipeline.from_pretrained(path, dtype=dtype, transformer=None, vae=None).to(DEVICE)
     vae = train_ltd.load_vae(settings, DEVICE)
-    train_ltd.reset_peak_memory(DEVICE)
+    reset_peak_memory()
+    watch = Stopwatch()
+    squares = []
+    powers = []
+    largest = 0.0
     for clip in sorted(Path(settings.train_data_dir).glob("*.mp4")):
         with watch.measure("decode"):
-            frames = train_ltd.read_clips(str(clip), settings)[0][0]
+            clips, _, _ = train_ltd.read_clip(str(clip), size, settings.fps)
         with watch.measure("VAE float32"):
-            latents = encode(vae, frames)
+            latents = train_ltd.encode_clip(vae, clips[0])["latents"]
         with watch.measure("VAE bfloat16"):
-            difference = encode(half, frames) - latents
+            difference = encode_in_bfloat16(half, clips[0]) - latents
         with watch.measure("text"):
-            text.encode_prompt(clip.name, None, False, max_sequence_length=train_ltd.MAX_SEQUENCE_LENGTH)
-        differences.append([difference.square().mean(), latents.square().mean(), difference.abs().max()])
-    parameters = {"VAE": vae.num_parameters(), "text": text.text_encoder.num_parameters()}
-    stages = {label: [s for name, _, s in watch.spans if name == label] for label, _, _ in watch.spans}
-    square, power, largest = torch.tensor(differences).T
-    peak = train_ltd.peak_memory(DEVICE)
-    del half, vae, text
-    with tempfile.TemporaryDirectory() as folder:
-        fresh = argparse.Namespace(**vars(settings) | {"output_dir": folder, "cache_dir": folder})
-        accelerator, started = train_ltd.build_accelerator(fresh), time.perf_counter()
-        train_ltd.prepare_data(fresh, accelerator)
-        elapsed = time.perf_counter() - started
+            text.encode_prompt(clip.name, None, False, max_sequence_length=TEXT_TOKENS)
+        squares.append(difference.square().mean().item())
+        powers.append(latents.square().mean().item())
+        largest = max(largest, difference.abs().max().item())
+    stages = {}
+    for label, _, elapsed in watch.spans:
+        stages.setdefault(label, []).append(elapsed)
     return {
         "seconds_per_clip": {label: statistics.median(values) for label, values in stages.items()},
-        "parameters": parameters,
-        "bfloat16_relative_rms": float((square.mean() / power.mean()).sqrt()),
-        "bfloat16_largest": float(largest.max()),
-        "peak_memory_gib": peak,
-        "script": {"clips": len(differences), "seconds": elapsed, "clips_per_second": len(differences) / elapsed},
+        "parameters": {"VAE": vae.num_parameters(), "text": text.text_encoder.num_parameters()},
+        "bfloat16_relative_rms": math.sqrt(sum(squares) / sum(powers)),
+        "bfloat16_largest": largest,
+        "peak_memory_gib": peak_memory(),
     }
 
 
+def measure_caching(settings: argparse.Namespace) -> dict:
+    """Measure the part `cache`: each stage alone, and the script's own caching, loading included."""
+    result = measure_stages(settings)
+    free_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        args = argparse.Namespace(**vars(settings) | {"output_dir": folder, "cache_dir": folder})
+        accelerator = train_ltd.build_accelerator(args)
+        started = time.perf_counter()
+        clips, _, _ = train_ltd.prepare_data(args, accelerator)
+        elapsed = time.perf_counter() - started
+    result["script"] = {"clips": len(clips), "seconds": elapsed, "clips_per_second": len(clips) / elapsed}
+    return result
+
+
+def kernel_kind(name: str) -> str:
+    """Sort a kernel by its name."""
+    for kind, pattern in KERNELS.items():
+        if re.search(pattern, name, re.IGNORECASE):
+            return kind
+    return "other"
+
+
 def measure_profile(args: argparse.Namespace, settings: argparse.Namespace) -> dict:
-    """Part `profile`: shares of the device's time in the step after the warm-up."""
+    """Measure the part `profile`: shares of the device's time in a step, from one loss to the next."""
     gpu = DEVICE.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
     profiler = torch.profiler.profile(activities=[activity])
     time_script(settings, args.warmup_steps, 1, profiler)
     profiler.stop()
-    rows = [(e.key, e.self_device_time_total if gpu else e.self_cpu_time_total) for e in profiler.key_averages()]
-    total, kinds = sum(elapsed for _, elapsed in rows), dict.fromkeys([*KERNELS, "other"], 0.0)
-    for name, elapsed in rows:
-        kind = next((kind for kind, pattern in KERNELS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
-        kinds[kind] += elapsed / total
-    longest = sorted(rows, key=lambda row: -row[1])[:15]
-    return {"seconds": total / 1e6, "kinds": kinds, "longest": {name[:120]: t / total for name, t in longest}}
+    times = {}
+    for event in profiler.key_averages():
+        elapsed = event.self_device_time_total if gpu else event.self_cpu_time_total
+        times[event.key] = times.get(event.key, 0.0) + elapsed
+    total = sum(times.values())
+    kinds = dict.fromkeys([*KERNELS, "other"], 0.0)
+    for name, elapsed in times.items():
+        kinds[kernel_kind(name)] += elapsed / total
+    longest = {}
+    for name in sorted(times, key=times.get, reverse=True)[:15]:
+        longest[name[:120]] = times[name] / total
+    return {"seconds": total / 1e6, "kinds": kinds, "longest": longest}
 
 
 def run_python(*command) -> None:
-    """In a process of its own. Raises `RuntimeError` with the last line that it printed."""
+    """Run Python in a process of its own. Raises `RuntimeError` with the last line that it printed."""
     result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
     if result.returncode:
-        raise RuntimeError((result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1])
+        output = result.stderr.strip() or f"exit code {result.returncode}"
+        raise RuntimeError(output.splitlines()[-1])
 
 
 def measure_start(flags: list[str]) -> dict:
-    """Part `start`: seconds from the call of the script to the end of its first step."""
+    """Measure the part `start`: seconds from the call of the script to the end of its first step."""
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("cold", "warm"):
@@ -533,26 +685,43 @@ def measure_start(flags: list[str]) -> dict:
     return results
 
 
+def sweep_flag(name: str, value: str) -> str:
+    """Write a flag with its value, or a switch."""
+    if value == "true":
+        return f"--{name}"
+    if value == "false":
+        return f"--no-{name}"
+    return f"--{name}={value}"
+
+
 def sweep(args: argparse.Namespace) -> list[dict]:
-    """Part `step` of every combination, each in a process of its own; the fastest first."""
-    axes, rows = [], []
+    """Measure the part `step` of every combination, each in a process of its own; returns the fastest first."""
+    names = []
+    axes = []
     for axis in args.sweep or SWEEP:
         name, _, values = axis.partition("=")
-        switches = {"true": f"--{name}", "false": f"--no-{name}"}
-        axes.append([(f"{name}: {value}", switches.get(value, f"--{name}={value}")) for value in values.split(",")])
+        names.append(name)
+        axes.append(values.split(","))
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        common = ["--model", args.model, "--steps", args.steps, "--warmup_steps", args.warmup_steps, "--parts", "step"]
-        common += ["--work_dir", args.work_dir, "--output_file", f"{folder}/run.json", *args.train_flags]
-        for combination in itertools.product(*axes):
-            recipe, flags = zip(*combination, strict=True)
+        output_file = Path(folder, "run.json")
+        command = [__file__, "--model", args.model, "--parts", "step", "--work_dir", args.work_dir]
+        command += ["--steps", args.steps, "--warmup_steps", args.warmup_steps, "--output_file", output_file]
+        command += args.train_flags
+        for values in itertools.product(*axes):
+            combination = list(zip(names, values, strict=True))
+            recipe = [f"{name}: {value}" for name, value in combination]
+            flags = [sweep_flag(name, value) for name, value in combination]
             try:
-                run_python(__file__, *common, *flags)
-                row = json.loads(Path(folder, "run.json").read_text())["step"]["results"]["train_ltd.py"]
-                message = f"{row['clips_per_second']:.3f} clips/s, {row['peak_memory_gib']:.1f} GiB"
+                run_python(*command, *flags)
             except RuntimeError as error:
-                row, message = {"error": str(error), "clips_per_second": 0.0}, str(error)
+                message = str(error)
+                row = {"error": message, "clips_per_second": 0.0}
+            else:
+                row = json.loads(output_file.read_text())["step"]["results"]["train_ltd.py"]
+                message = f"{row['clips_per_second']:.3f} clips/s, {row['peak_memory_gib']:.1f} GiB"
             print(f"{', '.join(recipe)}: {message}", flush=True)
-            rows.append({"recipe": list(recipe)} | row)
+            rows.append({"recipe": recipe} | row)
     rows.sort(key=lambda row: -row["clips_per_second"])
     best = "best recipe:" if rows[0]["clips_per_second"] else "no combination ran; the first was:"
     print(best, *rows[0]["recipe"], sep="\n")
@@ -560,12 +729,14 @@ def sweep(args: argparse.Namespace) -> list[dict]:
 
 
 def environment() -> dict:
-    """What the numbers depend on."""
+    """Collect what the numbers depend on."""
     commit = ""
     if shutil.which("git"):
         command = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    names = ("torch", "diffusers", "accelerate", "peft")
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "diffusers", "accelerate", "peft"):
+        versions[name] = importlib.metadata.version(name)
     return {
         "command": shlex.join(["python", "examples/benchmark/benchmark.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
@@ -573,15 +744,18 @@ def environment() -> dict:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average_before": os.getloadavg()[0],
-        "versions": {name: importlib.metadata.version(name) for name in names} | {"python": platform.python_version()},
+        "versions": versions,
         "commit": commit,
     }
 
 
 def main(args: argparse.Namespace) -> None:
+    """Measure the parts one after the other. Each is printed, and written to the file of results, once it is done."""
     flags = script_flags(args)
     settings = train_ltd.parse_args(flags)
-    results = {"model": args.model, "environment": environment(), "settings": train_ltd.published_settings(settings)}
+    # Whatever may be a path of this machine is left out; the command above tells the model.
+    published = {name: value for name, value in vars(settings).items() if os.sep not in str(value)}
+    results = {"model": args.model, "environment": environment(), "settings": published}
     for part in args.parts:
         if part == "sweep":
             results[part] = sweep(args)

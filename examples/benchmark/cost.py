@@ -14,11 +14,14 @@ import argparse
 import json
 from pathlib import Path
 
-CLIPS, EPOCHS, BATCH = 3860, 2, 16
+CLIPS = 3860
+EPOCHS = 2
+BATCH = 16
 SETTINGS = {"model": "1.3b", "train_type": "full", "num_frames": 81, "height": 480, "width": 832}
 
 
-def parse_args(input_args=None):
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("step", help="JSON of benchmark.py, or the seconds that one clip takes on one GPU")
@@ -27,27 +30,36 @@ def parse_args(input_args=None):
 
 
 def seconds_per_clip(step: str) -> float:
-    """Raises `ValueError` when `step` is neither a file nor a number, or was measured with another recipe."""
+    """Read what a clip takes from a measurement of `benchmark.py`, or from a number.
+
+    Raises `ValueError` when `step` is neither a file nor a number, or was measured with another recipe.
+    """
     if not Path(step).is_file():
         try:
             return float(step)
         except ValueError:
             raise ValueError(f"{step} is neither a file nor a number of seconds") from None
     run = json.loads(Path(step).read_text())
-    there = run.get("settings", {}) | {"model": run["model"]}
-    if odd := [f"{k} {there.get(k)} instead of {v}" for k, v in SETTINGS.items() if there.get(k) != v]:
-        raise ValueError(f"{step} was not measured with the paper's recipe: {', '.join(odd)}")
+    measured = run.get("settings", {}) | {"model": run["model"]}
+    mismatches = []
+    for name, value in SETTINGS.items():
+        if measured.get(name) != value:
+            mismatches.append(f"{name} {measured.get(name)} instead of {value}")
+    if mismatches:
+        raise ValueError(f"{step} was not measured with the paper's recipe: {', '.join(mismatches)}")
     return 1 / run["step"]["results"]["train_ltd.py"]["clips_per_second"]
 
 
 def cost_table(seconds: float, price: float | None) -> str:
-    """Markdown, from seconds a clip and the price of a GPU hour."""
+    """Write a Markdown table from seconds a clip and the price of a GPU hour, if it is known."""
     lines = ["| GPUs | clips an update | updates | hours | GPU hours | cost |", "|---|---|---|---|---|---|"]
     for gpus in (1, 8, 64):
         batch = max(BATCH, gpus)
         updates = EPOCHS * (CLIPS // batch)
         hours = updates * batch / gpus * seconds / 3600
-        cost = "-" if price is None else f"{hours * gpus * price:,.2f}"
+        cost = "-"
+        if price is not None:
+            cost = f"{hours * gpus * price:,.2f}"
         lines.append(f"| {gpus} | {batch} | {updates} | {hours:.2f} | {hours * gpus:.1f} | {cost} |")
     return "\n".join(lines)
 

@@ -29,24 +29,57 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-EXAMPLES = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(EXAMPLES))  # videos.py: examples/ is folders of scripts, not a package
+ROOT = Path(__file__).resolve().parents[2]
+# train_ltd.py is a script in the repository's root, and examples/ is folders of scripts: neither is a package.
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from videos import read_video
+from videos import describe_video
+
+import train_ltd
 
 PRESETS = {
     # For tests: the whole folder is below 0.5 MB and a forward pass takes milliseconds.
-    "tiny": {"base_dim": 3, "dim_mult": (1, 1, 1, 1), "text_dim": 32, "num_layers": 2, "num_attention_heads": 2,
-             "attention_head_dim": 12, "ffn_dim": 32, "freq_dim": 32, "rope_max_seq_len": 32},
+    "tiny": {
+        "base_dim": 3,
+        "dim_mult": (1, 1, 1, 1),
+        "text_dim": 32,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "ffn_dim": 32,
+        "freq_dim": 32,
+        "rope_max_seq_len": 32,
+    },
     # The VAE works on patches of 2x2 pixels, as that of Wan2.2, which makes it four times as fast.
-    "small": {"base_dim": 16, "dim_mult": (1, 2, 2), "patch_size": 2, "text_dim": 64, "num_layers": 6,
-              "num_attention_heads": 4, "attention_head_dim": 36, "ffn_dim": 512, "freq_dim": 256,
-              "rope_max_seq_len": 128},
-    "1.3b": {"base_dim": 96, "dim_mult": (1, 2, 4, 4), "num_res_blocks": 2, "text_dim": 4096, "num_layers": 30,
-             "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "freq_dim": 256,
-             "rope_max_seq_len": 1024},
-}  # fmt: skip
-HEIGHT, WIDTH, NUM_FRAMES = 96, 160, 17  # of the quickstart
+    "small": {
+        "base_dim": 16,
+        "dim_mult": (1, 2, 2),
+        "patch_size": 2,
+        "text_dim": 64,
+        "num_layers": 6,
+        "num_attention_heads": 4,
+        "attention_head_dim": 36,
+        "ffn_dim": 512,
+        "freq_dim": 256,
+        "rope_max_seq_len": 128,
+    },
+    "1.3b": {
+        "base_dim": 96,
+        "dim_mult": (1, 2, 4, 4),
+        "num_res_blocks": 2,
+        "text_dim": 4096,
+        "num_layers": 30,
+        "num_attention_heads": 12,
+        "attention_head_dim": 128,
+        "ffn_dim": 8960,
+        "freq_dim": 256,
+        "rope_max_seq_len": 1024,
+    },
+}
+# Of the demo on real clips
+HEIGHT = 96
+WIDTH = 160
+NUM_FRAMES = 17
 
 WORDS = """a an and are at away back behind beside big black blue bright brown by camera car city close closer colour
 dark day down face fast field for forest from front grass gray green hand hands he head her his in into is it large
@@ -56,6 +89,7 @@ turns two under up video view walks water white wind window with woman yellow yo
 
 
 def parse_args(input_args=None):
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True, help="Folder of the new pipeline.")
     parser.add_argument("--preset", choices=PRESETS, default="small")
@@ -66,24 +100,37 @@ def parse_args(input_args=None):
 
 
 def build_tokenizer(words=WORDS):
-    """A `T5Tokenizer` from a list: common `words`, then single characters, so that no English caption is unknown."""
-    letters = [chr(code) for code in (0xB0, *range(0xC0, 0x180), *range(0x2010, 0x2027))]  # accents, dashes, quotes
+    """Build a `T5Tokenizer` of common `words`, then single characters, so that no English caption is unknown."""
+    endings = ("ing", "ed", "er", "es", "ly", "th", "an", "on", "re", "in")
+    accents = [chr(code) for code in (0xB0, *range(0xC0, 0x180))]
+    dashes_and_quotes = [chr(code) for code in range(0x2010, 0x2027)]
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -4.0)]
-    vocab += [(f"▁{word}", -5.0) for word in dict.fromkeys(words) if len(word) > 1]
-    vocab += [(ending, -6.0) for ending in ("ing", "ed", "er", "es", "ly", "th", "an", "on", "re", "in")]
-    vocab += [(character, -8.0) for character in (*string.printable[:94], *letters)]
+    for word in dict.fromkeys(words):
+        if len(word) > 1:
+            vocab.append((f"▁{word}", -5.0))
+    for ending in endings:
+        vocab.append((ending, -6.0))
+    for character in (*string.printable[:94], *accents, *dashes_and_quotes):
+        vocab.append((character, -8.0))
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
 
 
 def build_text_encoder(vocab_size, text_dim):
-    """A random `UMT5EncoderModel`; its last norm gives every token embedding a root mean square of 1."""
-    config = UMT5Config(vocab_size=vocab_size, d_model=text_dim, d_kv=text_dim // 2, d_ff=2 * text_dim, num_heads=2,
-                        num_layers=1, dropout_rate=0.0)  # fmt: skip
+    """Build a random `UMT5EncoderModel`; its last norm gives every token embedding a root mean square of 1."""
+    config = UMT5Config(
+        vocab_size=vocab_size,
+        d_model=text_dim,
+        d_kv=text_dim // 2,
+        d_ff=2 * text_dim,
+        num_heads=2,
+        num_layers=1,
+        dropout_rate=0.0,
+    )
     return UMT5EncoderModel(config).eval()
 
 
 def smooth_videos(batch_size=4, num_frames=9, height=64, width=64):
-    """Random smooth videos in [-1, 1], shape `(batch_size, 3, num_frames, height, width)`."""
+    """Draw random smooth videos in [-1, 1], `(batch_size, 3, num_frames, height, width)` float32."""
     coarse = torch.randn(batch_size, 3, 3, 5, 5)
     return F.interpolate(coarse, size=(num_frames, height, width), mode="trilinear").tanh()
 
@@ -91,14 +138,33 @@ def smooth_videos(batch_size=4, num_frames=9, height=64, width=64):
 @torch.no_grad()
 def measure_latents(vae, videos):
     """Write the latents' mean and std per channel over `videos`, each `(B, 3, F, H, W)`, to the VAE's config."""
-    latents = [vae.encode(pixels).latent_dist.mode().transpose(0, 1).flatten(1) for pixels in videos]
-    latents = torch.cat(latents, dim=1)  # (C, B * F * H * W)
+    latents = []
+    for pixels in videos:
+        encoded = vae.encode(pixels).latent_dist.mode()  # (B, C, F, H, W)
+        latents.append(encoded.transpose(0, 1).flatten(1))
+    latents = torch.cat(latents, dim=1)  # (C, voxels of all videos)
     vae.register_to_config(latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).tolist())
 
 
-def build_small_wan(path, *, base_dim=16, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=1, patch_size=None,
-                    text_dim=64, num_layers=6, num_attention_heads=4, attention_head_dim=36, ffn_dim=512, freq_dim=256,
-                    rope_max_seq_len=128, seed=0, vae_videos=None, vae_steps=800):  # fmt: skip
+def build_small_wan(
+    path,
+    *,
+    base_dim=16,
+    z_dim=16,
+    dim_mult=(1, 2, 4, 4),
+    num_res_blocks=1,
+    patch_size=None,
+    text_dim=64,
+    num_layers=6,
+    num_attention_heads=4,
+    attention_head_dim=36,
+    ffn_dim=512,
+    freq_dim=256,
+    rope_max_seq_len=128,
+    seed=0,
+    vae_videos=None,
+    vae_steps=800,
+):
     """Save a `WanPipeline` with random weights to the folder `path`.
 
     Args:
@@ -128,60 +194,76 @@ def build_small_wan(path, *, base_dim=16, z_dim=16, dim_mult=(1, 2, 4, 4), num_r
         ).eval()
         if vae_videos:
             fit_vae(vae, vae_videos, vae_steps)
-        measure_latents(vae, [video[None] for video in vae_videos] if vae_videos else [smooth_videos()])
+            measure_latents(vae, [video[None] for video in vae_videos])
+        else:
+            measure_latents(vae, [smooth_videos()])
         transformer = WanTransformer3DModel(
-            in_channels=z_dim, out_channels=z_dim, text_dim=text_dim, num_layers=num_layers,
-            num_attention_heads=num_attention_heads, attention_head_dim=attention_head_dim, ffn_dim=ffn_dim,
-            freq_dim=freq_dim, rope_max_seq_len=rope_max_seq_len)  # fmt: skip
+            in_channels=z_dim,
+            out_channels=z_dim,
+            text_dim=text_dim,
+            num_layers=num_layers,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            ffn_dim=ffn_dim,
+            freq_dim=freq_dim,
+            rope_max_seq_len=rope_max_seq_len,
+        )
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer).save_pretrained(path)
 
 
 def read_videos(folder):
-    """The clips that a `metadata.jsonl` names: each `(3, F, HEIGHT, WIDTH)` in [-1, 1], with F = 4k+1."""
+    """Read the clips that a `metadata.jsonl` names: each `(3, F, HEIGHT, WIDTH)` in [-1, 1], with F = 4k+1."""
     videos = []
     for line in Path(folder, "metadata.jsonl").read_text(encoding="utf-8").splitlines():
-        frames = read_video(Path(folder, json.loads(line)["file_name"]))  # (F, H, W, 3)
-        usable = (len(frames) - 1) // 4 * 4 + 1
-        frames = torch.from_numpy(frames[:usable]).permute(0, 3, 1, 2)
-        scale = max(HEIGHT / frames.shape[2], WIDTH / frames.shape[3])
-        size = [round(side * scale) for side in frames.shape[2:]]
-        frames = F.interpolate(frames, size, mode="bicubic", antialias=True)
-        top, left = (size[0] - HEIGHT) // 2, (size[1] - WIDTH) // 2
-        videos.append(frames[:, :, top : top + HEIGHT, left : left + WIDTH].transpose(0, 1) / 127.5 - 1)
+        path = Path(folder, json.loads(line)["file_name"])
+        header = describe_video(path)
+        usable = (header["frames"] - 1) // 4 * 4 + 1
+        clips, _, _ = train_ltd.read_clip(str(path), (usable, HEIGHT, WIDTH), float(header["fps"]))
+        videos.append(clips[0].transpose(0, 1) / 127.5 - 1)
     return videos
 
 
 @torch.no_grad()
 def start_linear(vae, gain=3.0, noise=0.1):
-    """Initialise a VAE of equal widths' ends as a linear map with small residual branches: it learns in minutes."""
+    """Initialize a VAE of equal widths' ends as a linear map with small residual branches: it learns in minutes."""
     for module in vae.modules():
-        last = {WanResidualBlock: "conv2", WanAttentionBlock: "proj"}.get(type(module))
-        if last:
-            torch.nn.init.zeros_(getattr(module, last).weight)
-            torch.nn.init.zeros_(getattr(module, last).bias)
+        last = None
+        if isinstance(module, WanResidualBlock):
+            last = module.conv2
+        elif isinstance(module, WanAttentionBlock):
+            last = module.proj
+        if last is not None:
+            torch.nn.init.zeros_(last.weight)
+            torch.nn.init.zeros_(last.bias)
     # A large constant before the last norm makes that norm nearly linear in all else.
     for block in (vae.encoder.mid_block.resnets[-1], vae.decoder.up_blocks[-1].resnets[-1]):
         block.conv2.bias.fill_(gain)
     for conv in (vae.quant_conv, vae.post_quant_conv):
         torch.nn.init.zeros_(conv.bias)
         conv.weight.copy_(torch.eye(len(conv.weight))[:, :, None, None, None])
-    z_dim, width = vae.config.z_dim, vae.encoder.conv_out.weight.shape[1]
+    z_dim = vae.config.z_dim
+    width = vae.encoder.conv_out.weight.shape[1]
     basis = torch.linalg.qr(torch.randn(width, z_dim))[0].T  # (z_dim, width), orthonormal rows
-    mean_only = torch.cat([basis * gain, torch.zeros_like(basis)])
-    for conv, matrix in (
-        (vae.encoder.conv_in, torch.eye(*vae.encoder.conv_in.weight.shape[:2])),
-        (vae.encoder.conv_out, mean_only),
-        (vae.decoder.conv_in, basis.T),
-        (vae.decoder.conv_out, torch.eye(*vae.decoder.conv_out.weight.shape[:2]) * gain),
-    ):
-        conv.weight.mul_(noise)
-        conv.weight[:, :, -1, 1, 1] += matrix
-        torch.nn.init.zeros_(conv.bias)
+    no_variance = torch.zeros_like(basis)
+    set_linear(vae.encoder.conv_in, torch.eye(*vae.encoder.conv_in.weight.shape[:2]), noise)
+    set_linear(vae.encoder.conv_out, torch.cat([basis * gain, no_variance]), noise)
+    set_linear(vae.decoder.conv_in, basis.T, noise)
+    set_linear(vae.decoder.conv_out, torch.eye(*vae.decoder.conv_out.weight.shape[:2]) * gain, noise)
+
+
+def set_linear(conv, matrix, noise):
+    """Make a convolution the linear map `matrix` `(out, in)` of each voxel, plus a little of what it was, in place."""
+    conv.weight.mul_(noise)
+    conv.weight[:, :, -1, 1, 1] += matrix
+    torch.nn.init.zeros_(conv.bias)
 
 
 def reconstruct(vae, videos, noise):
-    """Encode, add a little noise, decode `(B, 3, F, H, W)`. Not by `vae.decode`, whose clamp has no gradient."""
+    """Encode, add a little noise, and decode videos `(B, 3, F, H, W)`; returns pixels and latents.
+
+    Not by `vae.decode`, whose clamp has no gradient.
+    """
     patch_size = vae.config.patch_size
     vae.clear_cache()
     latents = []
@@ -194,10 +276,19 @@ def reconstruct(vae, videos, noise):
     frames = []
     for part in hidden.split([1, hidden.shape[2] - 1], dim=2):
         vae._conv_idx = [0]
-        kwargs = {"feat_cache": vae._feat_map, "feat_idx": vae._conv_idx, "first_chunk": not frames}
-        frames.append(vae.decoder(part, **kwargs))
+        first_chunk = not frames
+        frames.append(vae.decoder(part, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=first_chunk))
     vae.clear_cache()
     return unpatchify(torch.cat(frames, dim=2), patch_size), latents
+
+
+def random_crop(video, num_frames, crop):
+    """Cut a random part `(3, num_frames, crop, crop)` out of a video `(3, F, H, W)`."""
+    for dim, length in ((1, num_frames), (2, crop), (3, crop)):
+        room = video.shape[dim] - length
+        start = int(torch.randint(room + 1, ()))
+        video = video.narrow(dim, start, length)
+    return video
 
 
 def fit_vae(vae, videos, steps, batch_size=2, num_frames=9, crop=64, learning_rate=3e-3, warmup=30):
@@ -213,9 +304,7 @@ def fit_vae(vae, videos, steps, batch_size=2, num_frames=9, crop=64, learning_ra
     for _ in bar:
         batch = []
         for index in torch.randint(len(videos), (batch_size,)).tolist():
-            room = [a - b for a, b in zip(videos[index].shape[1:], (num_frames, crop, crop), strict=True)]
-            t, y, x = (int(torch.randint(r + 1, ())) for r in room)
-            batch.append(videos[index][:, t : t + num_frames, y : y + crop, x : x + crop])
+            batch.append(random_crop(videos[index], num_frames, crop))
         batch = torch.stack(batch)
         frames, latents = reconstruct(vae, batch, noise=0.05)
         error = frames - batch
@@ -226,23 +315,31 @@ def fit_vae(vae, videos, steps, batch_size=2, num_frames=9, crop=64, learning_ra
         schedule.step()
         optimizer.zero_grad()
         ema.step(vae.parameters())
-        bar.set_postfix(psnr=f"{-10 * math.log10(error.square().mean().item() / 4):.1f} dB")
+        bar.set_postfix(psnr=f"{decibel(error):.1f} dB")
     ema.copy_to(vae.parameters())
+
+
+def decibel(error):
+    """Return the PSNR in dB of an error of pixels in [-1, 1]."""
+    return -10 * math.log10(error.square().mean().item() / 4)
 
 
 @torch.no_grad()
 def psnr(vae, videos):
-    """Mean over the clips of the PSNR in dB of the whole reconstructed picture."""
+    """Average over the clips the PSNR in dB of the whole reconstructed picture."""
     values = []
     for video in videos:
         latents = vae.encode(video[None]).latent_dist.mode()
         error = vae.decode(latents).sample[0] - video
-        values.append(-10 * math.log10(error.square().mean().item() / 4))
+        values.append(decibel(error))
     return sum(values) / len(values)
 
 
 def main(args):
-    videos = read_videos(args.train_vae_data) if args.train_vae_data else None
+    """Build the pipeline, and tell how well a fitted VAE reconstructs."""
+    videos = None
+    if args.train_vae_data:
+        videos = read_videos(args.train_vae_data)
     build_small_wan(
         args.output_dir, **PRESETS[args.preset], seed=args.seed, vae_videos=videos, vae_steps=args.vae_steps
     )

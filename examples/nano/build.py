@@ -47,84 +47,149 @@ logger = logging.getLogger("build")
 
 TEXT_DIM = 64
 TRANSFORMER = {
-    "num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 32, "ffn_dim": 512, "freq_dim": 256,
-    "rope_max_seq_len": 64, "text_dim": TEXT_DIM, "in_channels": 16, "out_channels": 16,
-}  # fmt: skip
-WORDS = " ".join(
-    ["a", "and", "over", "the", "to", "moves", "stays", "camera", "pans", "spinning", "still", "turning", *SHAPES,
-     *COLORS, *SIZES, *SPEEDS, *DIRECTIONS, *PATHS, *DYNAMICS, *BACKGROUNDS, *PATTERNS]
-).split()  # fmt: skip
+    "num_layers": 6,
+    "num_attention_heads": 6,
+    "attention_head_dim": 32,
+    "ffn_dim": 512,
+    "freq_dim": 256,
+    "rope_max_seq_len": 64,
+    "text_dim": TEXT_DIM,
+    "in_channels": 16,
+    "out_channels": 16,
+}
+PHRASES = [
+    "a and over the to moves stays camera pans spinning still turning",
+    *SHAPES,
+    *COLORS,
+    *SIZES,
+    *SPEEDS,
+    *DIRECTIONS,
+    *PATHS,
+    *DYNAMICS,
+    *BACKGROUNDS,
+    *PATTERNS,
+]
+WORDS = " ".join(PHRASES).split()
 # What every token of a sprite's phrase, and of the scene's, has to know, and the possible answers
 SPRITE_QUESTIONS = {
-    "size": tuple(SIZES), "color": tuple(COLORS), "shape": SHAPES, "speed": ("still", *SPEEDS),
-    "direction": ("", *DIRECTIONS), "path": ("", *PATHS), "spin": (False, True), "dynamics": ("", *DYNAMICS),
+    "size": tuple(SIZES),
+    "color": tuple(COLORS),
+    "shape": SHAPES,
+    "speed": ("still", *SPEEDS),
+    "direction": ("", *DIRECTIONS),
+    "path": ("", *PATHS),
+    "spin": (False, True),
+    "dynamics": ("", *DYNAMICS),
     "to_color": ("", *COLORS),
-}  # fmt: skip
-SCENE_QUESTIONS = {"background": tuple(BACKGROUNDS), "pattern": PATTERNS, "pan": ("", *DIRECTIONS)}
+}
+SCENE_QUESTIONS = {
+    "background": tuple(BACKGROUNDS),
+    "pattern": PATTERNS,
+    "pan": ("", *DIRECTIONS),
+}
+NOT_ASKED = -100  # what cross-entropy leaves out
 
 
 # ---------------------------------------------------------------------------------------------- text encoder
 
 
+def phrase_answers(questions, words):
+    """Return the index of the right answer to each question, by a phrase's words."""
+    return [answers.index(words[key]) for key, answers in questions.items()]
+
+
 def caption_answers(words, tokens):
-    """For each of `tokens`, of one caption, the index of every right answer, `(T, Q)`; -100 where not asked."""
-    answers, phrase = [], 0
+    """Return the index of every right answer for each of a caption's tokens, `(T, Q)`; `NOT_ASKED` elsewhere."""
+    rows = []
+    phrase = 0
+    in_scene = False
     for token in tokens:
-        phrase += token == "▁and"
-        scene = "▁over" in tokens[: len(answers) + 1]
-        sprite = [-100 if scene else q.index(words["sprites"][phrase][key]) for key, q in SPRITE_QUESTIONS.items()]
-        answers.append(sprite + [q.index(words[key]) if scene else -100 for key, q in SCENE_QUESTIONS.items()])
-    return answers
+        if token == "▁and":
+            phrase += 1
+        if token == "▁over":
+            in_scene = True
+        if in_scene:
+            row = [NOT_ASKED] * len(SPRITE_QUESTIONS) + phrase_answers(SCENE_QUESTIONS, words)
+        else:
+            row = phrase_answers(SPRITE_QUESTIONS, words["sprites"][phrase]) + [NOT_ASKED] * len(SCENE_QUESTIONS)
+        rows.append(row)
+    return rows
 
 
 def caption_batch(rng, tokenizer, batch_size):
-    """Token ids, attention mask `(B, T)` and answers `(B, T, Q)` of random captions of both mixes."""
-    specs = [sample_spec(rng, ("calm", "dynamic")[i % 2]) for i in range(batch_size)]
+    """Draw captions of both mixes: token ids and attention mask `(B, T)`, answers `(B, T, Q)`, all int64."""
+    specs = [sample_spec(rng, ("calm", "dynamic")[index % 2]) for index in range(batch_size)]
     inputs = tokenizer([caption(spec) for spec in specs], padding=True, return_tensors="pt")
-    rows = [
-        caption_answers(caption_words(spec), tokenizer.convert_ids_to_tokens(ids[: int(mask.sum())]))
-        for spec, ids, mask in zip(specs, inputs.input_ids, inputs.attention_mask, strict=True)
-    ]
-    length = inputs.input_ids.shape[1]
-    padding = [-100] * (len(SPRITE_QUESTIONS) + len(SCENE_QUESTIONS))
-    answers = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
+    questions = len(SPRITE_QUESTIONS) + len(SCENE_QUESTIONS)
+    answers = torch.full((*inputs.input_ids.shape, questions), NOT_ASKED)
+    for number, spec in enumerate(specs):
+        length = int(inputs.attention_mask[number].sum())
+        tokens = tokenizer.convert_ids_to_tokens(inputs.input_ids[number, :length])
+        answers[number, :length] = torch.tensor(caption_answers(caption_words(spec), tokens))
     return inputs.input_ids, inputs.attention_mask, answers
 
 
+class Questions(torch.nn.Module):
+    """Answers every question on every token from a text encoder's embeddings."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        options = [*SPRITE_QUESTIONS.values(), *SCENE_QUESTIONS.values()]
+        self.sizes = [len(answers) for answers in options]
+        self.heads = torch.nn.Linear(TEXT_DIM, sum(self.sizes))
+
+    def forward(self, ids, mask):
+        """Return the logits of each question, a tuple of `(B, T, answers)`."""
+        return self.heads(self.encoder(ids, mask).last_hidden_state).split(self.sizes, dim=-1)
+
+
+@torch.no_grad()
+def held_out_accuracy(model, tokenizer, seed, batch_size=256):
+    """Return the share of right answers on captions of another stream, of which most were never seen."""
+    ids, mask, answers = caption_batch(np.random.default_rng([seed, 2]), tokenizer, batch_size)
+    right = []
+    for number, logits in enumerate(model(ids, mask)):
+        asked = answers[..., number] != NOT_ASKED
+        right.append((logits.argmax(-1) == answers[..., number])[asked])
+    return torch.cat(right).float().mean().item()
+
+
 def train_text_encoder(tokenizer, steps, batch_size=32, seed=0):
-    """A small `UMT5EncoderModel` trained to answer questions on captions; returns it and its held-out accuracy."""
+    """Train a small `UMT5EncoderModel` to answer questions on captions; returns it and its held-out accuracy."""
     torch.manual_seed(seed)
-    config = UMT5Config(vocab_size=len(tokenizer), d_model=TEXT_DIM, d_kv=16, d_ff=128, num_heads=4, num_layers=2,
-                        dropout_rate=0.0)  # fmt: skip
+    config = UMT5Config(
+        vocab_size=len(tokenizer),
+        d_model=TEXT_DIM,
+        d_kv=16,
+        d_ff=128,
+        num_heads=4,
+        num_layers=2,
+        dropout_rate=0.0,
+    )
     encoder = UMT5EncoderModel(config)
-    questions = [len(options) for options in (*SPRITE_QUESTIONS.values(), *SCENE_QUESTIONS.values())]
-    heads = torch.nn.Linear(TEXT_DIM, sum(questions))
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=3e-3, weight_decay=0.0)
+    model = Questions(encoder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    rng, accuracy = np.random.default_rng([seed, 1]), 0.0
-    for step in tqdm(range(steps + 1), desc="text encoder"):
-        if step == steps:  # captions of another stream: most were never seen
-            rng, batch_size = np.random.default_rng([seed, 2]), 256
+    rng = np.random.default_rng([seed, 1])
+    for _ in tqdm(range(steps), desc="text encoder"):
         ids, mask, answers = caption_batch(rng, tokenizer, batch_size)
-        logits = heads(encoder(ids, mask).last_hidden_state).split(questions, dim=-1)
-        if step == steps:
-            right = [(guess.argmax(-1) == answers[..., i])[answers[..., i] >= 0] for i, guess in enumerate(logits)]
-            accuracy = torch.cat(right).float().mean().item()
-            break
-        loss = sum(F.cross_entropy(guess.flatten(0, 1), answers[..., i].flatten()) for i, guess in enumerate(logits))
+        loss = 0.0
+        for number, logits in enumerate(model(ids, mask)):
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), answers[..., number].flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    return encoder.eval(), accuracy
+    return encoder.eval(), held_out_accuracy(model, tokenizer, seed)
 
 
 # ---------------------------------------------------------------------------------------------- transformer
 
 
 def build_transformer(seed=0):
-    """A fresh `WanTransformer3DModel` whose blocks start as the identity and whose prediction starts at zero."""
+    """Build a fresh `WanTransformer3DModel` whose blocks start as the identity and whose prediction starts at zero."""
     torch.manual_seed(seed)
     transformer = WanTransformer3DModel(**TRANSFORMER)
     for block in transformer.blocks:
@@ -140,6 +205,7 @@ def build_transformer(seed=0):
 
 
 def build_base(args):
+    """Build the pipeline around a trained VAE, with a trained text encoder and a random transformer."""
     tokenizer = build_tokenizer(WORDS)
     text_encoder, accuracy = train_text_encoder(tokenizer, args.text_steps, seed=args.seed)
     logger.info("text encoder: %.2f %% of the held-out questions right", 100 * accuracy)
@@ -150,9 +216,9 @@ def build_base(args):
 
 
 def export(args):
-    """The trained pipeline in float16, but for the text encoder: it is tiny, and would otherwise run in float16."""
-    pipeline = WanPipeline.from_pretrained(args.base)
-    pipeline.register_modules(transformer=WanTransformer3DModel.from_pretrained(args.trained, subfolder="transformer"))
+    """Write the trained pipeline in float16, but the text encoder: it is tiny, and would otherwise run in float16."""
+    transformer = WanTransformer3DModel.from_pretrained(args.trained, subfolder="transformer")
+    pipeline = WanPipeline.from_pretrained(args.base, transformer=transformer)
     pipeline.transformer.half()
     pipeline.vae.half()
     pipeline.save_pretrained(args.output_dir)
@@ -163,6 +229,7 @@ def export(args):
 
 
 def parse_args(input_args=None):
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     base = commands.add_parser("base", help="a pipeline with a random transformer")
@@ -178,8 +245,12 @@ def parse_args(input_args=None):
 
 
 def main(args):
+    """Run the command."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    {"base": build_base, "export": export}[args.command](args)
+    if args.command == "base":
+        build_base(args)
+    else:
+        export(args)
 
 
 if __name__ == "__main__":

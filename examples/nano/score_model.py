@@ -28,8 +28,9 @@ NANO_SAMPLING = {"num_inference_steps": 20, "guidance_scale": 4.0, "height": SIZ
 
 
 def held_out_specs(mix, count, start=0, single_sprite=False):
-    """`count` held-out clips of a mix from number `start` on, or only those with one sprite."""
-    specs, index = [], start
+    """Describe `count` held-out clips of a mix from number `start` on, or only those with one sprite."""
+    specs = []
+    index = start
     while len(specs) < count:
         spec = clip_spec(mix, 0, "heldout", index)
         index += 1
@@ -39,7 +40,7 @@ def held_out_specs(mix, count, start=0, single_sprite=False):
 
 
 def generate(pipeline, prompts, seeds, batch_size=16, **sampling):
-    """One video a prompt, uint8 `(F, H, W, 3)`; prompt i starts from the noise of seed i, whatever the batch.
+    """Generate a video a prompt, uint8 `(F, H, W, 3)`; prompt i starts from the noise of seed i, whatever the batch.
 
     `sampling` goes to the pipeline: height, width, num_frames, num_inference_steps, guidance_scale.
     """
@@ -49,28 +50,37 @@ def generate(pipeline, prompts, seeds, batch_size=16, **sampling):
         chosen = slice(start, start + batch_size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[chosen]]
         frames = pipeline(prompt=prompts[chosen], generator=generators, output_type="np", **sampling).frames
-        videos += list((frames * 255).round().astype(np.uint8))
+        videos += list((frames * 255).round().astype(np.uint8))  # (B, F, H, W, 3)
     return videos
 
 
 def score(video, text):
-    """All scores of a generated or real video against its caption, a flat dict."""
+    """Score a generated or real video, uint8 `(F, H, W, 3)`, against its caption; returns a flat dict."""
     scores = measure(video, text)
-    return scores | {
-        "direction_within_45": float(scores["direction_error"] <= 45) if scores["direction_error"] >= 0 else np.nan,
-        "dis_dynamic_degree": dis_dynamic_degree(video),
-    }
+    error = scores["direction_error"]
+    scores["direction_within_45"] = np.nan  # NaN, as its error is, where nothing shall move
+    if error >= 0:
+        scores["direction_within_45"] = float(error <= 45)
+    scores["dis_dynamic_degree"] = dis_dynamic_degree(video)
+    return scores
+
+
+def score_all(videos, prompts):
+    """Average the scores of videos against their captions."""
+    rows = [score(video, text) for video, text in zip(videos, prompts, strict=True)]
+    return mean_scores(rows)
 
 
 def load_pipeline(path, transformer=None):
-    """The pipeline in `path` in float32, with another transformer's folder if one is given."""
-    pipeline = WanPipeline.from_pretrained(path, dtype=torch.float32)
+    """Load the pipeline in `path` in float32, with another transformer's folder if one is given."""
     if transformer:
-        pipeline.register_modules(transformer=WanTransformer3DModel.from_pretrained(transformer))
-    return pipeline
+        model = WanTransformer3DModel.from_pretrained(transformer, dtype=torch.float32)
+        return WanPipeline.from_pretrained(path, transformer=model, dtype=torch.float32)
+    return WanPipeline.from_pretrained(path, dtype=torch.float32)
 
 
 def parse_args(input_args=None):
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of the pipeline")
     parser.add_argument("--transformer", help="folder of another transformer for it")
@@ -84,32 +94,42 @@ def parse_args(input_args=None):
     return parser.parse_args(input_args)
 
 
+def write_results(folder, videos, prompts, table):
+    """Write the videos as a `videofolder`, and the table of scores beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (video, prompt) in enumerate(zip(videos, prompts, strict=True)):
+        name = f"{number:04d}.mp4"
+        write_video(video, folder / name, FPS, codec=CODEC)
+        lines.append(json.dumps({"file_name": name, "text": prompt}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "scores.json").write_text(json.dumps(table, indent=2) + "\n")
+
+
 def main(args):
+    """Generate, score and print, and keep the videos if a folder is given."""
     pipeline = load_pipeline(args.model, args.transformer)
     if args.lora:
         pipeline.load_lora_weights(args.lora)
     specs = held_out_specs(args.mix, args.count, single_sprite=args.single_sprite)
-    prompts, true = [caption(spec) for spec in specs], [render_clip(spec)[0] for spec in specs]
-    sampling = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    generated = generate(pipeline, prompts, list(range(args.count)), **NANO_SAMPLING | sampling)
-    table = {
-        "generated": generated,
-        "true clips": true,
-        "VAE round trip": [round_trip(pipeline.vae, video) for video in true],
+    prompts = [caption(spec) for spec in specs]
+    true = [render_clip(spec)[0] for spec in specs]
+    sampling = NANO_SAMPLING | {
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
     }
-    table = {name: mean_scores([*map(score, videos, prompts)]) for name, videos in table.items()}
+    generated = generate(pipeline, prompts, list(range(args.count)), **sampling)
+    table = {
+        "generated": score_all(generated, prompts),
+        "true clips": score_all(true, prompts),
+        "VAE round trip": score_all([round_trip(pipeline.vae, video) for video in true], prompts),
+    }
     print(f"{'':24}" + "".join(f"{name:>18}" for name in table))
     for key in table["generated"]:
-        print(f"{key:24}" + "".join(f"{scores[key]:18.3f}" for scores in table.values()))
+        cells = [f"{scores[key]:18.3f}" for scores in table.values()]
+        print(f"{key:24}" + "".join(cells))
     if args.output_dir:
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = []
-        for number, (video, prompt) in enumerate(zip(generated, prompts, strict=True)):
-            write_video(video, folder / f"{number:04d}.mp4", FPS, codec=CODEC)
-            lines.append(json.dumps({"file_name": f"{number:04d}.mp4", "text": prompt}))
-        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-        (folder / "scores.json").write_text(json.dumps(table, indent=2) + "\n")
+        write_results(Path(args.output_dir), generated, prompts, table)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import cost
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.training_utils import free_memory
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +19,7 @@ LATENTS = (2, 16, 3, 4, 6)  # of 9 frames of 48x32, batch 2
 
 
 def settings_for(flags, tmp_path, **kwargs):
-    return train_ltd.parse_args(flags(output_dir=tmp_path, **kwargs))
+    return train_ltd.parse_args(flags(output_dir=tmp_path, skip_vae_check=None, **kwargs))
 
 
 def random_batch(text_dim):
@@ -31,7 +32,8 @@ def random_batch(text_dim):
 @pytest.mark.parametrize("train_type", ["full", "lora"])
 def test_flop_formula_is_what_torch_counts(flags, tmp_path, train_type, checkpointing):
     settings = settings_for(flags, tmp_path, train_type=train_type, gradient_checkpointing=checkpointing)
-    model = train_ltd.load_transformer(settings)
+    wan = train_ltd.identify_wan(settings)
+    model = train_ltd.load_transformer(settings, wan)
     if train_type == "lora":
         train_ltd.add_lora(model, settings)
     # The CPU's fused attention is not counted; without it, attention is matrix products, and those are. Selective
@@ -39,7 +41,8 @@ def test_flop_formula_is_what_torch_counts(flags, tmp_path, train_type, checkpoi
     fused = checkpointing == "selective"
     kernel = SDPBackend.FLASH_ATTENTION if fused else SDPBackend.MATH
     with sdpa_kernel(kernel), FlopCounterMode(display=False) as forward:
-        loss = train_ltd.flow_matching_error(model, random_batch(model.config.text_dim)).mean()
+        batch = random_batch(model.config.text_dim)
+        loss = train_ltd.predict_flow(wan, model, batch["latents"], batch).square().mean()
     with sdpa_kernel(kernel), FlopCounterMode(display=False) as backward:
         loss.backward()
     flops = benchmark.training_flops(settings, LATENTS)
@@ -83,7 +86,7 @@ def test_stopwatch_counts_nested_calls_once_and_medians_the_measured_steps(monke
     for _ in range(3):
         with watch.measure("benchmark"):
             pass
-        with watch.measure("noise and loss"), watch.measure("forward"):
+        with watch.measure("loss"), watch.measure("forward"):
             pass
         assert watch.timed(abs, "backward")(-1) == 1
         with watch.measure("optimizer"):
@@ -91,7 +94,7 @@ def test_stopwatch_counts_nested_calls_once_and_medians_the_measured_steps(monke
     summary = watch.summary()
     # A step is 10 seconds from the end of one optimizer to that of the next, of which the benchmark's own 1 is not.
     assert summary["seconds_per_step"] == 9
-    assert (summary["forward"], summary["noise and loss"], summary["backward"], summary["optimizer"]) == (1, 2, 1, 1)
+    assert (summary["forward"], summary["loss"], summary["backward"], summary["optimizer"]) == (1, 2, 1, 1)
     assert summary["rest of loop"] == 4
     assert summary["overhead"] == pytest.approx(6 / 9)
 
@@ -151,18 +154,20 @@ def test_script_bare_loop_and_adapter_train_the_same(bench, tmp_path, capsys, tr
 
 def test_the_scripts_model_is_gone_before_the_next_one_is_built(flags, tmp_path):
     settings = settings_for(flags, tmp_path, max_train_steps=4)
-    train_ltd.free_memory()
+    free_memory()
     before = sum(type(thing) is WanTransformer3DModel for thing in gc.get_objects())
     watch = benchmark.time_script(settings, warmup=1, steps=2)
-    train_ltd.free_memory()
+    free_memory()
     assert len(watch.batches) == 3
     assert sum(type(thing) is WanTransformer3DModel for thing in gc.get_objects()) <= before
 
 
-def test_ltd_weights_have_a_clock_of_their_own(bench):
+def test_the_loss_has_a_clock_of_its_own_and_settings_hold_no_path(bench, tmp_path):
     results = bench("--parts", "step", "--loss=ltd")
-    assert results["step"]["results"]["train_ltd.py"]["LTD weights"] > 0
+    assert results["step"]["results"]["train_ltd.py"]["loss"] > 0
     assert results["settings"]["loss"] == "ltd" and results["environment"]["threads"] == 1
+    assert str(tmp_path) not in json.dumps(results["settings"])
+    assert set(cost.SETTINGS) - {"model"} <= set(results["settings"])
 
 
 def test_peak_bytes_is_what_a_call_holds_at_once():

@@ -216,18 +216,31 @@ def test_seeds_depend_on_seed_prompt_and_sample_only(plan):
     assert not {e["seed"] for e in other.values()} & {e["seed"] for e in alone.values()}
 
 
+def test_seeds_and_names_are_those_of_earlier_versions(plan):
+    """So that a folder can be gone on with, and new models be compared with old videos."""
+    assert plan(prompt=["a dog"], num_samples=2)["a dog-1.mp4"]["seed"] == 2820804467
+    assert list(plan(prompt=["a/b"])) == ["a_b-4fc0c406-0.mp4"]
+
+
 # --- Settings --------------------------------------------------------------------------------------------------------
 
 
 def test_every_wrong_setting_is_named_at_once(flags):
     with pytest.raises(ValueError) as error:
         generate.parse_args(
-            flags(prompt=["a", " "], prompt_file="nowhere.txt", lora=["x"], lora_scale=[1, 2], height=30, fps=0,
-                  num_frames=10, batch_size=0, augmented_prompts="no.txt", labels=["a"])
+            flags(prompt=["a", " "], prompt_file="nowhere.txt", lora=["x"], lora_scale=[1, 2], fps=0, batch_size=0,
+                  augmented_prompts="no.txt", labels=["a"])
         )  # fmt: skip
-    for part in ("got 2", "nowhere.txt: no such", "--prompt must not", "2 --lora_scale for 1", "--height", "--fps",
-                 "try 9", "--batch_size", "goes with --vbench", "goes with --compare"):  # fmt: skip
+    for part in ("got 2", "nowhere.txt: no such", "--prompt must not", "2 --lora_scale for 1", "--fps",
+                 "--batch_size", "goes with --vbench", "goes with --compare"):  # fmt: skip
         assert part in str(error.value), part
+
+
+def test_a_size_that_the_model_cannot_make_is_refused_before_anything_is_written(run, tmp_path):
+    for size, message in (({"height": 30}, "--height .* 16, got 30; try 32"), ({"num_frames": 10}, "4k.* try 9")):
+        with pytest.raises(ValueError, match=message):
+            run(**size)
+    assert not (tmp_path / "base").exists()
 
 
 @pytest.mark.parametrize("preset", generate.PRESETS)
@@ -418,7 +431,7 @@ def test_quantized_weights(flags, run, sampled, make_lora, quantize):
     pytest.importorskip("torchao", reason="no torchao: pip install torchao")
     lora, kwargs = make_lora(1), {"quantize": quantize, "mixed_precision": "bf16"}
     args = generate.parse_args(flags(lora=[lora], **kwargs))
-    pipeline = generate.load_pipeline(args, generate.load_scheduler(args), Accelerator())
+    pipeline = generate.load_pipeline(args, train_ltd.identify_wan(args), generate.load_scheduler(args), Accelerator())
     weight = pipeline.transformer.blocks[0].attn1.to_q.base_layer.weight
     assert type(weight).__name__ == {"int8": "Int8Tensor", "float8": "Float8Tensor"}[quantize]
     run("plain", prompt=PROMPTS[:1], lora=[lora], mixed_precision="bf16")
