@@ -1838,13 +1838,14 @@ def upload_checkpoint(repo_id: str, folder: Path, stale: list[str]) -> None:
             commit_message=f"Upload {folder.name}",
         )
         for name in stale:
-            with_retries(
-                huggingface_hub.delete_folder,
-                path_in_repo=name,
-                repo_id=repo_id,
-                revision=CHECKPOINT_BRANCH,
-                commit_message=f"Delete {name}",
-            )
+            with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError):  # its upload may have failed
+                with_retries(
+                    huggingface_hub.delete_folder,
+                    path_in_repo=name,
+                    repo_id=repo_id,
+                    revision=CHECKPOINT_BRANCH,
+                    commit_message=f"Delete {name}",
+                )
     except Exception as error:
         logger.warning(f"the upload of {folder.name} failed, training goes on: {error}")
 
@@ -1976,6 +1977,8 @@ def load_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:
     run.resumed_at = run.state.step
     if folder.resolve().parent == Path(args.output_dir).resolve():
         run.saved = Path(args.output_dir, folder.resolve().name)
+        if run.checkpoint_repo and run.saved.name not in run.state.pushed:
+            run.state.pushed.append(run.saved.name)  # which it was when it had been written
     live_weights = folder
     if run.ema:
         load_weights(run.transformer, folder, args)
