@@ -553,7 +553,7 @@ def test_limits_before_decoding(monkeypatch, tmp_path):
 
 def test_endless_caption_is_cut(prepare, log, tmp_path):
     clips = prepare(**caption_dataset(tmp_path / "data", ["endless " * 100_000, "short"]))[0]
-    assert len(clips[0]["captions"][0]) == train_ltd.MAX_CHARACTERS - 1  # and a space at the end
+    assert len(clips[0].captions[0]) == train_ltd.MAX_CHARACTERS - 1  # and a space at the end
     assert len([m for m in log("WARNING") if "a.mp4: caption cut to 10000 characters" in m]) == 1
 
 
