@@ -414,7 +414,7 @@ class HubServer:
                 changes[path] = self._entry(base64.b64decode(value["content"]), lfs=False)
             elif key == "lfsFile":
                 changes[path] = self._lfs_entry(value["oid"], len(self.blobs[value["oid"]]))
-            else:
+            elif key in ("deletedFile", "deletedFolder"):
                 folder = f"{path.rstrip('/')}/" if key == "deletedFolder" else None
                 gone = [name for name in current if name == path or (folder and name.startswith(folder))]
                 if not gone:
