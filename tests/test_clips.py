@@ -1,5 +1,6 @@
 """Which clips a dataset holds, and what is read of a file: frames by time, upright, cropped, or why it is skipped."""
 
+import io
 import json
 import math
 import re
@@ -528,6 +529,23 @@ def test_rows_of_a_hub_dataset_stay_in_its_caches(monkeypatch, tmp_path):
         for row in (value, {"path": value, "bytes": None}):
             with pytest.raises(train_ltd.ClipError, match="leads out of the dataset's folder"):
                 train_ltd.locate_clip(row, name, args)
+
+
+def test_rows_of_a_hub_dataset_name_files_and_archives_on_the_hub(monkeypatch):
+    monkeypatch.setattr(train_ltd.fsspec, "open", lambda url, mode: io.BytesIO(url.encode()))
+    name, args = Path("somebody/clips"), train_ltd.parse_args(["--dataset_name=somebody/clips", "--report_to=none"])
+    opened = {
+        "a/b.mp4": b"hf://datasets/somebody/clips@main/a/b.mp4",
+        "hf://datasets/somebody/clips/a.mp4": b"hf://datasets/somebody/clips/a.mp4",
+    }
+    for archive in ("zip://a.mp4", "tar://a.mp4", "gzip://"):
+        value = f"{archive}::hf://datasets/somebody/clips/all"
+        opened[value] = value.encode()
+    for value, url in opened.items():
+        assert train_ltd.locate_clip(value, name, args) == url
+    for value in ("file:///a.mp4", "zip://a.mp4::file:///all.zip", "filecache://a::hf://datasets/a/b/c", "local://a"):
+        with pytest.raises(train_ltd.ClipError, match="leads out"):
+            train_ltd.locate_clip(value, name, args)
 
 
 def test_a_stray_text_file_makes_no_folder_of_pairs(prepare, originals, tmp_path):
