@@ -85,6 +85,7 @@ from diffusers.training_utils import (
 )
 from diffusers.utils import check_min_version, export_to_video
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, LocalTokenNotFoundError
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, httpx, validate_repo_id
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -182,7 +183,8 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "lora_comfyui.safetensors"
 SUMS_FILE = "SHA256SUMS"  # in a checkpoint, as `sha256sum -c` reads it
 CHECKPOINT_BRANCH = "checkpoints"  # of the Hub's repository
-HUB_ERRORS = (HfHubHTTPError, httpx.HTTPError, ConnectionError, RuntimeError)  # the client wraps some in the last
+WRAPPERS = (RuntimeError, LocalEntryNotFoundError)  # around errors that the Hub's client met
+HUB_ERRORS = (HfHubHTTPError, httpx.HTTPError, ConnectionError, *WRAPPERS)
 PASSING = (429, *range(500, 600))  # HTTP states worth another try
 RETRY_DELAYS = (1, 2, 4, 8, 16)  # seconds between tries at the Hub
 MAX_RETRY_DELAY = 600  # seconds, whatever the Hub asks for
@@ -1838,21 +1840,24 @@ def upload_checkpoint(repo_id: str, folder: Path, stale: list[str]) -> None:
             commit_message=f"Upload {folder.name}",
         )
         for name in stale:
-            with_retries(
-                huggingface_hub.delete_folder,
-                path_in_repo=name,
-                repo_id=repo_id,
-                revision=CHECKPOINT_BRANCH,
-                commit_message=f"Delete {name}",
-            )
+            with contextlib.suppress(EntryNotFoundError):  # its upload may have failed
+                with_retries(
+                    huggingface_hub.delete_folder,
+                    path_in_repo=name,
+                    repo_id=repo_id,
+                    revision=CHECKPOINT_BRANCH,
+                    commit_message=f"Delete {name}",
+                )
     except Exception as error:
         logger.warning(f"the upload of {folder.name} failed, training goes on: {error}")
 
 
 def fetch_checkpoint(repo_id: str, output_dir: str) -> None:
     """Download the newest intact checkpoint of the Hub to `output_dir`, unless it is there already."""
+    info = with_retries(huggingface_hub.model_info, repo_id, revision=CHECKPOINT_BRANCH)
+    files = [sibling.rfilename for sibling in info.siblings]
     names = set()
-    for file in with_retries(huggingface_hub.list_repo_files, repo_id, revision=CHECKPOINT_BRANCH):
+    for file in files:
         name, _, rest = file.partition("/")
         if rest == SUMS_FILE and re.fullmatch(r"checkpoint-\d+", name):
             names.add(name)
@@ -1860,13 +1865,10 @@ def fetch_checkpoint(repo_id: str, output_dir: str) -> None:
         folder = Path(output_dir, name)
         if not folder.is_dir() or not is_intact(folder):
             fetched = Path(output_dir, ".fetched")  # beside, then renamed: complete or absent
-            with_retries(
-                huggingface_hub.snapshot_download,
-                repo_id,
-                revision=CHECKPOINT_BRANCH,
-                allow_patterns=f"{name}/*",
-                local_dir=fetched,
-            )
+            # Not `snapshot_download`, which takes what happens to be there for whole when the Hub fails.
+            for file in files:
+                if file.startswith(f"{name}/"):
+                    with_retries(huggingface_hub.hf_hub_download, repo_id, file, revision=info.sha, local_dir=fetched)
             shutil.rmtree(folder, ignore_errors=True)
             (fetched / name).rename(folder)
         if is_intact(folder):
@@ -1976,6 +1978,8 @@ def load_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:
     run.resumed_at = run.state.step
     if folder.resolve().parent == Path(args.output_dir).resolve():
         run.saved = Path(args.output_dir, folder.resolve().name)
+        if run.checkpoint_repo and run.saved.name not in run.state.pushed:
+            run.state.pushed.append(run.saved.name)  # which it was when it had been written
     live_weights = folder
     if run.ema:
         load_weights(run.transformer, folder, args)
@@ -2369,7 +2373,7 @@ def with_retries(call: Callable, *args, **kwargs):
             return call(*args, **kwargs)
         except HUB_ERRORS as error:
             fault = error
-            if isinstance(error, RuntimeError) and error.__cause__:  # the client wraps some faults
+            if isinstance(error, WRAPPERS) and error.__cause__:
                 fault = error.__cause__
             response = fault.response if isinstance(fault, HfHubHTTPError) else None
             if not isinstance(fault, HUB_ERRORS) or (response is not None and response.status_code not in PASSING):
@@ -2391,7 +2395,7 @@ def create_hub_repo(args: argparse.Namespace) -> str:
         if args.push_checkpoints_to_hub:
             with_retries(huggingface_hub.create_branch, url.repo_id, branch=CHECKPOINT_BRANCH, exist_ok=True)
         public = args.hub_private_repo and not with_retries(huggingface_hub.model_info, url.repo_id).private
-    except (*HUB_ERRORS, huggingface_hub.errors.LocalTokenNotFoundError) as error:
+    except (*HUB_ERRORS, LocalTokenNotFoundError) as error:
         remedy = "Log in with `hf auth login`, or set HF_TOKEN to a token with write access, and check --hub_model_id"
         raise ValueError(f"--push_to_hub: cannot write to {name} ({error}). {remedy}.") from error
     if public:

@@ -6,6 +6,7 @@ decoder, a resize or a codec does to the picture, `numbers_of` reads the number 
 
 import json
 import subprocess
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -248,3 +249,8 @@ def cache_files(args) -> dict[str, bytes]:
     """Relative path -> content of every file in the cache."""
     folder = Path(args.cache_dir)
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def alike(clips: list) -> list:
+    """The clips as another start has them: only which of the starts encoded them is left out."""
+    return [replace(clip, encoded=False) for clip in clips]

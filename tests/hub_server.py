@@ -414,10 +414,12 @@ class HubServer:
                 changes[path] = self._entry(base64.b64decode(value["content"]), lfs=False)
             elif key == "lfsFile":
                 changes[path] = self._lfs_entry(value["oid"], len(self.blobs[value["oid"]]))
-            elif key == "deletedFile" and path in current:
-                changes[path] = None
-            elif key == "deletedFolder":
-                changes.update({name: None for name in current if name.startswith(f"{path.rstrip('/')}/")})
+            elif key in ("deletedFile", "deletedFolder"):
+                folder = f"{path.rstrip('/')}/" if key == "deletedFolder" else None
+                gone = [name for name in current if name == path or (folder and name.startswith(folder))]
+                if not gone:
+                    raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
+                changes.update(dict.fromkeys(gone))
         sha = self._add_commit(repo, revision, changes)
         return {"success": True, "commitOid": sha, "commitUrl": f"{self._url(repo)}/commit/{sha}", "hookOutput": ""}
 

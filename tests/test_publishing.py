@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -283,7 +285,7 @@ def test_upload_that_was_left_out_follows_at_the_end(run, monkeypatch, tmp_path)
     """The network is busy with the first of four; in the end the last one is there, and the limit holds here."""
     uploaded, training_is_over = [], threading.Event()
 
-    def upload(repo_id, folder, args):
+    def upload(repo_id, folder, stale):
         if not uploaded:
             training_is_over.wait()
         assert train_ltd.is_intact(folder)  # was not removed meanwhile
@@ -295,6 +297,26 @@ def test_upload_that_was_left_out_follows_at_the_end(run, monkeypatch, tmp_path)
     kwargs = STEPS | {"max_train_steps": 4, "checkpoints_total_limit": 1, "push_checkpoints_to_hub": True}
     run(**kwargs)
     assert uploaded == ["checkpoint-1", "checkpoint-4"] and checkpoints(tmp_path / "run") == ["checkpoint-4"]
+
+
+def test_only_what_this_run_has_pushed_is_deleted_from_the_hub(run, monkeypatch, tmp_path):
+    """Before and after it is resumed, at which the checkpoint that it comes from is one of them."""
+    there = {"checkpoint-1000"}  # of somebody else
+
+    def now(api, upload, repo_id, folder, stale):
+        there.add(folder.name)
+        there.difference_update(stale)
+        done = Future()
+        done.set_result(None)
+        return done
+
+    monkeypatch.setattr(train_ltd, "create_hub_repo", lambda args: "tester/run")
+    monkeypatch.setattr(train_ltd.HfApi, "run_as_future", now)
+    kwargs = STEPS | {"checkpoints_total_limit": 2, "push_checkpoints_to_hub": True, "lr_scheduler": "constant"}
+    run(**kwargs)
+    assert there == {"checkpoint-2", "checkpoint-3", "checkpoint-1000"}
+    run(**kwargs | {"max_train_steps": 5}, resume_from_checkpoint="latest")
+    assert there == {"checkpoint-4", "checkpoint-5", "checkpoint-1000"}
 
 
 # --- Whole runs ------------------------------------------------------------------------------------------------------
@@ -315,6 +337,7 @@ FULL_FILES = {
     "transformer/config.json",
     "transformer/diffusion_pytorch_model.safetensors",
 }
+TRANSFORMER_FILE = "diffusion_pytorch_model.safetensors"
 NEVER_NEEDED = [
     "README.md",
     "assets/demo.mp4",
@@ -347,7 +370,7 @@ def train(hub, folder, *flags, token=None):
 
 
 TINY = """--pretrained_model_name_or_path=team/tiny-wan --dataset_name=team/clips --height=32 --width=48 --num_frames=9
-    --skip_vae_check --logging_steps=1 --learning_rate=1e-2 --seed=3 --push_to_hub --validation_num_inference_steps=2
+    --logging_steps=1 --learning_rate=1e-2 --seed=3 --push_to_hub --validation_num_inference_steps=2
     --hub_private_repo""".split()
 LORA = ["--output_dir=run", "--rank=4", "--hub_model_id=tester/my-lora", f"--trigger_word={TRIGGER}"]
 
@@ -377,7 +400,7 @@ def work(tmp_path_factory):
 def lora_run(hub, work):
     """Two steps of a LoRA, published; every kind of by-product is written too."""
     prompts = [f"--validation_prompt={prompt}" for prompt in PROMPTS]
-    extra = ["--max_train_steps=2", "--checkpointing_steps=1", "--validation_split=0.3", "--report_to=tensorboard"]
+    extra = ["--max_train_steps=2", "--checkpointing_steps=1", "--validation_fraction=0.3", "--report_to=tensorboard"]
     done = train(hub, work, *LORA, *prompts, *extra)
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(done=done, folder=work / "run", files=hub.files("tester/my-lora"))
@@ -386,7 +409,7 @@ def lora_run(hub, work):
 @pytest.fixture(scope="module")
 def second_run(hub, work, lora_run):
     """It resumes the first for one more step, in a home without any download, and publishes again."""
-    extra = ["--max_train_steps=3", "--resume_from_checkpoint=latest", "--validation_split=0.3", "--report_to=none"]
+    extra = ["--max_train_steps=3", "--resume_from_checkpoint=latest", "--validation_fraction=0.3", "--report_to=none"]
     done = train(hub, work, *LORA, *extra)
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(done=done, files=hub.files("tester/my-lora"))
@@ -488,8 +511,9 @@ def test_second_push_updates_the_repository(hub, lora_run, second_run):
 @pytest.mark.slow
 def test_warm_run_downloads_neither_vae_nor_text_encoder(second_run):
     fetched = downloads(second_run.done.requests, "team/tiny-wan")
-    folders = {name.split("/")[0] for name in fetched if "/" in name}
-    assert folders == {"transformer"}
+    assert {name for name in fetched if name.endswith(".safetensors")} == {f"transformer/{TRANSFORMER_FILE}"}
+    assert {name.split("/")[0] for name in fetched if "/" in name} <= {"transformer", "vae"}
+    assert [name for name in fetched if name.startswith("vae/")] == ["vae/config.json"]
 
 
 @pytest.mark.slow
@@ -549,8 +573,8 @@ def test_checkpoints_go_to_the_hub_and_come_back(hub, run, tmp_path):
     ) as p:
         wait_for(lambda: len(saved()) >= 2, p)
         p.kill()
-    newest = saved()[-1]
-    assert len(saved()) == 2 and hub.repos["model", "tester/saved"].private
+    newest = saved()[-1]  # of two, or of three for as long as the oldest is not deleted yet
+    assert len(saved()) <= 3 and hub.repos["model", "tester/saved"].private
     (tmp_path / "run").rename(tmp_path / "lost")
     hub.fail("/api/models/tester/saved/commit/checkpoints", 403, times=10_000)
     resume = [f"--max_train_steps={newest + 2}", "--resume_from_checkpoint=hub"]
@@ -742,12 +766,20 @@ def test_create_refuses_at_once_who_may_not_write(hub, worker, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["POST /api/repos/create", "/auth-check/write"])
+@pytest.mark.parametrize("stage", ["POST /api/repos/create", "/auth-check/write", "/branch/", "GET [^-]+new-[^/]+$"])
 @pytest.mark.parametrize("fault", [429, 500, 503, "cut", "lost"])
 def test_create_waits_out_passing_faults(hub, worker, stage, fault):
     hub.fail(stage, fault, times=2)
-    done = worker(create, token=hub.token, name=f"tester/new-{fault}")
+    more = ["--push_checkpoints_to_hub", "--hub_private_repo"]
+    done = worker(create, token=hub.token, name=f"tester/new-{fault}", more=more)
     assert done.result == [f"tester/new-{fault}", list(train_ltd.RETRY_DELAYS[:2])], done.message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("asked", "waited"), [("30", 30), ("0", 1), ("soon", 1), ("86400", 600)])
+def test_create_waits_as_long_as_the_hub_asks_but_no_day(hub, worker, asked, waited):
+    hub.fail("POST /api/repos/create", 429, headers={"Retry-After": asked})
+    assert worker(create, token=hub.token, name=f"tester/asked-{asked}").result[1] == [waited]
 
 
 @pytest.mark.slow
@@ -859,6 +891,62 @@ def test_publish_leaves_nothing_of_an_earlier_staging(hub, worker, outputs):
     assert set(hub.files("tester/clean")) == {".gitattributes", WEIGHTS, CARD, VIDEO}
 
 
+def upload(token, repo_id, folder, stale):
+    with hurried(token):
+        train_ltd.upload_checkpoint(repo_id, Path(folder), stale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [None, 429, 503, "cut"])
+def test_old_checkpoints_are_deleted_once_the_new_one_is_there(hub, worker, outputs, fault):
+    """Also when the upload of one of them had failed; others stay."""
+    repo = f"tester/rolling-{fault}"
+    hub.add(repo, {f"checkpoint-{step}/SHA256SUMS": b"" for step in (1, 2, 3, 1000)})
+    hub.repos["model", repo].branches["checkpoints"] = hub.repos["model", repo].branches["main"]
+    folder = outputs.rename(outputs.with_name("checkpoint-4"))
+    if fault:
+        hub.fail("/commit/checkpoints", fault, times=2)
+    done = worker(upload, token=hub.token, repo_id=repo, folder=str(folder), stale=[f"checkpoint-{n}" for n in (7, 2)])
+    assert done.error is None
+    there = {name.split("/")[0] for name in hub.files(repo, "checkpoints")} - {".gitattributes"}
+    assert there == {f"checkpoint-{step}" for step in (1, 3, 4, 1000)}
+
+
+@pytest.mark.slow
+def test_nothing_is_deleted_while_the_new_checkpoint_is_not_there(hub, worker, outputs):
+    hub.add("tester/refusing", {"checkpoint-2/SHA256SUMS": b""})
+    hub.repos["model", "tester/refusing"].branches["checkpoints"] = hub.repos["model", "tester/refusing"].branches[
+        "main"
+    ]
+    hub.fail("/commit/checkpoints", 403)
+    folder = outputs.rename(outputs.with_name("checkpoint-4"))
+    worker(upload, token=hub.token, repo_id="tester/refusing", folder=str(folder), stale=["checkpoint-2"])
+    assert "checkpoint-2/SHA256SUMS" in hub.files("tester/refusing", "checkpoints")
+
+
+def fetch(token, repo_id, output_dir):
+    with hurried(token) as slept:
+        train_ltd.fetch_checkpoint(repo_id, output_dir)
+    return slept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["/tree/checkpoints", "/revision/checkpoints", "/resolve/"])
+@pytest.mark.parametrize("fault", [429, 503, "cut", "lost"])
+def test_fetch_waits_out_passing_faults(hub, worker, tmp_path, stage, fault):
+    """The newest that is intact: of checkpoint-3 the upload was cut short, checkpoint-2 is damaged."""
+    repo, sums = f"tester/{stage.strip('/').replace('/', '-')}-{fault}", hashlib.sha256(b"1").hexdigest()
+    table = f"{sums}  settings.json\n".encode()
+    files = {f"checkpoint-{step}/settings.json": b"%d" % step for step in (1, 2, 3)}
+    hub.add(repo, files | {f"checkpoint-{step}/SHA256SUMS": table for step in (1, 2)})
+    hub.repos["model", repo].branches["checkpoints"] = hub.repos["model", repo].branches["main"]
+    hub.fail(stage, fault, times=2)
+    done = worker(fetch, token=hub.token, repo_id=repo, output_dir=str(tmp_path))
+    assert done.error is None, done.message
+    assert (tmp_path / "checkpoint-1/settings.json").read_bytes() == b"1"
+    assert not (tmp_path / "checkpoint-3").exists()
+
+
 # --- From the Hub into stock diffusers -------------------------------------------------------------------------------
 
 
@@ -924,8 +1012,7 @@ def test_code_of_the_card_runs(worker, second_run, full_run, tmp_path, repo):
 def check_other_transformer(repo_id):
     flags = ["--pretrained_model_name_or_path=team/tiny-wan", f"--transformer_path={repo_id}", "--rank=4"]
     args = train_ltd.parse_args([*flags, "--dataset_name=team/clips", "--report_to=none"])
-    train_ltd.check_model(args)
-    train_ltd.load_transformer(args)
+    train_ltd.load_transformer(args, train_ltd.identify_wan(args))
 
 
 @pytest.mark.slow
@@ -945,11 +1032,3 @@ def test_published_lora_can_be_trained_further(worker, second_run):
 def read_published_lora(repo_id):
     settings = train_ltd.read_lora(repo_id)[1]
     return [settings["rank"], settings["lora_alpha"]]
-
-
-# --- leaves with the feature ---
-
-
-def test_dry_run_makes_no_repository(run):
-    """This process may not reach the Hub at all, so that a try would be an error."""
-    run(dry_run=True, push_to_hub=True, hub_model_id="tester/dry")
