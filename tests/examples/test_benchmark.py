@@ -7,6 +7,7 @@ import json
 import benchmark
 import cost
 import pytest
+import small_wan
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.training_utils import free_memory
@@ -235,6 +236,12 @@ def test_nano_pipeline_has_its_shape_and_is_built_once(tmp_path):
     changed = (folder / "model_index.json").stat().st_mtime_ns
     assert benchmark.build_pipeline(args) == folder
     assert (folder / "model_index.json").stat().st_mtime_ns == changed
+
+
+def test_clips_that_a_vae_is_fitted_to_are_read_whole(clips):
+    videos = small_wan.read_videos(clips)
+    assert [video.shape for video in videos] == [(3, 21, small_wan.HEIGHT, small_wan.WIDTH)] * 7  # of 24 frames
+    assert all(-1 <= video.min() < video.max() <= 1 for video in videos)
 
 
 def test_misuse_is_refused(capsys):

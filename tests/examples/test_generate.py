@@ -386,19 +386,24 @@ def test_a_fine_tuned_transformer(run, sampled, tiny_wan, tmp_path):
     assert not np.array_equal(sampled[0], sampled[1])
 
 
-def test_a_transformer_in_original_keys(run, sampled, tiny_wan, tmp_path):
-    transformer = WanTransformer3DModel.from_pretrained(tiny_wan, subfolder="transformer")
+def save_in_original_keys(transformer: WanTransformer3DModel, path: Path) -> None:
+    """As Wan's own checkpoints and ComfyUI's files have them."""
     names = train_ltd.COMFYUI_NAMES | {"attn1": "self_attn", "attn2": "cross_attn", "norm2": "norm3"}
     weights = {}
     for key, value in transformer.state_dict().items():
         for name, original in names.items():
             key = key.replace(name, original)
         key = re.sub("^scale_shift_table", "head.modulation", key).replace("scale_shift_table", "modulation")
-        weights[key] = value * 1.05
-    save_file(weights, tmp_path / "wan.safetensors")
+        weights[key] = value.clone()
+    save_file(weights, path)
+
+
+def test_a_transformer_in_original_keys(run, sampled, tiny_wan, tmp_path):
+    transformer = WanTransformer3DModel.from_pretrained(tiny_wan, subfolder="transformer")
     with torch.no_grad():
         for parameter in transformer.parameters():
             parameter.mul_(1.05)
+    save_in_original_keys(transformer, tmp_path / "wan.safetensors")
     transformer.save_pretrained(tmp_path / "same")
     run("file", prompt=PROMPTS[:1], transformer=tmp_path / "wan.safetensors")
     run("folder", prompt=PROMPTS[:1], transformer=tmp_path / "same")
@@ -437,6 +442,17 @@ def test_quantized_weights(flags, run, sampled, make_lora, quantize):
     run("plain", prompt=PROMPTS[:1], lora=[lora], mixed_precision="bf16")
     run("quantized", prompt=PROMPTS[:1], lora=[lora], **kwargs)
     assert 0 < abs(sampled[0] - sampled[1]).mean() < 0.1
+
+
+def test_a_single_file_is_quantized_too(flags, tiny_wan, tmp_path):
+    pytest.importorskip("torchao", reason="no torchao: pip install torchao")
+    transformer = WanTransformer3DModel.from_pretrained(tiny_wan, subfolder="transformer")
+    save_in_original_keys(transformer, tmp_path / "wan.safetensors")
+    args = generate.parse_args(flags(transformer=tmp_path / "wan.safetensors", quantize="int8"))
+    pipeline = generate.load_pipeline(args, train_ltd.identify_wan(args), generate.load_scheduler(args), Accelerator())
+    assert type(pipeline.transformer.blocks[0].ffn.net[2].weight).__name__ == "Int8Tensor"
+    # diffusers keeps it in float32, and so do we
+    assert type(pipeline.transformer.condition_embedder.time_embedder.linear_1.weight) is torch.nn.Parameter
 
 
 def test_the_text_encoder_is_gone_before_sampling_and_embeddings_are_shared(monkeypatch, run, tmp_path):
