@@ -56,6 +56,7 @@ import fsspec
 import huggingface_hub
 import imageio.v3 as iio
 import numpy as np
+import peft
 import torch
 import torch.nn.functional as F
 import transformers
@@ -64,6 +65,7 @@ from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataPara
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from accelerate.logging import get_logger
 from accelerate.utils import (
+    DynamoBackend,
     GradientAccumulationPlugin,
     ProjectConfiguration,
     broadcast_object_list,
@@ -214,6 +216,56 @@ CARD_SETTINGS = (
     "mixed_precision",
     "seed",
 )
+# What a resumed run may change: where things lie, what is looked at, how often, by how many, for how long. Models and
+# data are compared by their contents, wherever they lie.
+FREE_SETTINGS = (
+    "pretrained_model_name_or_path",
+    "revision",
+    "variant",
+    "transformer_path",
+    "init_lora",
+    "dataset_name",
+    "dataset_config_name",
+    "dataset_revision",
+    "dataset_split",
+    "streaming",
+    "video_column",
+    "caption_column",
+    "max_skipped",
+    "max_train_samples",
+    "validation_fraction",
+    "validation_split",
+    "max_train_hours",
+    "dataloader_num_workers",
+    "overwrite_output_dir",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "eval_steps",
+    "max_eval_clips",
+    "validation_prompt",
+    "validation_steps",
+    "validation_num_inference_steps",
+    "validation_guidance_scale",
+    "validation_negative_prompt",
+    "logging_steps",
+    "report_to",
+    "push_to_hub",
+    "push_checkpoints_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "license",
+)
+# What it may change too, but not without losing the last bits: memory, speed, and the shape of an update
+INEXACT_SETTINGS = (
+    "gradient_checkpointing",
+    "torch_compile",
+    "attention_backend",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+)
+# What it may change with effect
+LASTING_SETTINGS = ("learning_rate", "max_train_steps", "num_train_epochs")
+DECAYING_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 LIST_FLAGS = ("lora_target_modules", "validation_prompt")  # those that hold several values
 # Flags of earlier versions, and what took their place
 REMOVED_FLAGS = {
@@ -1709,6 +1761,8 @@ class TrainState:
     skipped_steps: int = 0  # in all
     bad_steps: int = 0  # in a row
     ema_step: int = 0  # the EMA's own count of updates
+    hours: float = 0.0  # from the start of the script, of all parts of the run
+    changes: list[str] = field(default_factory=list)  # what resumes have changed, for the card
     pushed: list[str] = field(default_factory=list)  # names of the checkpoints that this run has on the Hub
 
 
@@ -1783,6 +1837,7 @@ def save_checkpoint(run: "Run", args: argparse.Namespace) -> None:
         save_weights(accelerator, run.transformer, partial, args)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        run.state.hours = run.hours()
         contents = {"format": CHECKPOINT_FORMAT, "settings": run.settings, "state": asdict(run.state)}
         (partial / "settings.json").write_text(json.dumps(contents, indent=2))
         lines = [f"{digest}  {name}\n" for name, digest in file_sums(partial).items()]
@@ -1878,9 +1933,10 @@ def check_output_dir(args: argparse.Namespace) -> None:
     first_of_another_run = 0
     if asked in ("latest", "hub"):
         if existing:
-            read_checkpoint(existing[-1])
+            compare_settings(existing[-1], {"flags": published_settings(args)})
         return
     if asked:
+        compare_settings(Path(asked), {"flags": published_settings(args)})
         checkpoint = read_checkpoint(Path(asked))
         if Path(asked).resolve().parent == Path(args.output_dir).resolve():
             first_of_another_run = checkpoint["state"]["step"] + 1
@@ -1949,23 +2005,61 @@ def remove_later(run: "Run", args: argparse.Namespace, starts_afresh: bool) -> N
         shutil.rmtree(Path(args.output_dir, "samples"), ignore_errors=True)
 
 
+def compare_settings(folder: Path, current: dict) -> tuple[list[str], list[str]]:
+    """Compare the settings of a checkpoint with the `current` ones, as far as those are known yet.
+
+    Returns what has changed with effect, and what costs the last bits, each as `name then -> now`. Raises `ValueError`
+    with everything else that has changed.
+    """
+    saved = read_checkpoint(folder)["settings"]
+    pairs = {}
+    for name, value in current["flags"].items():
+        settled = name in ("rank", "lora_alpha", "lora_target_modules")  # with the model; until then they are None
+        if name in saved["flags"] and not (settled and value is None):
+            pairs[name] = (saved["flags"][name], value)
+    for name in ("fsdp", "samples_per_update"):
+        if name in current:
+            pairs[name] = (saved[name], current[name])
+    lasting = []
+    inexact = []
+    refused = []
+    if current.get("base", saved["base"]) != saved["base"]:
+        refused.append("another base model, by the contents of its files")
+    if current.get("data", saved["data"]) != saved["data"]:
+        refused.append("other training clips or captions")
+    for name, (then, now) in pairs.items():
+        if then == now or name in FREE_SETTINGS:
+            continue
+        change = f"{name} {then} -> {now}"
+        if name in LASTING_SETTINGS:
+            lasting.append(change)
+        elif name in INEXACT_SETTINGS:
+            inexact.append(change)
+        else:
+            refused.append(change)
+    if refused:
+        flag = "--init_lora" if saved["flags"]["train_type"] == "lora" else "--transformer_path"
+        raise ValueError(
+            f"--resume_from_checkpoint {folder} was made with other settings: {'; '.join(refused)}. Go on with those "
+            f"of then, or start a new run from its weights by {flag} {folder}."
+        )
+    return lasting, inexact
+
+
 def load_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:
     """Restore weights, optimizer, schedule, EMA, random states and the position in the data.
 
     Raises `ValueError` when the checkpoint was made with other settings, and names all of them.
     """
     accelerator = run.accelerator
+    lasting, inexact = compare_settings(folder, run.settings)
     checkpoint = read_checkpoint(folder)
-    saved = checkpoint["settings"]
-    current = run.settings
-    differences = []
-    for name in sorted(saved | current):
-        if saved.get(name) != current.get(name):
-            differences.append(f"{name} {saved.get(name)} then, {current.get(name)} now")
-    if differences:
-        raise ValueError(f"--resume_from_checkpoint {folder} was made with other settings: {'; '.join(differences)}")
+    versions = checkpoint["settings"]["versions"]
+    if versions != run.settings["versions"]:
+        logger.warning(f"{folder} was made with {versions}, now there are {run.settings['versions']}")
     run.state = TrainState(**checkpoint["state"])
     run.resumed_at = run.state.step
+    run.earlier_hours = run.state.hours
     if folder.resolve().parent == Path(args.output_dir).resolve():
         run.saved = Path(args.output_dir, folder.resolve().name)
     live_weights = folder
@@ -1980,6 +2074,27 @@ def load_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:
     if accelerator.is_fsdp2 and (folder / "optimizer.bin").is_file():
         load_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, run.optimizer, run.transformer, folder)
     logger.info(f"resumed {folder}, step {run.state.step}")
+    if inexact:
+        logger.warning(f"no longer exact to the bit, for a change of {'; '.join(inexact)}")
+    if lasting:
+        set_learning_rate(run, args.learning_rate)
+        logger.warning(f"from step {run.state.step} on: {'; '.join(lasting)}")
+        longer_or_shorter = any(not change.startswith("learning_rate") for change in lasting)
+        if longer_or_shorter and args.lr_scheduler in DECAYING_SCHEDULES:
+            logger.warning(f"--lr_scheduler {args.lr_scheduler} is stretched to the new number of steps")
+    for change in lasting + inexact:
+        run.state.changes.append(f"from step {run.state.step} on: {change}")
+
+
+def set_learning_rate(run: "Run", learning_rate: float) -> None:
+    """Give a resumed schedule another base rate, in place of the one in the checkpoint."""
+    scheduler = run.lr_scheduler.scheduler  # torch's own, in accelerate's
+    scheduler.base_lrs = [learning_rate for _ in scheduler.base_lrs]
+    rates = [learning_rate * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    scheduler._last_lr = rates
+    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+        group["initial_lr"] = learning_rate
+        group["lr"] = rate
 
 
 # --- 9. Validation and logs; nothing here touches the random state of training ---------------------------------------
@@ -2463,6 +2578,11 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else DDP holds the gradients twice
         ],
     )
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        # Its wrapper stays around the model, whose LoRA peft then does not find.
+        raise ValueError(
+            "accelerate's own dynamo is not supported: launch with --dynamo_backend no, use --torch_compile"
+        )
     if fsdp_is_asked():
         # A sharded state dict would be pickles; examples/accelerate/fsdp2.yaml has all that is needed.
         if not accelerator.is_fsdp2 or accelerator.state.fsdp_plugin.state_dict_type.name != "FULL_STATE_DICT":
@@ -2498,15 +2618,21 @@ class Run:
     samples_per_update: int
     updates_per_epoch: int
     max_steps: int
-    settings: dict  # what a checkpoint and the run that resumes it must agree on
+    settings: dict  # what a checkpoint says of the run that made it
     facts: dict  # what the log and the card say of this run
     state: TrainState
     notice: "StopNotice"
+    started: float = 0.0  # of time.monotonic()
+    earlier_hours: float = 0.0  # of the parts before this start
     deadline: float = math.inf  # of time.monotonic()
     checkpoint_repo: str | None = None  # where checkpoints are uploaded to
     resumed_at: int | None = None  # step of the checkpoint that was loaded
     saved: Path | None = None  # the newest checkpoint
     upload: Future | None = None  # of the newest of state.pushed
+
+    def hours(self) -> float:
+        """Return the hours of all parts of the run until now."""
+        return self.earlier_hours + (time.monotonic() - self.started) / 3600
 
 
 class StopNotice:
@@ -2647,18 +2773,14 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
     if args.use_ema:
         ema = EMAModel(trainable_parameters(transformer), decay=EMA_DECAY)
 
-    # What a checkpoint and the run that resumes it must agree on
     settings = {
-        "clips": len(dataset),
+        "flags": published_settings(args),
+        "base": base_identity(args),
+        "data": cache_key([(clip.identity, clip.captions) for clip in clips]),
         "samples_per_update": per_update,
-        "fsdp": accelerator.is_fsdp2 or None,
-        "train_type": args.train_type,
-        "seed": args.seed,
-        "use_ema": args.use_ema,
+        "fsdp": accelerator.is_fsdp2,
+        "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers, peft)},
     }
-    if args.train_type == "lora":
-        for name in ("rank", "lora_alpha", "lora_target_modules", "quantization"):
-            settings[name] = getattr(args, name)
     run = Run(
         accelerator=accelerator,
         wan=wan,
@@ -2681,6 +2803,17 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
     run.facts = run_facts(run, args)
     logger.info("; ".join(f"{name}: {value}" for name, value in run.facts.items()))
     return run
+
+
+def base_identity(args: argparse.Namespace) -> str:
+    """Return what the weights that training starts from are known by, wherever they lie."""
+    path = args.transformer_path
+    if not path:
+        return model_identity(args, "transformer")
+    if os.path.isfile(path):
+        return content_hash(path)
+    transformer = argparse.Namespace(pretrained_model_name_or_path=path, revision=None, variant=None)
+    return model_identity(transformer, transformer_subfolder(path) or ".")
 
 
 def run_facts(run: Run, args: argparse.Namespace) -> dict:
@@ -2856,6 +2989,7 @@ def main(args: argparse.Namespace, compute_loss: Callable = compute_loss) -> Non
         run = set_up(args, accelerator, wan)
         if args.push_checkpoints_to_hub:
             run.checkpoint_repo = repo_id
+        run.started = started
         if args.max_train_hours:
             run.deadline = started + 3600 * args.max_train_hours
 
@@ -2873,11 +3007,48 @@ def main(args: argparse.Namespace, compute_loss: Callable = compute_loss) -> Non
             sys.exit(EXIT_STOPPED)
 
         # 4. Weights, card, Hub
-        run.facts["hardware"] += f", {(time.monotonic() - started) / 3600:.2f} h"
+        run.facts["hardware"] += f", {run.hours():.2f} h"
+        if run.state.changes:
+            run.facts["changes on resume"] = "; ".join(run.state.changes)
         save_and_publish(run, repo_id if args.push_to_hub else None, args)
         end(run, args)
         logger.info(f"done; look into {args.output_dir}")
 
 
+class LastingStream:
+    """Standard output or error that outlives whoever reads it.
+
+    Ctrl-C ends `tee` in `2>&1 | tee log` first, and a closed terminal reads no more: the next line of the progress bar
+    would end training without a checkpoint.
+    """
+
+    def __init__(self, stream: io.TextIOBase):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self.drop()
+
+    def drop(self) -> None:
+        """Send all that is still to come nowhere."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+
 if __name__ == "__main__":
+    sys.stdout = LastingStream(sys.stdout)
+    sys.stderr = LastingStream(sys.stderr)
     main(parse_args())
