@@ -1902,14 +1902,40 @@ def upload_checkpoint(repo_id: str, folder: Path, stale: list[str]) -> None:
         logger.warning(f"the upload of {folder.name} failed, training goes on: {error}")
 
 
-def fetch_checkpoint(repo_id: str, output_dir: str) -> None:
-    """Download the newest intact checkpoint of the Hub to `output_dir`, unless it is there already."""
-    names = set()
+def hub_checkpoints(repo_id: str) -> list[str]:
+    """List the names of the checkpoints on the Hub, oldest first: those that have their sums."""
+    names = []
     for file in with_retries(huggingface_hub.list_repo_files, repo_id, revision=CHECKPOINT_BRANCH):
         name, _, rest = file.partition("/")
         if rest == SUMS_FILE and re.fullmatch(r"checkpoint-\d+", name):
-            names.add(name)
-    for name in sorted(names, key=checkpoint_step, reverse=True):
+            names.append(name)
+    return sorted(names, key=checkpoint_step)
+
+
+def check_hub_checkpoints(repo_id: str, args: argparse.Namespace) -> None:
+    """Refuse to upload among the checkpoints of another run. Raises `ValueError` with the ways out."""
+    asked = args.resume_from_checkpoint
+    if asked == "hub":
+        return
+    folders = list_checkpoints(args.output_dir) if asked else []
+    if asked not in (None, "latest"):
+        folders.append(Path(asked))
+    known = set()
+    for folder in folders:
+        state = read_checkpoint(folder)["state"]
+        known.add(f"checkpoint-{state['step']}")
+        known.update(state["pushed"])
+    others = [name for name in hub_checkpoints(repo_id) if name not in known]
+    if others:
+        raise ValueError(
+            f"--push_checkpoints_to_hub: {repo_id} has {others[-1]} of another run. Go on with it by "
+            "--resume_from_checkpoint hub, or give another --hub_model_id."
+        )
+
+
+def fetch_checkpoint(repo_id: str, output_dir: str) -> None:
+    """Download the newest intact checkpoint of the Hub to `output_dir`, unless it is there already."""
+    for name in reversed(hub_checkpoints(repo_id)):
         folder = Path(output_dir, name)
         if not folder.is_dir() or not is_intact(folder):
             fetched = Path(output_dir, ".fetched")  # beside, then renamed: complete or absent
@@ -1940,6 +1966,12 @@ def check_output_dir(args: argparse.Namespace) -> None:
         checkpoint = read_checkpoint(Path(asked))
         if Path(asked).resolve().parent == Path(args.output_dir).resolve():
             first_of_another_run = checkpoint["state"]["step"] + 1
+    finished = Path(args.output_dir, "training_settings.json").is_file()
+    if finished and not asked and not args.overwrite_output_dir:
+        raise ValueError(
+            f"--output_dir {args.output_dir} holds the results of a finished run. Take another folder, or "
+            "replace them by --overwrite_output_dir."
+        )
     others = [path.name for path in existing if checkpoint_step(path.name) >= first_of_another_run]
     if others and not args.overwrite_output_dir:
         raise ValueError(
@@ -2323,6 +2355,9 @@ def published_settings(args: argparse.Namespace) -> dict:
     for name in ("pretrained_model_name_or_path", "transformer_path", "init_lora", "dataset_name"):
         if settings[name] and not hub_id(settings[name]):
             settings[name] = Path(settings[name]).resolve().name
+    for name in ("dataset_split", "validation_split"):  # of a local dataset, either may be a folder
+        if settings[name]:
+            settings[name] = Path(settings[name]).name
     return settings
 
 
@@ -2368,8 +2403,8 @@ video = pipe(
 export_to_video(video, "output.mp4", fps={args.fps:g})"""
 
 
-def card_data(args: argparse.Namespace, samples: list[str]) -> ModelCardData:
-    """Fill in the card's front matter, by which the Hub finds and shows a model."""
+def card_data(args: argparse.Namespace, name: str, samples: list[str], scores: list | None) -> ModelCardData:
+    """Fill in the card's front matter, by which the Hub finds and shows a model. `scores` become its model-index."""
     lora = args.train_type == "lora"
     tags = ["text-to-video", "diffusers-training", "diffusers", "wan", "wan-diffusers"]
     if args.loss == "ltd":
@@ -2397,6 +2432,8 @@ def card_data(args: argparse.Namespace, samples: list[str]) -> ModelCardData:
         instance_prompt=args.trigger_word if lora else None,
         tags=tags,
         widget=widget or None,
+        model_name=name if scores else None,
+        eval_results=scores,
     )
 
 
@@ -2418,8 +2455,11 @@ def settings_table(args: argparse.Namespace, facts: dict) -> str:
     return "\n".join(lines)
 
 
-def model_card(args: argparse.Namespace, repo_id: str, samples: list[str], facts: dict) -> ModelCard:
+def model_card(
+    args: argparse.Namespace, repo_id: str, samples: list[str], facts: dict, scores: list | None = None
+) -> ModelCard:
     """Write the card: front matter, code that works, the settings and the held-out curves."""
+    name = repo_id.split("/")[-1]
     lora = args.train_type == "lora"
     introduction = "A LoRA for" if lora else "A fine-tune of"
     introduction += " Wan text-to-video, trained with `train_ltd.py`."
@@ -2427,8 +2467,8 @@ def model_card(args: argparse.Namespace, repo_id: str, samples: list[str], facts
         paper = "[Latent Temporal Discrepancy](https://huggingface.co/papers/2601.20504)"
         introduction += f" The squared error of each voxel was weighted by its motion, the {paper} of the clip."
     body = [
-        f"---\n{card_data(args, samples).to_yaml()}\n---",
-        f"# {repo_id.split('/')[-1]}",
+        f"---\n{card_data(args, name, samples, scores).to_yaml()}\n---",
+        f"# {name}",
         introduction,
     ]
     if samples:
@@ -2490,7 +2530,10 @@ def with_retries(call: Callable, *args, **kwargs):
 
 
 def create_hub_repo(args: argparse.Namespace) -> str:
-    """Before any time is spent: the repository exists and the token may write to it. Returns its full id."""
+    """Create the repository before any time is spent, and have the Hub check a draft of the card. Returns the full id.
+
+    Raises `ValueError` when the token may not write, the card is not valid, or checkpoints of another run are there.
+    """
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
         url = with_retries(huggingface_hub.create_repo, name, private=args.hub_private_repo or None, exist_ok=True)
@@ -2498,26 +2541,38 @@ def create_hub_repo(args: argparse.Namespace) -> str:
         if args.push_checkpoints_to_hub:
             with_retries(huggingface_hub.create_branch, url.repo_id, branch=CHECKPOINT_BRANCH, exist_ok=True)
         public = args.hub_private_repo and not with_retries(huggingface_hub.model_info, url.repo_id).private
+        samples = [f"samples/{path.name}" for path in sample_paths(0, args)]
+        draft = model_card(args, url.repo_id, samples, facts={})
+        with_retries(draft.validate)
     except (*HUB_ERRORS, huggingface_hub.errors.LocalTokenNotFoundError) as error:
         remedy = "Log in with `hf auth login`, or set HF_TOKEN to a token with write access, and check --hub_model_id"
         raise ValueError(f"--push_to_hub: cannot write to {name} ({error}). {remedy}.") from error
+    except ValueError as error:  # all that the Hub has to say of a card
+        raise ValueError(f"--push_to_hub: the Hub refuses the card: {error}. Check --license.") from error
+    if args.push_checkpoints_to_hub:
+        check_hub_checkpoints(url.repo_id, args)
     if public:
         raise ValueError(f"--hub_private_repo: {url.repo_id} is there and public; change that, or --hub_model_id")
     return url.repo_id
 
 
 def publish(args: argparse.Namespace, repo_id: str, files: list[Path]) -> None:
-    """Upload a clean folder of just these files; on failure it stays, and the command that uploads it is printed."""
+    """Upload a clean folder of just these files. Raises `RuntimeError` with the command that uploads it by hand."""
     staging = Path(args.output_dir, "hub")
     shutil.rmtree(staging, ignore_errors=True)
     for file in files:
         target = staging / file.relative_to(args.output_dir)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(file.resolve())
-    upload = {"commit_message": "Upload weights, card and samples", "delete_patterns": ["samples/*"]}
     try:
-        url = with_retries(huggingface_hub.upload_folder, repo_id=repo_id, folder_path=staging, **upload)
-    except HUB_ERRORS as error:
+        url = with_retries(
+            huggingface_hub.upload_folder,
+            repo_id=repo_id,
+            folder_path=staging,
+            commit_message="Upload weights, card and samples",
+            delete_patterns=["samples/*"],
+        )
+    except Exception as error:  # whatever a Hub or a proxy answers, hours of training must not end in a riddle
         command = f"hf upload {repo_id} {shlex.quote(str(staging))} ."
         raise RuntimeError(f"the upload failed ({error}). Nothing is lost; type: {command}") from error
     shutil.rmtree(staging)
@@ -2536,7 +2591,11 @@ def save_and_publish(run: "Run", repo_id: str | None, args: argparse.Namespace) 
     draw_curves(read_metrics(args.output_dir), folder / "curves.png")
     settings = json.dumps(published_settings(args), indent=2, ensure_ascii=False)
     (folder / "training_settings.json").write_text(settings + "\n", encoding="utf-8")
-    model_card(args, repo_id or folder.resolve().name, samples, facts).save(folder / "README.md")
+    scores = None
+    card_path = folder / "README.md"
+    if run.resumed_at == run.max_steps and card_path.is_file():
+        scores = ModelCard.load(card_path).data.eval_results  # of these very weights: this run has not moved them
+    model_card(args, repo_id or folder.resolve().name, samples, facts, scores).save(card_path)
     if repo_id:
         if args.train_type == "lora":
             files = [folder / LORA_FILE, folder / COMFYUI_FILE]
@@ -2996,6 +3055,8 @@ def main(args: argparse.Namespace, compute_loss: Callable = compute_loss) -> Non
         # 3. From where a checkpoint stopped, or from a first look at the untrained model
         with noted_signals() as run.notice:
             resume(run, args)
+            if run.checkpoint_repo:
+                run.state.pushed = hub_checkpoints(run.checkpoint_repo)
             start_trackers(run, args)
             validate(run, args)
             if run.state.step < run.max_steps:
