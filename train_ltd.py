@@ -56,6 +56,7 @@ import fsspec
 import huggingface_hub
 import imageio.v3 as iio
 import numpy as np
+import peft
 import torch
 import torch.nn.functional as F
 import transformers
@@ -64,6 +65,7 @@ from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataPara
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from accelerate.logging import get_logger
 from accelerate.utils import (
+    DynamoBackend,
     GradientAccumulationPlugin,
     ProjectConfiguration,
     broadcast_object_list,
@@ -216,6 +218,56 @@ CARD_SETTINGS = (
     "mixed_precision",
     "seed",
 )
+# What a resumed run may change: where things lie, what is looked at, how often, by how many, for how long. Models and
+# data are compared by their contents, wherever they lie.
+FREE_SETTINGS = (
+    "pretrained_model_name_or_path",
+    "revision",
+    "variant",
+    "transformer_path",
+    "init_lora",
+    "dataset_name",
+    "dataset_config_name",
+    "dataset_revision",
+    "dataset_split",
+    "streaming",
+    "video_column",
+    "caption_column",
+    "max_skipped",
+    "max_train_samples",
+    "validation_fraction",
+    "validation_split",
+    "max_train_hours",
+    "dataloader_num_workers",
+    "overwrite_output_dir",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "eval_steps",
+    "max_eval_clips",
+    "validation_prompt",
+    "validation_steps",
+    "validation_num_inference_steps",
+    "validation_guidance_scale",
+    "validation_negative_prompt",
+    "logging_steps",
+    "report_to",
+    "push_to_hub",
+    "push_checkpoints_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "license",
+)
+# What it may change too, but not without losing the last bits: memory, speed, and the shape of an update
+INEXACT_SETTINGS = (
+    "gradient_checkpointing",
+    "torch_compile",
+    "attention_backend",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+)
+# What it may change with effect
+LASTING_SETTINGS = ("learning_rate", "max_train_steps", "num_train_epochs")
+DECAYING_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 LIST_FLAGS = ("lora_target_modules", "validation_prompt")  # those that hold several values
 # Flags of earlier versions, and what took their place
 REMOVED_FLAGS = {
@@ -1713,6 +1765,8 @@ class TrainState:
     skipped_steps: int = 0  # in all
     bad_steps: int = 0  # in a row
     ema_step: int = 0  # the EMA's own count of updates
+    hours: float = 0.0  # from the start of the script, of all parts of the run
+    changes: list[str] = field(default_factory=list)  # what resumes have changed, for the card
     pushed: list[str] = field(default_factory=list)  # names of the checkpoints that this run has on the Hub
 
 
@@ -1787,6 +1841,7 @@ def save_checkpoint(run: "Run", args: argparse.Namespace) -> None:
         save_weights(accelerator, run.transformer, partial, args)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        run.state.hours = run.hours()
         contents = {"format": CHECKPOINT_FORMAT, "settings": run.settings, "state": asdict(run.state)}
         (partial / "settings.json").write_text(json.dumps(contents, indent=2))
         lines = [f"{digest}  {name}\n" for name, digest in file_sums(partial).items()]
@@ -1852,23 +1907,53 @@ def upload_checkpoint(repo_id: str, folder: Path, stale: list[str]) -> None:
         logger.warning(f"the upload of {folder.name} failed, training goes on: {error}")
 
 
+def hub_checkpoints(repo_id: str) -> dict[str, list[str]]:
+    """List the files of each checkpoint on the Hub that has its sums, the oldest first."""
+    found = {}
+    for file in with_retries(huggingface_hub.list_repo_files, repo_id, revision=CHECKPOINT_BRANCH):
+        name = file.split("/")[0]
+        if re.fullmatch(r"checkpoint-\d+", name):
+            found.setdefault(name, []).append(file)
+    complete = [name for name, files in found.items() if f"{name}/{SUMS_FILE}" in files]
+    return {name: found[name] for name in sorted(complete, key=checkpoint_step)}
+
+
+def check_hub_checkpoints(repo_id: str, args: argparse.Namespace) -> None:
+    """Refuse to upload among the checkpoints of another run. Raises `ValueError` with the ways out."""
+    asked = args.resume_from_checkpoint
+    if asked == "hub":
+        return
+    folders = list_checkpoints(args.output_dir) if asked else []
+    if asked not in (None, "latest"):
+        folders.append(Path(asked))
+    known = set()
+    for folder in folders:
+        state = read_checkpoint(folder)["state"]
+        known.add(f"checkpoint-{state['step']}")
+        known.update(state["pushed"])
+    others = [name for name in hub_checkpoints(repo_id) if name not in known]
+    if others:
+        raise ValueError(
+            f"--push_checkpoints_to_hub: {repo_id} has {others[-1]} of another run. Go on with it by "
+            "--resume_from_checkpoint hub, or give another --hub_model_id."
+        )
+
+
 def fetch_checkpoint(repo_id: str, output_dir: str) -> None:
     """Download the newest intact checkpoint of the Hub to `output_dir`, unless it is there already."""
-    info = with_retries(huggingface_hub.model_info, repo_id, revision=CHECKPOINT_BRANCH)
-    files = [sibling.rfilename for sibling in info.siblings]
-    names = set()
-    for file in files:
-        name, _, rest = file.partition("/")
-        if rest == SUMS_FILE and re.fullmatch(r"checkpoint-\d+", name):
-            names.add(name)
-    for name in sorted(names, key=checkpoint_step, reverse=True):
+    for name, files in reversed(hub_checkpoints(repo_id).items()):
         folder = Path(output_dir, name)
         if not folder.is_dir() or not is_intact(folder):
             fetched = Path(output_dir, ".fetched")  # beside, then renamed: complete or absent
             # Not `snapshot_download`, which takes what happens to be there for whole when the Hub fails.
             for file in files:
-                if file.startswith(f"{name}/"):
-                    with_retries(huggingface_hub.hf_hub_download, repo_id, file, revision=info.sha, local_dir=fetched)
+                with_retries(
+                    huggingface_hub.hf_hub_download,
+                    repo_id,
+                    file,
+                    revision=CHECKPOINT_BRANCH,
+                    local_dir=fetched,
+                )
             shutil.rmtree(folder, ignore_errors=True)
             (fetched / name).rename(folder)
         if is_intact(folder):
@@ -1883,15 +1968,22 @@ def check_output_dir(args: argparse.Namespace) -> None:
     if asked in ("latest", "hub"):
         if existing:
             with contextlib.suppress(json.JSONDecodeError):  # it is damaged, and `resume` will leave it out
-                read_checkpoint(existing[-1])
+                compare_settings(existing[-1], {"flags": published_settings(args)})
         return
     if asked:
         try:
-            checkpoint = read_checkpoint(Path(asked))
+            compare_settings(Path(asked), {"flags": published_settings(args)})
         except json.JSONDecodeError as error:
             raise ValueError(f"--resume_from_checkpoint {asked} is damaged; take an older one, or latest") from error
+        checkpoint = read_checkpoint(Path(asked))
         if Path(asked).resolve().parent == Path(args.output_dir).resolve():
             first_of_another_run = checkpoint["state"]["step"] + 1
+    finished = Path(args.output_dir, "training_settings.json").is_file()
+    if finished and not asked and not args.overwrite_output_dir:
+        raise ValueError(
+            f"--output_dir {args.output_dir} holds the results of a finished run. Take another folder, or "
+            "replace them by --overwrite_output_dir."
+        )
     others = [path.name for path in existing if checkpoint_step(path.name) >= first_of_another_run]
     if others and not args.overwrite_output_dir:
         raise ValueError(
@@ -1959,27 +2051,63 @@ def remove_later(run: "Run", args: argparse.Namespace) -> None:
         Path(args.output_dir, "metrics.jsonl").unlink(missing_ok=True)
 
 
+def compare_settings(folder: Path, current: dict) -> tuple[list[str], list[str]]:
+    """Compare the settings of a checkpoint with the `current` ones, as far as those are known yet.
+
+    Returns what has changed with effect, and what costs the last bits, each as `name then -> now`. Raises `ValueError`
+    with everything else that has changed.
+    """
+    saved = read_checkpoint(folder)["settings"]
+    pairs = {}
+    for name, value in current["flags"].items():
+        settled = name in ("rank", "lora_alpha", "lora_target_modules")  # with the model; until then they are None
+        if name in saved["flags"] and not (settled and value is None):
+            pairs[name] = (saved["flags"][name], value)
+    for name in ("fsdp", "samples_per_update"):
+        if name in current:
+            pairs[name] = (saved[name], current[name])
+    lasting = []
+    inexact = []
+    refused = []
+    if current.get("base", saved["base"]) != saved["base"]:
+        refused.append("another base model, by the contents of its files")
+    if current.get("data", saved["data"]) != saved["data"]:
+        refused.append("other training clips or captions")
+    for name, (then, now) in pairs.items():
+        if then == now or name in FREE_SETTINGS:
+            continue
+        change = f"{name} {then} -> {now}"
+        if name in LASTING_SETTINGS:
+            lasting.append(change)
+        elif name in INEXACT_SETTINGS:
+            inexact.append(change)
+        else:
+            refused.append(change)
+    if refused:
+        flag = "--init_lora" if saved["flags"]["train_type"] == "lora" else "--transformer_path"
+        raise ValueError(
+            f"--resume_from_checkpoint {folder} was made with other settings: {'; '.join(refused)}. Go on with those "
+            f"of then, or start a new run from its weights by {flag} {folder}."
+        )
+    return lasting, inexact
+
+
 def load_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:
     """Restore weights, optimizer, schedule, EMA, random states and the position in the data.
 
     Raises `ValueError` when the checkpoint was made with other settings, and names all of them.
     """
     accelerator = run.accelerator
+    lasting, inexact = compare_settings(folder, run.settings)
     checkpoint = read_checkpoint(folder)
-    saved = checkpoint["settings"]
-    current = run.settings
-    differences = []
-    for name in sorted(saved | current):
-        if saved.get(name) != current.get(name):
-            differences.append(f"{name} {saved.get(name)} then, {current.get(name)} now")
-    if differences:
-        raise ValueError(f"--resume_from_checkpoint {folder} was made with other settings: {'; '.join(differences)}")
+    versions = checkpoint["settings"]["versions"]
+    if versions != run.settings["versions"]:
+        logger.warning(f"{folder} was made with {versions}, now there are {run.settings['versions']}")
     run.state = TrainState(**checkpoint["state"])
     run.resumed_at = run.state.step
+    run.earlier_hours = run.state.hours
     if folder.resolve().parent == Path(args.output_dir).resolve():
         run.saved = Path(args.output_dir, folder.resolve().name)
-        if run.checkpoint_repo and run.saved.name not in run.state.pushed:
-            run.state.pushed.append(run.saved.name)  # which it was when it had been written
     live_weights = folder
     if run.ema:
         load_weights(run.transformer, folder, args)
@@ -1992,6 +2120,27 @@ def load_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:
     if accelerator.is_fsdp2 and (folder / "optimizer.bin").is_file():
         load_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, run.optimizer, run.transformer, folder)
     logger.info(f"resumed {folder}, step {run.state.step}")
+    if inexact:
+        logger.warning(f"no longer exact to the bit, for a change of {'; '.join(inexact)}")
+    if lasting:
+        set_learning_rate(run, args.learning_rate)
+        logger.warning(f"from step {run.state.step} on: {'; '.join(lasting)}")
+        longer_or_shorter = any(not change.startswith("learning_rate") for change in lasting)
+        if longer_or_shorter and args.lr_scheduler in DECAYING_SCHEDULES:
+            logger.warning(f"--lr_scheduler {args.lr_scheduler} is stretched to the new number of steps")
+    for change in lasting + inexact:
+        run.state.changes.append(f"from step {run.state.step} on: {change}")
+
+
+def set_learning_rate(run: "Run", learning_rate: float) -> None:
+    """Give a resumed schedule another base rate, in place of the one in the checkpoint."""
+    scheduler = run.lr_scheduler.scheduler  # torch's own, in accelerate's
+    scheduler.base_lrs = [learning_rate for _ in scheduler.base_lrs]
+    rates = [learning_rate * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    scheduler._last_lr = rates
+    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+        group["initial_lr"] = learning_rate
+        group["lr"] = rate
 
 
 # --- 9. Validation and logs; nothing here touches the random state of training ---------------------------------------
@@ -2220,6 +2369,9 @@ def published_settings(args: argparse.Namespace) -> dict:
     for name in ("pretrained_model_name_or_path", "transformer_path", "init_lora", "dataset_name"):
         if settings[name] and not hub_id(settings[name]):
             settings[name] = Path(settings[name]).resolve().name
+    for name in ("dataset_split", "validation_split"):  # of a local dataset, either may be a folder
+        if settings[name]:
+            settings[name] = Path(settings[name]).name
     return settings
 
 
@@ -2265,8 +2417,8 @@ video = pipe(
 export_to_video(video, "output.mp4", fps={args.fps:g})"""
 
 
-def card_data(args: argparse.Namespace, samples: list[str]) -> ModelCardData:
-    """Fill in the card's front matter, by which the Hub finds and shows a model."""
+def card_data(args: argparse.Namespace, name: str, samples: list[str], scores: list | None) -> ModelCardData:
+    """Fill in the card's front matter, by which the Hub finds and shows a model. `scores` become its model-index."""
     lora = args.train_type == "lora"
     tags = ["text-to-video", "diffusers-training", "diffusers", "wan", "wan-diffusers"]
     if args.loss == "ltd":
@@ -2294,6 +2446,8 @@ def card_data(args: argparse.Namespace, samples: list[str]) -> ModelCardData:
         instance_prompt=args.trigger_word if lora else None,
         tags=tags,
         widget=widget or None,
+        model_name=name if scores else None,
+        eval_results=scores,
     )
 
 
@@ -2315,8 +2469,11 @@ def settings_table(args: argparse.Namespace, facts: dict) -> str:
     return "\n".join(lines)
 
 
-def model_card(args: argparse.Namespace, repo_id: str, samples: list[str], facts: dict) -> ModelCard:
+def model_card(
+    args: argparse.Namespace, repo_id: str, samples: list[str], facts: dict, scores: list | None = None
+) -> ModelCard:
     """Write the card: front matter, code that works, the settings and the held-out curves."""
+    name = repo_id.split("/")[-1]
     lora = args.train_type == "lora"
     introduction = "A LoRA for" if lora else "A fine-tune of"
     introduction += " Wan text-to-video, trained with `train_ltd.py`."
@@ -2324,8 +2481,8 @@ def model_card(args: argparse.Namespace, repo_id: str, samples: list[str], facts
         paper = "[Latent Temporal Discrepancy](https://huggingface.co/papers/2601.20504)"
         introduction += f" The squared error of each voxel was weighted by its motion, the {paper} of the clip."
     body = [
-        f"---\n{card_data(args, samples).to_yaml()}\n---",
-        f"# {repo_id.split('/')[-1]}",
+        f"---\n{card_data(args, name, samples, scores).to_yaml()}\n---",
+        f"# {name}",
         introduction,
     ]
     if samples:
@@ -2387,7 +2544,10 @@ def with_retries(call: Callable, *args, **kwargs):
 
 
 def create_hub_repo(args: argparse.Namespace) -> str:
-    """Before any time is spent: the repository exists and the token may write to it. Returns its full id."""
+    """Create the repository before any time is spent, and have the Hub check a draft of the card. Returns the full id.
+
+    Raises `ValueError` when the token may not write, the card is not valid, or checkpoints of another run are there.
+    """
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
         url = with_retries(huggingface_hub.create_repo, name, private=args.hub_private_repo or None, exist_ok=True)
@@ -2395,26 +2555,38 @@ def create_hub_repo(args: argparse.Namespace) -> str:
         if args.push_checkpoints_to_hub:
             with_retries(huggingface_hub.create_branch, url.repo_id, branch=CHECKPOINT_BRANCH, exist_ok=True)
         public = args.hub_private_repo and not with_retries(huggingface_hub.model_info, url.repo_id).private
+        samples = [f"samples/{path.name}" for path in sample_paths(0, args)]
+        draft = model_card(args, url.repo_id, samples, facts={})
+        with_retries(draft.validate)
     except (*HUB_ERRORS, LocalTokenNotFoundError) as error:
         remedy = "Log in with `hf auth login`, or set HF_TOKEN to a token with write access, and check --hub_model_id"
         raise ValueError(f"--push_to_hub: cannot write to {name} ({error}). {remedy}.") from error
+    except ValueError as error:  # all that the Hub has to say of a card
+        raise ValueError(f"--push_to_hub: the Hub refuses the card: {error}. Check --license.") from error
+    if args.push_checkpoints_to_hub:
+        check_hub_checkpoints(url.repo_id, args)
     if public:
         raise ValueError(f"--hub_private_repo: {url.repo_id} is there and public; change that, or --hub_model_id")
     return url.repo_id
 
 
 def publish(args: argparse.Namespace, repo_id: str, files: list[Path]) -> None:
-    """Upload a clean folder of just these files; on failure it stays, and the command that uploads it is printed."""
+    """Upload a clean folder of just these files. Raises `RuntimeError` with the command that uploads it by hand."""
     staging = Path(args.output_dir, "hub")
     shutil.rmtree(staging, ignore_errors=True)
     for file in files:
         target = staging / file.relative_to(args.output_dir)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(file.resolve())
-    upload = {"commit_message": "Upload weights, card and samples", "delete_patterns": ["samples/*"]}
     try:
-        url = with_retries(huggingface_hub.upload_folder, repo_id=repo_id, folder_path=staging, **upload)
-    except HUB_ERRORS as error:
+        url = with_retries(
+            huggingface_hub.upload_folder,
+            repo_id=repo_id,
+            folder_path=staging,
+            commit_message="Upload weights, card and samples",
+            delete_patterns=["samples/*"],
+        )
+    except Exception as error:  # whatever a Hub or a proxy answers, hours of training must not end in a riddle
         command = f"hf upload {repo_id} {shlex.quote(str(staging))} ."
         raise RuntimeError(f"the upload failed ({error}). Nothing is lost; type: {command}") from error
     shutil.rmtree(staging)
@@ -2433,7 +2605,11 @@ def save_and_publish(run: "Run", repo_id: str | None, args: argparse.Namespace) 
     draw_curves(read_metrics(args.output_dir), folder / "curves.png")
     settings = json.dumps(published_settings(args), indent=2, ensure_ascii=False)
     (folder / "training_settings.json").write_text(settings + "\n", encoding="utf-8")
-    model_card(args, repo_id or folder.resolve().name, samples, facts).save(folder / "README.md")
+    scores = None
+    card_path = folder / "README.md"
+    if run.resumed_at == run.max_steps and card_path.is_file():
+        scores = ModelCard.load(card_path).data.eval_results  # of these very weights: this run has not moved them
+    model_card(args, repo_id or folder.resolve().name, samples, facts, scores).save(card_path)
     if repo_id:
         if args.train_type == "lora":
             files = [folder / LORA_FILE, folder / COMFYUI_FILE]
@@ -2475,6 +2651,11 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else DDP holds the gradients twice
         ],
     )
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        # Its wrapper stays around the model, whose LoRA peft then does not find.
+        raise ValueError(
+            "accelerate's own dynamo is not supported: launch with --dynamo_backend no, use --torch_compile"
+        )
     if fsdp_is_asked():
         # A sharded state dict would be pickles; examples/accelerate/fsdp2.yaml has all that is needed.
         if not accelerator.is_fsdp2 or accelerator.state.fsdp_plugin.state_dict_type.name != "FULL_STATE_DICT":
@@ -2510,15 +2691,21 @@ class Run:
     samples_per_update: int
     updates_per_epoch: int
     max_steps: int
-    settings: dict  # what a checkpoint and the run that resumes it must agree on
+    settings: dict  # what a checkpoint says of the run that made it
     facts: dict  # what the log and the card say of this run
     state: TrainState
     notice: "StopNotice"
+    started: float = 0.0  # of time.monotonic()
+    earlier_hours: float = 0.0  # of the parts before this start
     deadline: float = math.inf  # of time.monotonic()
     checkpoint_repo: str | None = None  # where checkpoints are uploaded to
     resumed_at: int | None = None  # step of the checkpoint that was loaded
     saved: Path | None = None  # the newest checkpoint
     upload: Future | None = None  # of the newest of state.pushed
+
+    def hours(self) -> float:
+        """Return the hours of all parts of the run until now."""
+        return self.earlier_hours + (time.monotonic() - self.started) / 3600
 
 
 class StopNotice:
@@ -2659,18 +2846,14 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
     if args.use_ema:
         ema = EMAModel(trainable_parameters(transformer), decay=EMA_DECAY)
 
-    # What a checkpoint and the run that resumes it must agree on
     settings = {
-        "clips": len(dataset),
+        "flags": published_settings(args),
+        "base": base_identity(args),
+        "data": cache_key([(clip.identity, clip.captions) for clip in clips]),
         "samples_per_update": per_update,
-        "fsdp": accelerator.is_fsdp2 or None,
-        "train_type": args.train_type,
-        "seed": args.seed,
-        "use_ema": args.use_ema,
+        "fsdp": accelerator.is_fsdp2,
+        "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers, peft)},
     }
-    if args.train_type == "lora":
-        for name in ("rank", "lora_alpha", "lora_target_modules", "quantization"):
-            settings[name] = getattr(args, name)
     run = Run(
         accelerator=accelerator,
         wan=wan,
@@ -2693,6 +2876,17 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
     run.facts = run_facts(run, args)
     logger.info("; ".join(f"{name}: {value}" for name, value in run.facts.items()))
     return run
+
+
+def base_identity(args: argparse.Namespace) -> str:
+    """Return what the weights that training starts from are known by, wherever they lie."""
+    path = args.transformer_path
+    if not path:
+        return model_identity(args, "transformer")
+    if os.path.isfile(path):
+        return content_hash(path)
+    transformer = argparse.Namespace(pretrained_model_name_or_path=path, revision=None, variant=None)
+    return model_identity(transformer, transformer_subfolder(path) or ".")
 
 
 def run_facts(run: Run, args: argparse.Namespace) -> dict:
@@ -2868,12 +3062,15 @@ def main(args: argparse.Namespace, compute_loss: Callable = compute_loss) -> Non
         run = set_up(args, accelerator, wan)
         if args.push_checkpoints_to_hub:
             run.checkpoint_repo = repo_id
+        run.started = started
         if args.max_train_hours:
             run.deadline = started + 3600 * args.max_train_hours
 
         # 3. From where a checkpoint stopped, or from a first look at the untrained model
         with noted_signals() as run.notice:
             resume(run, args)
+            if run.checkpoint_repo:
+                run.state.pushed = list(hub_checkpoints(run.checkpoint_repo))
             start_trackers(run, args)
             validate(run, args)
             if run.state.step < run.max_steps:
@@ -2885,11 +3082,48 @@ def main(args: argparse.Namespace, compute_loss: Callable = compute_loss) -> Non
             sys.exit(EXIT_STOPPED)
 
         # 4. Weights, card, Hub
-        run.facts["hardware"] += f", {(time.monotonic() - started) / 3600:.2f} h"
+        run.facts["hardware"] += f", {run.hours():.2f} h"
+        if run.state.changes:
+            run.facts["changes on resume"] = "; ".join(run.state.changes)
         save_and_publish(run, repo_id if args.push_to_hub else None, args)
         end(run, args)
         logger.info(f"done; look into {args.output_dir}")
 
 
+class LastingStream:
+    """Standard output or error that outlives whoever reads it.
+
+    Ctrl-C ends `tee` in `2>&1 | tee log` first, and a closed terminal reads no more: the next line of the progress bar
+    would end training without a checkpoint.
+    """
+
+    def __init__(self, stream: io.TextIOBase):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self.drop()
+
+    def drop(self) -> None:
+        """Send all that is still to come nowhere."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+
 if __name__ == "__main__":
+    sys.stdout = LastingStream(sys.stdout)
+    sys.stderr = LastingStream(sys.stderr)
     main(parse_args())

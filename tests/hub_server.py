@@ -285,8 +285,12 @@ class HubServer:
 
     @_route("POST", r"/api/validate-yaml")
     def _validate_yaml(self, request):
+        content = request.json()["content"]
+        license_id = re.search(r"^license: (.*)$", content, re.MULTILINE)
+        if license_id and not re.fullmatch(r"[a-z0-9.-]+", license_id[1]):
+            raise HubError(400, f'"license" must be one of the known ones, got {license_id[1]}')
         warning = {"message": "empty or missing yaml metadata in repo card"}
-        return {"errors": [], "warnings": [] if request.json()["content"].startswith("---") else [warning]}
+        return {"errors": [], "warnings": [] if content.startswith("---") else [warning]}
 
     @_route("POST", r"/api/repos/create")
     def _create_repo(self, request):
