@@ -37,6 +37,11 @@ def resume(run, **kwargs):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
+        ({"rank": 8, "lora_alpha": 4}, "rank 4 -> 8"),
+        ({"lora_alpha": 2}, "lora_alpha 4 -> 2"),
+        ({"lora_target_modules": ["to_q"]}, "lora_target_modules"),
+        ({"train_type": "full", "rank": None}, "train_type lora -> full"),
+        ({"use_ema": True}, "use_ema False -> True"),
         ({"loss": "mse"}, "loss ltd -> mse"),
         ({"flow_shift": 1.0}, "flow_shift 3.0 -> 1.0"),
         ({"min_sigma": 0.1}, "min_sigma 0.0 -> 0.1"),

@@ -20,7 +20,7 @@ LATENTS = (2, 16, 3, 4, 6)  # of 9 frames of 48x32, batch 2
 
 
 def settings_for(flags, tmp_path, **kwargs):
-    return train_ltd.parse_args(flags(output_dir=tmp_path, skip_vae_check=None, **kwargs))
+    return train_ltd.parse_args(flags(output_dir=tmp_path, **kwargs))
 
 
 def random_batch(text_dim):

@@ -22,7 +22,7 @@ def command(module, *words):
 @pytest.mark.slow
 def test_generate_compare_score_and_vote(run, tiny_wan, chromium, tmp_path):
     pytest.importorskip("cv2", reason="the DIS proxies need opencv-python-headless")
-    lora, folders = run(skip_vae_check=None), {"base": tmp_path / "base", "LTD": tmp_path / "tuned"}
+    lora, folders = run(), {"base": tmp_path / "base", "LTD": tmp_path / "tuned"}
     size = ["--preset", "nano", "--height", 32, "--width", 48, "--num_frames", 9, "--num_inference_steps", 2]
     model = ["--pretrained_model_name_or_path", tiny_wan, *(f"--prompt={prompt}" for prompt in PROMPTS)]
     command(generate, *model, *size, "--output_dir", folders["base"])
