@@ -1978,17 +1978,17 @@ def check_output_dir(args: argparse.Namespace) -> None:
         checkpoint = read_checkpoint(Path(asked))
         if Path(asked).resolve().parent == Path(args.output_dir).resolve():
             first_of_another_run = checkpoint["state"]["step"] + 1
-    finished = Path(args.output_dir, "training_settings.json").is_file()
-    if finished and not asked and not args.overwrite_output_dir:
-        raise ValueError(
-            f"--output_dir {args.output_dir} holds the results of a finished run. Take another folder, or "
-            "replace them by --overwrite_output_dir."
-        )
     others = [path.name for path in existing if checkpoint_step(path.name) >= first_of_another_run]
     if others and not args.overwrite_output_dir:
         raise ValueError(
             f"--output_dir {args.output_dir} holds {others[-1]} of an earlier run. Go on with it by "
             "--resume_from_checkpoint latest, take another folder, or delete it by --overwrite_output_dir."
+        )
+    finished = Path(args.output_dir, "training_settings.json").is_file()
+    if finished and not asked and not args.overwrite_output_dir:
+        raise ValueError(
+            f"--output_dir {args.output_dir} holds the results of a finished run. Take another folder, or "
+            "replace them by --overwrite_output_dir."
         )
 
 
