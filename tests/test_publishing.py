@@ -931,11 +931,14 @@ def fetch(token, repo_id, output_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["/tree/checkpoints", "/revision/checkpoints", "/resolve/"])
+@pytest.mark.parametrize("stage", ["/revision/checkpoints", "HEAD .*/resolve/", "GET .*/resolve/"])
 @pytest.mark.parametrize("fault", [429, 503, "cut", "lost"])
 def test_fetch_waits_out_passing_faults(hub, worker, tmp_path, stage, fault):
     """The newest that is intact: of checkpoint-3 the upload was cut short, checkpoint-2 is damaged."""
-    repo, sums = f"tester/{stage.strip('/').replace('/', '-')}-{fault}", hashlib.sha256(b"1").hexdigest()
+    repo, sums = (
+        f"tester/fetch-{stage.split()[0].strip('/').replace('/', '-')}-{fault}",
+        hashlib.sha256(b"1").hexdigest(),
+    )
     table = f"{sums}  settings.json\n".encode()
     files = {f"checkpoint-{step}/settings.json": b"%d" % step for step in (1, 2, 3)}
     hub.add(repo, files | {f"checkpoint-{step}/SHA256SUMS": table for step in (1, 2)})
@@ -944,7 +947,23 @@ def test_fetch_waits_out_passing_faults(hub, worker, tmp_path, stage, fault):
     done = worker(fetch, token=hub.token, repo_id=repo, output_dir=str(tmp_path))
     assert done.error is None, done.message
     assert (tmp_path / "checkpoint-1/settings.json").read_bytes() == b"1"
-    assert not (tmp_path / "checkpoint-3").exists()
+    assert not (tmp_path / "checkpoint-3").exists() and not any(fault.times for fault in hub._faults)
+
+
+@pytest.mark.slow
+def test_a_download_that_breaks_off_is_no_checkpoint(hub, worker, tmp_path):
+    """Nor is what it leaves taken for one when the Hub is still down at the next start; it is when the Hub is back."""
+    table = "".join(f"{hashlib.sha256(name.encode()).hexdigest()}  {name}\n" for name in "abc")
+    files = {f"checkpoint-1/{name}": name.encode() for name in "abc"} | {"checkpoint-1/SHA256SUMS": table.encode()}
+    hub.add("tester/broken", files)
+    hub.repos["model", "tester/broken"].branches["checkpoints"] = hub.repos["model", "tester/broken"].branches["main"]
+    hub.fail("/checkpoint-1/b$", 503, times=10_000)
+    for _ in range(2):
+        done = worker(fetch, token=hub.token, repo_id="tester/broken", output_dir=str(tmp_path))
+        assert done.error and not list(tmp_path.glob("checkpoint-*"))
+    hub._faults.clear()
+    assert worker(fetch, token=hub.token, repo_id="tester/broken", output_dir=str(tmp_path)).error is None
+    assert (tmp_path / "checkpoint-1/b").read_bytes() == b"b"
 
 
 # --- From the Hub into stock diffusers -------------------------------------------------------------------------------
