@@ -252,7 +252,7 @@ def test_quantized_resume_is_bit_identical(run, tmp_path, quantization):
     shutil.copytree(straight / "checkpoint-2", resumed / "checkpoint-2")
     run(output_dir=resumed, resume_from_checkpoint="latest", **kwargs)
     assert_same(weights(straight, "lora"), weights(resumed, "lora"))
-    with pytest.raises(ValueError, match=f"quantization {quantization} then, None now"):
+    with pytest.raises(ValueError, match=f"quantization {quantization} -> None"):
         run(output_dir=resumed, resume_from_checkpoint="latest", **kwargs | {"quantization": None})
 
 
