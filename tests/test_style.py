@@ -35,6 +35,7 @@ DOOR_OF = {
     "ablation.py": {"compute_loss"},
     "benchmark.py": {"compute_loss"},
     "flags.py": {"build_parser"},
+    "generate.py": {"read_lora", "find_lora"},
     "visualize_ltd.py": {"open_dataset", "locate_clip"},
 }
 
