@@ -145,7 +145,7 @@ ORIGINAL_NAMES = {
 }
 # Keys of LoRA files: the layer, after any prefix of a dialect, and what of it
 LORA_KEY = re.compile(
-    r"(?:base_model\.model\.|(?:model\.)?diffusion_model\.|pipe\.dit\.|transformer\.|lora_unet_)*"
+    r"(?:base_model\.model\.|(?:model\.)?diffusion_model\.|pipe\.dit\.|transformer\.|lora_unet__?)*"
     r"(?P<layer>.+)\.(?:(?P<part>lora_A|lora_B|lora_down|lora_up)(?:\.\w+)?\.weight|alpha)"
 )
 ZERO_DIFFERENCE = re.compile(r".+\.(diff|diff_b|diff_m|lora_B\.bias)")  # adds nothing if it is zero

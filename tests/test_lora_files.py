@@ -349,6 +349,9 @@ def dialect(name: str, pairs: dict, folder: Path) -> tuple[Path, dict[str, float
     if name == "musubi":
         tensors = keys_of(pairs, "lora_unet_", musubi_name, DOWN_UP)
         return write(path, with_alpha(pairs, tensors, "lora_unet_", name=musubi_name)), half
+    if name == "fun":
+        tensors = keys_of(pairs, "lora_unet__", musubi_name, DOWN_UP)
+        return write(path, with_alpha(pairs, tensors, "lora_unet__", name=musubi_name)), half
     if name == "zero differences":
         zeros = {f"diffusion_model.blocks.0.{key}": torch.zeros(3) for key in ("norm3.diff", "self_attn.q.diff_b")}
         return write(path, keys_of(pairs, "diffusion_model.") | zeros), one
@@ -375,6 +378,7 @@ DIALECTS = (
     "bare",
     "lora_down and lora_up",
     "musubi",
+    "fun",
     "zero differences",
     "peft folder",
 )
