@@ -111,7 +111,6 @@ def flags(tiny_wan, clips, tmp_path):
             "learning_rate": 1e-2,
             "max_train_steps": 2,
             "logging_steps": 1,
-            "skip_vae_check": True,
             "report_to": "none",
             "seed": 3,
         } | kwargs

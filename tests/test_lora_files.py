@@ -34,11 +34,6 @@ PEFT_FIELDS = set(
 )
 
 
-@pytest.fixture
-def flags(flags):
-    return lambda **kwargs: [flag for flag in flags(**kwargs) if "skip_vae_check" not in flag]
-
-
 # --- Files that are written ------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module", params=["lora", "full"])
 def trained(request, tiny_wan, clips, tmp_path_factory):

@@ -103,10 +103,10 @@ def test_ema_weights_are_what_is_published(run, tmp_path):
 @pytest.mark.parametrize("alpha", [4, 2])
 @pytest.mark.parametrize("file", [train_ltd.LORA_FILE, "first.safetensors"])
 def test_init_lora_goes_on_from_an_adapter(run, tmp_path, alpha, file):
-    first = run(output_dir=tmp_path / "first", lora_alpha=alpha, lora_target_modules="to_q", validation_split=0.2)
+    first = run(output_dir=tmp_path / "first", lora_alpha=alpha, lora_target_modules="to_q", validation_fraction=0.2)
     last = metrics(first, "val/mse")[2]
     second = run(
-        output_dir=tmp_path / "second", init_lora=first / file, rank=None, max_train_steps=1, validation_split=0.2
+        output_dir=tmp_path / "second", init_lora=first / file, rank=None, max_train_steps=1, validation_fraction=0.2
     )
     assert metrics(second, "val/mse")[0] == pytest.approx(last, rel=1e-6)
     keys = {k.split(".lora_")[0] for k in load_file(second / train_ltd.LORA_FILE)}
