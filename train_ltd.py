@@ -240,7 +240,8 @@ REMOVED_FLAGS = {
     "dry_run": "try a small run: --max_train_samples 4 --max_train_steps 1",
     "skip_vae_check": "leave it out, for nothing is checked any more that it could skip",
 }
-LOCAL_SETTINGS = ("output_dir", "cache_dir", "config", "resume_from_checkpoint", "train_data_dir")  # not for the card
+# Not for the card, and free to change when a run is resumed
+LOCAL_SETTINGS = ("output_dir", "output_name", "cache_dir", "config", "resume_from_checkpoint", "train_data_dir")
 CITATION = """@article{wu2026ltd, title={Latent Temporal Discrepancy as Motion Prior}, year={2026},
   author={Wu, Meiqi and Song, Bingze and Lin, Ruimin and Zhu, Chen and Feng, Xiaokun and Wu, Jiahong and others},
   journal={arXiv preprint arXiv:2601.20504}}"""
@@ -435,7 +436,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if not args.cache_dir:
         args.cache_dir = os.path.join(args.output_dir, "cache")
     if args.output_name is None:
-        args.output_name = Path(args.output_dir).resolve().name
+        args.output_name = Path(args.output_dir).resolve().name.removesuffix(".safetensors")
     if not args.mixed_precision:
         args.mixed_precision = "bf16" if torch.cuda.is_available() else "no"
     args.trigger_word = with_trigger(args, "") or None

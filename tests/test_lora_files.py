@@ -204,7 +204,8 @@ def test_card_says_which_file_goes_where(trained):
 
 
 def test_output_name_is_that_of_the_folder(flags, tmp_path):
-    assert train_ltd.parse_args(flags(output_dir=tmp_path / "my.lora")).output_name == "my.lora"
+    for folder, name in (("my.lora", "my.lora"), ("out-x.safetensors", "out-x")):
+        assert train_ltd.parse_args(flags(output_dir=tmp_path / folder)).output_name == name
 
 
 @pytest.mark.parametrize(
