@@ -80,7 +80,6 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.training_utils import (
     EMAModel,
-    _collate_lora_metadata,
     cast_training_params,
     compute_density_for_timestep_sampling,
     free_memory,
@@ -90,6 +89,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, LocalTokenNotFoundError
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, httpx, validate_repo_id
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -125,12 +125,15 @@ UNSUPPORTED_CONFIGS = {
     "image_dim": "I2V",
 }
 UNSUPPORTED_KEYS = "img_emb|k_img|vace_|control_adapter"  # the same of single files
-# diffusers' module names -> those of the original Wan code, which ComfyUI expects
-COMFYUI_NAMES = {
+# diffusers' names -> those of the original Wan code, which ComfyUI expects; applied in this order
+ORIGINAL_NAMES = {
     "attn1.to_out.0": "self_attn.o",
     "attn1.to_": "self_attn.",
+    "attn1.": "self_attn.",
     "attn2.to_out.0": "cross_attn.o",
     "attn2.to_": "cross_attn.",
+    "attn2.": "cross_attn.",
+    "norm2.": "norm3.",
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
     "proj_out": "head.head",
@@ -140,7 +143,18 @@ COMFYUI_NAMES = {
     "time_embedder.linear_2": "time_embedding.2",
     "text_embedder.linear_1": "text_embedding.0",
     "text_embedder.linear_2": "text_embedding.2",
+    "scale_shift_table": "modulation",
 }
+# Keys of LoRA files: the layer, after any prefix of a dialect, and what of it
+LORA_KEY = re.compile(
+    r"(?:base_model\.model\.|(?:model\.)?diffusion_model\.|pipe\.dit\.|transformer\.|lora_unet__?)*"
+    r"(?P<layer>.+)\.(?:(?P<part>lora_A|lora_B|lora_down|lora_up)(?:\.\w+)?\.weight|alpha)"
+)
+ZERO_DIFFERENCE = re.compile(r".+\.(diff|diff_b|diff_m|lora_B\.bias)")  # adds nothing if it is zero
+LORA_DIALECTS = (
+    "diffusers (transformer.), ComfyUI (diffusion_model.), DiffSynth (pipe.dit., .default.), musubi (lora_unet_), "
+    "bare keys, peft folders; plain LoRA on linear layers, with lora_A and lora_B or lora_down and lora_up"
+)
 
 # Clips
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -182,7 +196,9 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped early with a checkpoint,
 
 # Files, card and Hub
 LORA_FILE = "pytorch_lora_weights.safetensors"
-COMFYUI_FILE = "lora_comfyui.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+MAX_FILE_NAME = 200  # bytes; file systems take 255
 SUMS_FILE = "SHA256SUMS"  # in a checkpoint, as `sha256sum -c` reads it
 CHECKPOINT_BRANCH = "checkpoints"  # of the Hub's repository
 WRAPPERS = (RuntimeError, LocalEntryNotFoundError)  # around errors that the Hub's client met
@@ -277,7 +293,8 @@ REMOVED_FLAGS = {
     "dry_run": "try a small run: --max_train_samples 4 --max_train_steps 1",
     "skip_vae_check": "leave it out, for nothing is checked any more that it could skip",
 }
-LOCAL_SETTINGS = ("output_dir", "cache_dir", "config", "resume_from_checkpoint", "train_data_dir")  # not for the card
+# Not for the card, and free to change when a run is resumed
+LOCAL_SETTINGS = ("output_dir", "output_name", "cache_dir", "config", "resume_from_checkpoint", "train_data_dir")
 CITATION = """@article{wu2026ltd, title={Latent Temporal Discrepancy as Motion Prior}, year={2026},
   author={Wu, Meiqi and Song, Bingze and Lin, Ruimin and Zhu, Chen and Feng, Xiaokun and Wu, Jiahong and others},
   journal={arXiv preprint arXiv:2601.20504}}"""
@@ -316,6 +333,14 @@ def non_negative_float(text: str) -> float:
     return value
 
 
+def seed(text: str) -> int:
+    """Read a seed that every library takes, for argparse."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 2**32 - 1], got {text}")
+    return value
+
+
 def share(text: str) -> float:
     """Read a number from 0 to 1, for argparse."""
     value = float(text)
@@ -338,7 +363,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--revision", help="branch, tag or commit of it on the Hub")
     add("--variant", help="variant of its weight files, such as fp16")
     add("--transformer_path", help="other transformer: diffusers folder, Hub id, .safetensors in original Wan keys")
-    add("--init_lora", help="go on training this LoRA (file, folder or Hub id; diffusers or ComfyUI keys)")
+    add("--init_lora", help="go on training this LoRA (file, folder or Hub id; keys of diffusers, ComfyUI and others)")
     add("--train_type", choices=["lora", "full"], default="lora", help="train an adapter, or all weights of the DiT")
     add("--quantization", choices=["int8", "nf4"],
         help="a LoRA's frozen base in 8 bits by torchao, in 4 by bitsandbytes (on a GPU); use checkpointing too")
@@ -400,10 +425,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--torch_compile", action=switch, default=False, help="compile the transformer's repeated block")
     add("--use_ema", action=switch, default=False, help="keep, validate and publish an average (decay 0.999)")
     add("--dataloader_num_workers", type=non_negative_int, default=0, help="processes that read clips and noise ahead")
-    add("--seed", type=int, default=0, help="of everything random")
+    add("--seed", type=seed, default=0, help="of everything random")
 
     add = parser.add_argument_group("checkpoints, validation, logging").add_argument
     add("--output_dir", default="outputs", help="where everything is written")
+    add("--output_name", help="name of the file for ComfyUI, without .safetensors (default: the output folder's)")
     add("--overwrite_output_dir", action=switch, default=False, help="delete the checkpoints of an earlier run in it")
     add("--checkpointing_steps", type=positive_int, default=250, help="write checkpoint-STEP every so many updates")
     add("--checkpoints_total_limit", type=positive_int, help="keep only so many checkpoints, the newest")
@@ -462,6 +488,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
             args.max_train_steps = 1000
     if not args.cache_dir:
         args.cache_dir = os.path.join(args.output_dir, "cache")
+    if args.output_name is None:
+        args.output_name = Path(args.output_dir).resolve().name.removesuffix(".safetensors")
     if not args.mixed_precision:
         args.mixed_precision = "bf16" if torch.cuda.is_available() else "no"
     args.trigger_word = with_trigger(args, "") or None
@@ -584,6 +612,12 @@ def check_args(args: argparse.Namespace) -> None:
     if args.mixed_precision == "bf16" and torch.cuda.is_available():
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             problems.append("--mixed_precision bf16: this GPU has no bf16; use no")
+
+    # Files
+    name = args.output_name
+    plain = name not in ("", ".", "..") and not re.search(r"[/\\\x00-\x1f]|\.safetensors$", name)
+    if not plain or len(name.encode()) > MAX_FILE_NAME or name.lower().endswith(Path(LORA_FILE).stem):
+        problems.append(f"--output_name {name}: give a plain, short name without .safetensors, other than {LORA_FILE}")
 
     # Checkpoints and Hub
     checkpoint = args.resume_from_checkpoint
@@ -1128,7 +1162,18 @@ def save_entry(tensors: dict[str, torch.Tensor], path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    set_mode(partial)
     partial.replace(path)
+
+
+def set_mode(path: Path) -> None:
+    """Give a file the mode that the umask leaves to new ones: safetensors writes 0600, which locks out a group."""
+    fresh = path.with_name(f".mode.{os.getpid()}")
+    fresh.touch()
+    mode = fresh.stat().st_mode
+    fresh.unlink()
+    with contextlib.suppress(PermissionError):  # some mounted file systems have no modes
+        path.chmod(mode)
 
 
 def load_statistics(path: Path) -> dict | None:
@@ -1606,15 +1651,54 @@ def mean_errors(columns: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 # --- 7. Weights ------------------------------------------------------------------------------------------------------
+class LoraLayer(NamedTuple):
+    """What a LoRA file has of a layer. It adds `alpha / rank * up @ down` to the layer's weight."""
+
+    down: torch.Tensor  # (rank, in), float32; peft's lora_A
+    up: torch.Tensor  # (out, rank), float32; peft's lora_B
+    alpha: float
+
+
+def check_lora(args: argparse.Namespace, wan: Wan) -> None:
+    """Try the adapter on an empty copy of the model, before anything is encoded.
+
+    Settles `rank`, `lora_alpha` and `lora_target_modules` in `args`. Raises `ValueError` for all that `add_lora`
+    refuses, and for modules whose file other programs could not load.
+    """
+    if args.train_type != "lora":
+        return
+    path = args.transformer_path
+    if path and not path.endswith(".safetensors"):
+        config = WanTransformer3DModel.load_config(path, subfolder=transformer_subfolder(path))
+    else:
+        config = WanTransformer3DModel.load_config(
+            args.pretrained_model_name_or_path, subfolder=wan.subfolder, revision=args.revision
+        )
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel.from_config(config)
+        add_lora(transformer, args)
+    state_dict = get_peft_model_state_dict(transformer)
+    try:
+        loaded = WanPipeline.lora_state_dict(comfyui_state_dict(state_dict, args.rank, args.lora_alpha))
+    except (ValueError, KeyError):
+        loaded = {}  # its converter fails on a file without any block
+    lost = sorted(key for key in state_dict if f"transformer.{key}" not in loaded)
+    if lost:
+        raise ValueError(
+            f"--lora_target_modules: other programs could not load a file with {lost[0]}; add modules of the blocks, "
+            "such as to_q"
+        )
+
+
 def add_lora(transformer: WanTransformer3DModel, args: argparse.Namespace) -> None:
     """Add an adapter in float32, fresh or that of `--init_lora`.
 
     Settles `rank`, `lora_alpha` and `lora_target_modules` in `args`. Raises `ValueError` when the LoRA does not fit
-    the model, or the flags do not fit the LoRA.
+    the model, or the flags do not fit the LoRA or the model.
     """
     state_dict = {}
     if args.init_lora:
-        state_dict, found = read_lora(args.init_lora)
+        state_dict, found = init_weights(transformer, args)
         for key in ("rank", "lora_alpha"):
             if getattr(args, key) not in (None, found[key]):
                 raise ValueError(f"--{key} {getattr(args, key)} clashes with --init_lora, which has {found[key]}")
@@ -1629,6 +1713,11 @@ def add_lora(transformer: WanTransformer3DModel, args: argparse.Namespace) -> No
     if args.lora_alpha is None:
         args.lora_alpha = args.rank
     args.lora_target_modules = sorted(args.lora_target_modules or LORA_TARGETS)
+    layers = set(lora_layers(transformer).values())
+    for target in args.lora_target_modules:
+        # peft is silent about a target that matches nothing, as long as another one does.
+        if not any(f".{layer}".endswith(f".{target}") for layer in layers):
+            raise ValueError(f"--lora_target_modules {target}: this model has no linear layer of that name")
     config = LoraConfig(
         r=args.rank,
         lora_alpha=args.lora_alpha,
@@ -1641,7 +1730,7 @@ def add_lora(transformer: WanTransformer3DModel, args: argparse.Namespace) -> No
         # DDP cannot send such weights, and need not: each rank has read the base itself.
         frozen = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
-    if state_dict:
+    if state_dict and transformer.device.type != "meta":
         result = set_peft_model_state_dict(transformer, state_dict)
         # Every key must match, which peft leaves to its caller.
         mismatched = [*result.unexpected_keys, *(key for key in result.missing_keys if ".lora_" in key)]
@@ -1649,26 +1738,155 @@ def add_lora(transformer: WanTransformer3DModel, args: argparse.Namespace) -> No
             raise ValueError(f"--init_lora {args.init_lora} does not fit this model; it differs in {mismatched[0]}")
 
 
-def read_lora(name: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """Read a LoRA of either dialect: its weights in peft's keys, and its rank, alpha and target modules."""
-    loaded, metadata = WanPipeline.lora_state_dict(name, return_lora_metadata=True, use_safetensors=True)
-    state_dict = {}
-    ranks = set()
-    targets = set()
-    for key, value in loaded.items():
-        key = key.removeprefix("transformer.")
-        state_dict[key] = value.float()
-        targets.add(key.split(".lora_")[0])
-        if key.endswith(".lora_A.weight"):
-            ranks.add(value.shape[0])
-    if len(ranks) != 1:
+def init_weights(transformer: WanTransformer3DModel, args: argparse.Namespace) -> tuple[dict[str, torch.Tensor], dict]:
+    """Read `--init_lora`: its weights in peft's keys, and its rank, alpha and target modules.
+
+    An alpha that all layers share is kept, others are folded into the weights. Raises `ValueError` when the file
+    cannot be used, or has several ranks.
+    """
+    try:
+        layers = read_lora(args.init_lora, transformer)
+    except ValueError as error:
+        raise ValueError(f"--init_lora {error}") from error
+    ranks = sorted({len(layer.down) for layer in layers.values()})
+    if len(ranks) > 1:
         raise ValueError(
-            f"--init_lora {name}: a LoRA with one rank for all its layers is needed, found ranks {sorted(ranks)}"
+            f"--init_lora {args.init_lora}: a LoRA with one rank for all its layers is needed, found ranks {ranks}"
         )
-    (rank,) = ranks
-    # The converter of ComfyUI's dialect folds alpha into the weights, which leaves the scale 1.
-    alpha = (metadata or {}).get("transformer.lora_alpha", rank)
-    return state_dict, {"rank": rank, "lora_alpha": alpha, "lora_target_modules": sorted(targets)}
+    alpha = ranks[0]
+    alphas = {layer.alpha for layer in layers.values()}
+    if len(alphas) == 1 and min(alphas) > 0:
+        alpha = alphas.pop()
+    state_dict = {}
+    for name, layer in layers.items():
+        state_dict[f"{name}.lora_A.weight"] = layer.down
+        state_dict[f"{name}.lora_B.weight"] = layer.up * (layer.alpha / alpha)
+    return state_dict, {"rank": ranks[0], "lora_alpha": alpha, "lora_target_modules": sorted(layers)}
+
+
+def read_lora(name: str, transformer: torch.nn.Module) -> dict[str, LoraLayer]:
+    """Read the LoRA `name`, a file, folder or Hub id, by diffusers' names of the layers of `transformer`.
+
+    It starts from the file's own keys, for diffusers' converters drop some of them in silence. Raises `ValueError`,
+    one line that names the dialects that work, for everything that is no plain LoRA of this model.
+    """
+    try:
+        weights, config = find_lora(name)
+        with safe_open(weights, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+        if config:
+            text = config.read_text(encoding="utf-8")
+        return lora_from_tensors(tensors, json.loads(text), transformer)
+    except (OSError, *DAMAGE, *HUB_ERRORS) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} cannot be used: {reason}. LoRA files that work: {LORA_DIALECTS}.") from error
+
+
+def find_lora(name: str) -> tuple[Path, Path | None]:
+    """Find the weights of a LoRA, and the configuration beside them when they are peft's.
+
+    Downloads both when `name` is a Hub id. Raises `ValueError` when there are none, or several to choose from.
+    """
+    path = Path(name)
+    if path.is_file():
+        names = [path.name]
+        if path.name == PEFT_FILE:
+            names.append(PEFT_CONFIG)
+        path = path.parent
+    elif path.is_dir():
+        names = os.listdir(path)
+    elif name.endswith(".safetensors"):
+        raise ValueError("there is no such file")
+    else:
+        try:
+            names = huggingface_hub.list_repo_files(name)
+        except HUB_ERRORS as error:
+            raise ValueError(f"it is no path, and no repository of the Hub that can be read: {error}") from error
+    candidates = [file for file in names if file.endswith(".safetensors") and "/" not in file]
+    for usual in (LORA_FILE, PEFT_FILE):
+        if usual in candidates:
+            candidates = [usual]
+    if len(candidates) != 1:
+        raise ValueError(f"it holds {', '.join(sorted(candidates)) or 'no .safetensors file'}; give the path of one")
+    wanted = candidates
+    if candidates[0] == PEFT_FILE:
+        wanted = [PEFT_FILE, PEFT_CONFIG]  # which alone knows the strength
+    if path.is_dir():
+        paths = [path / file for file in wanted]
+    else:
+        paths = [Path(huggingface_hub.hf_hub_download(name, file)) for file in wanted]
+    return paths[0], paths[1] if len(paths) > 1 else None
+
+
+def lora_layers(transformer: torch.nn.Module) -> dict[str, str]:
+    """Map what the dialects call a linear layer, after their prefixes, to diffusers' name of it."""
+    layers = {}
+    for name, module in transformer.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".lora_" not in name:
+            name = name.removesuffix(".base_layer")  # another adapter is on it
+            original = original_name(name)
+            for alias in (name, original, original.replace(".", "_")):
+                layers[alias] = name
+    return layers
+
+
+def lora_from_tensors(
+    tensors: dict[str, torch.Tensor], config: dict, transformer: torch.nn.Module
+) -> dict[str, LoraLayer]:
+    """Sort the tensors of a LoRA file by layers, each at the strength that the file or peft's `config` says.
+
+    Raises `ValueError` for the first key that is no part of a plain LoRA of this model, by its name.
+    """
+    config = {key.removeprefix("transformer."): value for key, value in config.items()}
+    aliases = lora_layers(transformer)
+    found = {}  # by layer: the name that the file has for it, and its tensors
+    for key, tensor in sorted(tensors.items()):
+        match = LORA_KEY.fullmatch(key)
+        if not match or match["layer"] not in aliases:
+            if ZERO_DIFFERENCE.fullmatch(key) and not tensor.float().any():
+                continue
+            raise ValueError(f"{key} fits no LoRA of this model")
+        part = {"lora_down": "lora_A", "lora_up": "lora_B", None: "alpha"}.get(match["part"], match["part"])
+        parts = found.setdefault(aliases[match["layer"]], {"name": match["layer"]})
+        if part in parts:
+            raise ValueError(f"{key} is there under another name too")
+        parts[part] = tensor.float()
+
+    layers = {}
+    for name, parts in found.items():
+        for part in ("lora_A", "lora_B"):
+            if part not in parts:
+                raise ValueError(f"{name} has no {part}")
+        down = parts["lora_A"]
+        up = parts["lora_B"]
+        layer = transformer.get_submodule(name)
+        if down.ndim != 2 or up.shape != (layer.out_features, len(down)) or down.shape[1] != layer.in_features:
+            raise ValueError(
+                f"{name} has {tuple(up.shape)} x {tuple(down.shape)} for a layer of "
+                f"({layer.out_features}, {layer.in_features})"
+            )
+        alpha = float(len(down))  # the scale is 1, where no file says otherwise
+        if config:
+            alpha = peft_alpha(config, parts["name"], len(down))
+        if "alpha" in parts:
+            if config and parts["alpha"].item() != alpha:
+                raise ValueError(f"{name} has the alpha {parts['alpha'].item():g}, and {alpha:g} in the metadata")
+            alpha = parts["alpha"].item()
+        layers[name] = LoraLayer(down, up, alpha)
+    if not layers:
+        raise ValueError("there is no LoRA in it")
+    return layers
+
+
+def peft_alpha(config: dict, name: str, rank: int) -> float:
+    """Return the alpha of a layer by peft's configuration: that by which `alpha / rank` is its scale."""
+    patterns = config.get("alpha_pattern") or {}
+    default = config.get("lora_alpha", LoraConfig().lora_alpha)
+    alpha = patterns.get(get_pattern_key(patterns, name), default)
+    if config.get("use_rslora"):
+        alpha *= math.sqrt(rank)
+    return float(alpha)
 
 
 def trainable_parameters(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -1679,20 +1897,81 @@ def trainable_parameters(transformer: torch.nn.Module) -> list[torch.nn.Paramete
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
+def original_name(name: str) -> str:
+    """Turn diffusers' name of a layer or tensor into that of the original Wan code."""
+    for own, original in ORIGINAL_NAMES.items():
+        name = name.replace(own, original)
+    if name == "modulation":
+        return "head.modulation"  # the blocks have one each, and the head
+    return name
+
+
 def comfyui_state_dict(state_dict: dict[str, torch.Tensor], rank: int, alpha: float) -> dict[str, torch.Tensor]:
-    """Rename peft's keys to ComfyUI's dialect. Alpha is mandatory there: without it the scale is taken for 1."""
+    """Rename peft's keys to ComfyUI's dialect, with alpha folded into `lora_B`.
+
+    A key `.alpha` would do for ComfyUI, but other readers of the dialect refuse it or leave it out.
+    """
     converted = {}
     for key, value in state_dict.items():
-        in_block = key.startswith("blocks.")
-        if not in_block and ".lora_B." in key:
-            value = value * (alpha / rank)  # outside the blocks diffusers' converter refuses an alpha
-        for name, original in COMFYUI_NAMES.items():
-            key = key.replace(name, original)
-        converted[f"diffusion_model.{key}"] = value
-        if in_block:
-            module = key.split(".lora_")[0]
-            converted[f"diffusion_model.{module}.alpha"] = torch.tensor(float(alpha))
+        if ".lora_B." in key:
+            value = value * (alpha / rank)
+        converted[f"diffusion_model.{original_name(key)}"] = value
     return converted
+
+
+def comfyui_file(folder: Path, args: argparse.Namespace) -> Path:
+    """Return the file in a folder that is for ComfyUI."""
+    return folder / f"{args.output_name}.safetensors"
+
+
+def file_metadata(args: argparse.Namespace, step: int) -> dict[str, str]:
+    """Describe the weights in the fields that ComfyUI and galleries of models show; no path gets into them."""
+    settings = published_settings(args)
+    base = settings["transformer_path"] or settings["pretrained_model_name_or_path"]
+    loss = args.loss
+    if args.loss == "ltd":
+        loss += f" (window {args.ltd_window}, scale {args.ltd_scale:g}, normalize {args.ltd_normalize})"
+    metadata = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "wan2.1",
+        "modelspec.implementation": "https://github.com/Wan-Video/Wan2.1",
+        "modelspec.title": args.output_name,
+        "modelspec.description": f"Trained by train_ltd.py on {base}, {step} steps, loss {loss}",
+        "modelspec.resolution": f"{args.width}x{args.height}",
+        "modelspec.license": args.license,
+        "ss_output_name": args.output_name,
+        "ss_base_model_version": "wan2.1",
+        "ss_sd_model_name": base,
+        "ss_steps": str(step),
+        "ss_learning_rate": str(args.learning_rate),
+        "ss_seed": str(args.seed),
+        "ss_loss_type": args.loss,
+        "ss_training_comment": f"loss {loss}",
+    }
+    if args.trigger_word:
+        metadata["modelspec.trigger_phrase"] = args.trigger_word
+    if args.train_type == "lora":
+        metadata["modelspec.architecture"] += "/lora"
+        metadata["ss_network_module"] = "networks.lora"
+        metadata["ss_network_dim"] = str(args.rank)
+        metadata["ss_network_alpha"] = str(args.rank)  # alpha is folded into the weights
+    return metadata
+
+
+def lora_metadata(transformer: WanTransformer3DModel) -> dict:
+    """Return what diffusers needs to know of the adapter.
+
+    The rest of peft's configuration stays out: an older peft refuses the fields that it does not know.
+    """
+    config = transformer.peft_config["default"].to_dict()
+    defaults = LoraConfig().to_dict()
+    metadata = {}
+    for name, value in config.items():
+        if name in ("r", "lora_alpha", "target_modules") or value != defaults[name]:
+            metadata[name] = value
+    metadata["target_modules"] = sorted(metadata["target_modules"])
+    return metadata
 
 
 def gather_weights(
@@ -1707,9 +1986,9 @@ def gather_weights(
 
 
 def save_weights(
-    accelerator: Accelerator, transformer: torch.nn.Module, folder: Path, args: argparse.Namespace
+    accelerator: Accelerator, transformer: torch.nn.Module, folder: Path, args: argparse.Namespace, step: int
 ) -> None:
-    """Write what others load, called by all ranks: a LoRA in both dialects, or `transformer/`."""
+    """Write what others load, called by all ranks: a LoRA for diffusers and for ComfyUI, or `transformer/`."""
     state_dict = gather_weights(accelerator, transformer, args)
     if not accelerator.is_main_process:
         return
@@ -1719,9 +1998,11 @@ def save_weights(
         if not state_dict:
             raise RuntimeError("the LoRA has no tensors: report this, with your command line")
         # diffusers reads alpha from the file's metadata: without it, every user would have to know the scale.
-        WanPipeline.save_lora_weights(folder, state_dict, **_collate_lora_metadata({"transformer": model}))
+        WanPipeline.save_lora_weights(folder, state_dict, transformer_lora_adapter_metadata=lora_metadata(model))
+        set_mode(folder / LORA_FILE)
         comfyui = comfyui_state_dict(state_dict, args.rank, args.lora_alpha)
-        save_file(comfyui, folder / COMFYUI_FILE, {"format": "pt"})
+        save_file(comfyui, comfyui_file(folder, args), file_metadata(args, step))
+        set_mode(comfyui_file(folder, args))
     else:
         config = dict(model.config)
         config.pop("_name_or_path", None)  # a path of this machine
@@ -1729,6 +2010,18 @@ def save_weights(
             copy = WanTransformer3DModel.from_config(config)
         copy.load_state_dict(state_dict, assign=True)
         copy.save_pretrained(folder / "transformer")
+        for path in folder.glob("transformer/*.safetensors"):
+            set_mode(path)
+
+
+def save_single_file(folder: Path, args: argparse.Namespace, step: int) -> None:
+    """Write `transformer/` once more, as one file in the keys of the original Wan code, for ComfyUI and others."""
+    state_dict = {}
+    for path in sorted(folder.glob("transformer/*.safetensors")):
+        for key, value in load_file(path).items():
+            state_dict[original_name(key)] = value
+    save_file(state_dict, comfyui_file(folder, args), file_metadata(args, step))
+    set_mode(comfyui_file(folder, args))
 
 
 def load_weights(transformer: torch.nn.Module, folder: Path, args: argparse.Namespace) -> None:
@@ -1835,10 +2128,10 @@ def save_checkpoint(run: "Run", args: argparse.Namespace) -> None:
     if accelerator.is_fsdp2 and run.optimizer.state:  # empty before the first update
         save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, run.optimizer, run.transformer, partial)
     if run.ema:
-        save_weights(accelerator, run.transformer, partial / "live", args)
+        save_weights(accelerator, run.transformer, partial / "live", args, run.state.step)
         run.state.ema_step = run.ema.optimization_step
     with averaged_weights(run.transformer, run.ema):
-        save_weights(accelerator, run.transformer, partial, args)
+        save_weights(accelerator, run.transformer, partial, args, run.state.step)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         run.state.hours = run.hours()
@@ -2460,7 +2753,7 @@ def settings_table(args: argparse.Namespace, facts: dict) -> str:
         if settings[name] is not None and not of_another_loss:
             table[name] = settings[name]
     table |= facts
-    versions = [f"{module.__name__} {module.__version__}" for module in (diffusers, transformers, torch)]
+    versions = [f"{module.__name__} {module.__version__}" for module in (diffusers, transformers, peft, torch)]
     table["libraries"] = ", ".join(versions)
     lines = ["| setting | value |", "|---|---|"]
     for name, value in table.items():
@@ -2489,9 +2782,17 @@ def model_card(
         body.append("<Gallery />")
     body.append(f"## How to use\n\n```python\n{usage_code(args, repo_id)}\n```")
     if lora:
-        body.append(f"For ComfyUI, put `{COMFYUI_FILE}` into `models/loras`.")
+        body.append(
+            f"diffusers loads `{LORA_FILE}`. For ComfyUI and WanVideoWrapper, put "
+            f"`{args.output_name}.safetensors` into `models/loras`, and not the file of diffusers: there it loads "
+            "nothing, or half, without a message."
+        )
     else:
-        body.append("This is the transformer alone.")
+        body.append(
+            "diffusers loads `transformer/`. For ComfyUI, put "
+            f"`{args.output_name}.safetensors` into `models/diffusion_models`; DiffSynth-Studio and musubi-tuner load "
+            "that file too. Both are the transformer alone."
+        )
     if args.trigger_word:
         body.append(f"Put <code>{html.escape(args.trigger_word)}</code> before the prompt.")
     body += [
@@ -2597,9 +2898,11 @@ def save_and_publish(run: "Run", repo_id: str | None, args: argparse.Namespace) 
     """Write the final weights, card, settings and curves to the output folder, and to the Hub if asked for."""
     folder = Path(args.output_dir)
     with averaged_weights(run.transformer, run.ema):
-        save_weights(run.accelerator, run.transformer, folder, args)
+        save_weights(run.accelerator, run.transformer, folder, args, run.state.step)
     if not run.accelerator.is_main_process:
         return
+    if args.train_type == "full":
+        save_single_file(folder, args, run.state.step)
     samples = [path.relative_to(folder).as_posix() for path in sample_paths(run.state.step, args)]
     facts = run.facts | {"steps": run.state.step}
     draw_curves(read_metrics(args.output_dir), folder / "curves.png")
@@ -2612,9 +2915,10 @@ def save_and_publish(run: "Run", repo_id: str | None, args: argparse.Namespace) 
     model_card(args, repo_id or folder.resolve().name, samples, facts, scores).save(card_path)
     if repo_id:
         if args.train_type == "lora":
-            files = [folder / LORA_FILE, folder / COMFYUI_FILE]
+            files = [folder / LORA_FILE]
         else:
             files = sorted(folder.glob("transformer/*"))
+        files.append(comfyui_file(folder, args))
         for name in ("README.md", "training_settings.json", "curves.png", *samples):
             files.append(folder / name)
         publish(args, repo_id, files)
@@ -3053,6 +3357,7 @@ def main(args: argparse.Namespace, compute_loss: Callable = compute_loss) -> Non
     with lock_folder(accelerator, args.output_dir):
         # 1. What can be refused is refused before anything is paid for
         wan = identify_wan(args)
+        check_lora(args, wan)
         check_output_dir(args)
         repo_id = None
         if (args.push_to_hub or args.push_checkpoints_to_hub) and accelerator.is_main_process:

@@ -31,13 +31,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from datasets import load_dataset
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from peft import get_peft_model_state_dict
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--variant", help="variant of its weight files, such as fp16")
     add("--transformer", "--transformer_path", dest="transformer_path",
         help="fine-tuned transformer: diffusers folder, Hub id, .safetensors in original Wan keys")
-    add("--lora", action="append", default=[], help="folder, file or Hub id, diffusers or ComfyUI keys; repeatable")
+    add("--lora", action="append", default=[], help="folder, file or Hub id; repeatable")
     add("--lora_scale", action="append", type=float, help="one a --lora (default: 1)")
 
     add = parser.add_argument_group("sampling (defaults are the preset's)").add_argument
@@ -450,13 +448,16 @@ def transformer_revision(name: str) -> str:
 
 
 def lora_revision(name: str) -> str:
-    """Hash a LoRA's weights and metadata. Raises `ValueError` when it cannot be read."""
+    """Hash the file of a LoRA, and the configuration beside it. Raises `ValueError` when there is none."""
     try:
-        state_dict, metadata = WanPipeline.lora_state_dict(name, return_lora_metadata=True, use_safetensors=True)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(f"--lora {name}: {error}") from error
-    weights = safetensors.torch.save({key: value.contiguous() for key, value in state_dict.items()})
-    return digest(hashlib.blake2b(weights).hexdigest(), metadata)
+        files = train_ltd.find_lora(name)
+    except ValueError as error:
+        raise ValueError(f"--lora {name} cannot be used: {error}") from error
+    hashed = hashlib.blake2b(digest_size=16)
+    for file in files:
+        if file:
+            hashed.update(file.read_bytes())
+    return hashed.hexdigest()
 
 
 def load_scheduler(args: argparse.Namespace) -> UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler:
@@ -602,19 +603,30 @@ def is_quantized(module: torch.nn.Module, name: str) -> bool:
     return isinstance(module, torch.nn.Linear) and not kept
 
 
+def read_lora(name: str, transformer: WanTransformer3DModel) -> dict[str, torch.Tensor]:
+    """Read a LoRA by its file's own keys, into those of diffusers, with each layer's scale folded into `lora_B`.
+
+    diffusers' own converters drop some keys in silence, and scale others wrongly. Raises `ValueError` for what is no
+    plain LoRA of the model, by name.
+    """
+    try:
+        layers = train_ltd.read_lora(name, transformer)
+    except ValueError as error:
+        raise ValueError(f"--lora {error}") from error
+    state_dict = {}
+    for layer, part in layers.items():
+        rank = len(part.down)
+        state_dict[f"transformer.{layer}.lora_A.weight"] = part.down
+        state_dict[f"transformer.{layer}.lora_B.weight"] = part.up * (part.alpha / rank)
+    return state_dict
+
+
 def add_loras(pipeline: WanPipeline, args: argparse.Namespace) -> None:
-    """Load each LoRA with its scale. Raises `ValueError` for one that fits the model in part or not at all."""
+    """Load each LoRA with its scale. Raises `ValueError` for one that does not fit the model in all its parts."""
     names = []
     for number, lora in enumerate(args.lora):
         name = f"lora_{number}"
-        try:
-            pipeline.load_lora_weights(lora, adapter_name=name, use_safetensors=True)
-            fitting = len(get_peft_model_state_dict(pipeline.transformer, adapter_name=name))
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"--lora {lora} does not fit the model: {error}") from error
-        count = len(WanPipeline.lora_state_dict(lora, use_safetensors=True))
-        if fitting != count:
-            raise ValueError(f"--lora {lora} fits the model in {fitting} of its {count} tensors only")
+        pipeline.load_lora_weights(read_lora(lora, pipeline.transformer), adapter_name=name)
         names.append(name)
     if names:
         pipeline.set_adapters(names, args.lora_scale)

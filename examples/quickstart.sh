@@ -28,7 +28,7 @@ Done. Open
   $out/lora/samples.png           frames of the sample videos before and after training
   $out/before/, $out/after/       the videos that were measured; the tables above are their scores.json
   $out/lora/README.md             the model card that --push_to_hub would publish
-  $out/lora/pytorch_lora_weights.safetensors and lora_comfyui.safetensors
+  $out/lora/pytorch_lora_weights.safetensors for diffusers, lora.safetensors for ComfyUI
 
 The same script on the real Wan2.1-T2V-1.3B, on a machine with a GPU:
   accelerate launch train_ltd.py --config examples/recipes/lora_1.3b.yaml --train_data_dir my_clips \\

@@ -58,7 +58,7 @@ def test_checkpoints_rotate_and_hold_ready_weights(run):
     assert sorted(p.name for p in output.glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-5"]
     names = {p.name for p in (output / "checkpoint-5").iterdir()}
     assert names == {
-        *(train_ltd.LORA_FILE, train_ltd.COMFYUI_FILE, "settings.json", train_ltd.SUMS_FILE),
+        *(train_ltd.LORA_FILE, "run.safetensors", "settings.json", train_ltd.SUMS_FILE),
         *("optimizer.bin", "scheduler.bin", "random_states_0.pkl"),
     }
     assert_same(load_file(output / train_ltd.LORA_FILE), load_file(output / "checkpoint-5" / train_ltd.LORA_FILE))

@@ -325,7 +325,7 @@ LORA_FILES = {
     ".gitattributes",
     "README.md",
     "pytorch_lora_weights.safetensors",
-    "lora_comfyui.safetensors",
+    "run.safetensors",
     "training_settings.json",
     "curves.png",
 }
@@ -334,6 +334,7 @@ FULL_FILES = {
     "README.md",
     "training_settings.json",
     "curves.png",
+    "it's full.safetensors",
     "transformer/config.json",
     "transformer/diffusion_pytorch_model.safetensors",
 }
@@ -973,7 +974,7 @@ def load_lora(repo_id):
     """What the stock pipeline has after `load_lora_weights`: names, and how far they are from the published file."""
     pipeline = WanPipeline.from_pretrained("team/tiny-wan")
     results = {}
-    for name in (WEIGHTS, "lora_comfyui.safetensors"):
+    for name in (WEIGHTS, "run.safetensors"):
         pipeline.load_lora_weights(repo_id, **({} if name == WEIGHTS else {"weight_name": name}))
         loaded = get_peft_model_state_dict(pipeline.transformer, adapter_name=pipeline.get_active_adapters()[0])
         loaded = {f"transformer.{k}": v for k, v in loaded.items()}
@@ -1049,5 +1050,6 @@ def test_published_lora_can_be_trained_further(worker, second_run):
 
 
 def read_published_lora(repo_id):
-    settings = train_ltd.read_lora(repo_id)[1]
-    return [settings["rank"], settings["lora_alpha"]]
+    transformer = WanTransformer3DModel.from_pretrained("team/tiny-wan", subfolder="transformer")
+    layer = train_ltd.read_lora(repo_id, transformer)["blocks.0.attn1.to_q"]
+    return [len(layer.down), layer.alpha]

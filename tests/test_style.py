@@ -30,11 +30,13 @@ DOOR = {
     "evaluate",
     "main",
 }
-# And what one example may take beside: a loss to wrap, the parser for the table of flags, rows for thumbnails
+# And what one example may take beside: a loss to wrap, the parser for the table of flags, other people's LoRA
+# files, rows for thumbnails
 DOOR_OF = {
     "ablation.py": {"compute_loss"},
     "benchmark.py": {"compute_loss"},
     "flags.py": {"build_parser"},
+    "generate.py": {"find_lora", "read_lora"},
     "visualize_ltd.py": {"open_dataset", "locate_clip"},
 }
 

@@ -155,7 +155,7 @@ def test_two_processes_equal_accumulation_bitwise(run, flags, tmp_path):
 
 
 @pytest.mark.parametrize("alpha", [4, 8, 3])
-@pytest.mark.parametrize("file", [train_ltd.LORA_FILE, train_ltd.COMFYUI_FILE])
+@pytest.mark.parametrize("file", [train_ltd.LORA_FILE, "run.safetensors"])
 def test_lora_loads_in_the_stock_pipeline(monkeypatch, run, tiny_wan, alpha, file):
     output, expected = trained_output(monkeypatch, run, lora_alpha=alpha, max_train_steps=3)
     pipeline = WanPipeline.from_pretrained(tiny_wan)

@@ -74,20 +74,7 @@ def test_what_is_known_of_a_model_is_read_from_its_configs(flags):
 
 def original_keys(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A tiny transformer in the key layout of the original Wan code, as community files have it."""
-    names = train_ltd.COMFYUI_NAMES | {
-        "norm2": "norm__3",
-        "norm3": "norm2",
-        "scale_shift_table": "modulation",
-        "attn1.norm_": "self_attn.norm_",
-        "attn2.norm_": "cross_attn.norm_",
-    }
-    converted = {}
-    for key, value in state_dict.items():
-        for name, original in names.items():
-            key = key.replace(name, original)
-        key = "head.modulation" if key == "modulation" else key.replace("norm__3", "norm3")
-        converted[key] = value
-    return converted
+    return {train_ltd.original_name(key): value for key, value in state_dict.items()}
 
 
 def test_single_file_in_original_keys(run, tiny_wan, tmp_path):

@@ -14,17 +14,15 @@ import train_ltd
 
 
 def test_both_dialects_hold_the_same_weights(run):
-    """ComfyUI's dialect through diffusers' own converter, which folds alpha / rank (here 1/2) into the weights."""
+    """ComfyUI's dialect through diffusers' own converter; alpha / rank, here 1/2, is in its weights."""
     output = run(lora_alpha=2)
-    own, comfyui = load_file(output / train_ltd.LORA_FILE), load_file(output / train_ltd.COMFYUI_FILE)
-    converted = WanPipeline.lora_state_dict(output / train_ltd.COMFYUI_FILE)
+    own = load_file(output / train_ltd.LORA_FILE)
+    converted = WanPipeline.lora_state_dict(output / "run.safetensors")
     assert own.keys() == converted.keys()
     for key in (k for k in own if "lora_A" in k):
         up = key.replace("lora_A", "lora_B")
         assert torch.equal(converted[up] @ converted[key], 0.5 * (own[up] @ own[key]))
-    alphas = {k: v for k, v in comfyui.items() if k.endswith(".alpha")}
-    assert len(alphas) == len(own) // 2 and {v.item() for v in alphas.values()} == {2.0}
-    with safe_open(output / train_ltd.COMFYUI_FILE, "pt") as file:
+    with safe_open(output / "run.safetensors", "pt") as file:
         assert "lora_adapter_metadata" not in (file.metadata() or {})
     with safe_open(output / train_ltd.LORA_FILE, "pt") as file:
         assert json.loads(file.metadata()["lora_adapter_metadata"])["transformer.lora_alpha"] == 2
@@ -39,7 +37,7 @@ def test_other_target_modules_in_comfyui_keys(run, tiny_wan, tmp_path):
     (tmp_path / "recipe.yaml").write_text(json.dumps({"lora_target_modules": targets}))
     output = run(config=tmp_path / "recipe.yaml", lora_alpha=2)
     pipeline = WanPipeline.from_pretrained(tiny_wan)
-    pipeline.load_lora_weights(output / train_ltd.COMFYUI_FILE)
+    pipeline.load_lora_weights(output / "run.safetensors")
     own = load_file(output / train_ltd.LORA_FILE)
     loaded = get_peft_model_state_dict(pipeline.transformer, adapter_name="default_0")
     assert {f"transformer.{k}" for k in loaded} == set(own)
@@ -88,7 +86,6 @@ def test_default_targets_on_the_published_models(size):
             ):
                 keys[f"{name}.lora_A.weight"] = (32, inside)
                 keys[f"{name}.lora_B.weight"] = (outside, 32)
-            comfyui_keys[f"diffusion_model.blocks.{block}.{original}.alpha"] = ()
     assert len(own_keys) == 2 * 10 * config["num_layers"]
     assert {k: tuple(v.shape) for k, v in state_dict.items()} == own_keys
     assert {k: tuple(v.shape) for k, v in comfyui.items()} == comfyui_keys
@@ -104,7 +101,7 @@ def test_ema_weights_are_what_is_published(run, tmp_path):
 
 
 @pytest.mark.parametrize("alpha", [4, 2])
-@pytest.mark.parametrize("file", [train_ltd.LORA_FILE, train_ltd.COMFYUI_FILE])
+@pytest.mark.parametrize("file", [train_ltd.LORA_FILE, "first.safetensors"])
 def test_init_lora_goes_on_from_an_adapter(run, tmp_path, alpha, file):
     first = run(output_dir=tmp_path / "first", lora_alpha=alpha, lora_target_modules="to_q", validation_fraction=0.2)
     last = metrics(first, "val/mse")[2]

@@ -27,5 +27,5 @@ Done. Open
   $out/lora/curves.png            training and held-out error
   $out/lora/samples/              sample videos before, during and after training; samples.png shows them all
   $out/lora/README.md             the model card that --push_to_hub would publish
-  $out/lora/pytorch_lora_weights.safetensors and lora_comfyui.safetensors
+  $out/lora/pytorch_lora_weights.safetensors for diffusers, lora.safetensors for ComfyUI
 MSG

@@ -138,7 +138,7 @@ def test_curves_are_the_held_out_errors_of_training(run, flags, tiny_wan, tmp_pa
     folder = run(validation_fraction=0.4, eval_steps=2)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = [row["val/mse"] for row in rows if "val/mse" in row]
-    comfyui = folder / train_ltd.COMFYUI_FILE
+    comfyui = folder / f"{folder.name}.safetensors"
     tuned = [f"--lora={folder}", f"--lora={comfyui}", f"--transformer={tiny_wan}"]
     visualize("curves", *tuned, *flags(validation_fraction=0.4))
     numbers = json.loads((folder / "ltd_curves.json").read_text())
