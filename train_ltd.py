@@ -85,7 +85,7 @@ from diffusers.training_utils import (
     free_memory,
 )
 from diffusers.utils import check_min_version, export_to_video
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, LocalTokenNotFoundError
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, httpx, validate_repo_id
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -2173,7 +2173,7 @@ def push_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:
     if args.checkpoints_total_limit:
         stale = run.state.pushed[: -args.checkpoints_total_limit]
         run.state.pushed = run.state.pushed[-args.checkpoints_total_limit :]
-    run.upload = HfApi().run_as_future(upload_checkpoint, run.checkpoint_repo, folder, stale)
+    run.upload = huggingface_hub.run_as_future(upload_checkpoint, run.checkpoint_repo, folder, stale)
 
 
 def upload_checkpoint(repo_id: str, folder: Path, stale: list[str]) -> None:
