@@ -189,7 +189,7 @@ def test_kill_while_an_old_checkpoint_is_removed(run, flags, forks, straight, tm
 
 
 def killed_in_removal(line: list[str]) -> None:
-    strike(pytest.MonkeyPatch(), shutil, "rmtree", 1, kill)
+    strike(pytest.MonkeyPatch(), shutil, "rmtree", 2, kill)  # the first removes old samples
     run_in_a_process(line)
 
 
