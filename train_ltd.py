@@ -2710,7 +2710,7 @@ video = pipe(
 export_to_video(video, "output.mp4", fps={args.fps:g})"""
 
 
-def card_data(args: argparse.Namespace, name: str, samples: list[str], scores: list | None) -> ModelCardData:
+def card_data(args: argparse.Namespace, model_name: str, samples: list[str], scores: list | None) -> ModelCardData:
     """Fill in the card's front matter, by which the Hub finds and shows a model. `scores` become its model-index."""
     lora = args.train_type == "lora"
     tags = ["text-to-video", "diffusers-training", "diffusers", "wan", "wan-diffusers"]
@@ -2739,7 +2739,7 @@ def card_data(args: argparse.Namespace, name: str, samples: list[str], scores: l
         instance_prompt=args.trigger_word if lora else None,
         tags=tags,
         widget=widget or None,
-        model_name=name if scores else None,
+        model_name=model_name if scores else None,
         eval_results=scores,
     )
 

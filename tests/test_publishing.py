@@ -25,7 +25,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from helpers import checkpoints, code_block, matter, strike
 from hub_server import HubServer
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import EvalResult, ModelCard, hf_hub_download
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -300,23 +300,27 @@ def test_upload_that_was_left_out_follows_at_the_end(run, monkeypatch, tmp_path)
 
 
 def test_only_what_this_run_has_pushed_is_deleted_from_the_hub(run, monkeypatch, tmp_path):
-    """Before and after it is resumed, at which the checkpoint that it comes from is one of them."""
-    there = {"checkpoint-1000"}  # of somebody else
+    """Before and after it is resumed, at which what it had pushed counts for the limit."""
+    there = {"notes.md"}  # of somebody else
 
-    def now(api, upload, repo_id, folder, stale):
+    def now(upload, repo_id, folder, stale):
         there.add(folder.name)
         there.difference_update(stale)
         done = Future()
         done.set_result(None)
         return done
 
+    def on_the_hub(repo_id):
+        return dict.fromkeys(sorted(name for name in there if name.startswith("checkpoint-")))
+
     monkeypatch.setattr(train_ltd, "create_hub_repo", lambda args: "tester/run")
-    monkeypatch.setattr(train_ltd.HfApi, "run_as_future", now)
+    monkeypatch.setattr(train_ltd, "hub_checkpoints", on_the_hub)
+    monkeypatch.setattr(train_ltd.huggingface_hub, "run_as_future", now)
     kwargs = STEPS | {"checkpoints_total_limit": 2, "push_checkpoints_to_hub": True, "lr_scheduler": "constant"}
     run(**kwargs)
-    assert there == {"checkpoint-2", "checkpoint-3", "checkpoint-1000"}
+    assert there == {"checkpoint-2", "checkpoint-3", "notes.md"}
     run(**kwargs | {"max_train_steps": 5}, resume_from_checkpoint="latest")
-    assert there == {"checkpoint-4", "checkpoint-5", "checkpoint-1000"}
+    assert there == {"checkpoint-4", "checkpoint-5", "notes.md"}
 
 
 # --- Whole runs ------------------------------------------------------------------------------------------------------
@@ -1053,3 +1057,91 @@ def read_published_lora(repo_id):
     transformer = WanTransformer3DModel.from_pretrained("team/tiny-wan", subfolder="transformer")
     layer = train_ltd.read_lora(repo_id, transformer)["blocks.0.attn1.to_q"]
     return [len(layer.down), layer.alpha]
+
+
+# --- What is refused at the start, and what a failing push says ------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_card_that_the_hub_would_refuse_ends_the_run_at_once(hub, worker, tmp_path):
+    done = worker(create, token=hub.token, name="tester/licensed", more=["--license=CC BY-NC 4.0"])
+    assert done.error == "ValueError"
+    assert "the Hub refuses the card" in done.message and "--license" in done.message
+
+
+def push_a_checkpoint(token, repo_id):
+    for name in (train_ltd.SUMS_FILE, "settings.json"):
+        huggingface_hub.upload_file(
+            path_or_fileobj=b"{}",
+            path_in_repo=f"checkpoint-7/{name}",
+            repo_id=repo_id,
+            revision=train_ltd.CHECKPOINT_BRANCH,
+        )
+
+
+@pytest.mark.slow
+def test_checkpoints_of_another_run_are_an_error_at_the_start(hub, worker, tmp_path):
+    """And a run that resumes knows its own: those that its checkpoint has pushed."""
+    done = worker(create, token=hub.token, name="tester/taken", more=["--push_checkpoints_to_hub"])
+    assert done.error is None, done.message
+    done = worker(push_a_checkpoint, token=hub.token, repo_id="tester/taken")
+    assert done.error is None, done.message
+    done = worker(create, token=hub.token, name="tester/taken", more=["--push_checkpoints_to_hub"])
+    assert done.error == "ValueError"
+    for part in ("has checkpoint-7 of another run", "--resume_from_checkpoint hub", "--hub_model_id"):
+        assert part in done.message
+    done = worker(
+        create,
+        token=hub.token,
+        name="tester/taken",
+        more=["--push_checkpoints_to_hub", "--resume_from_checkpoint=hub"],
+    )
+    assert done.error is None, done.message
+
+
+@pytest.mark.parametrize("error", [ValueError("odd JSON"), KeyError("commitUrl"), RuntimeError("200 with HTML")])
+def test_whatever_a_push_dies_of_the_command_is_printed(monkeypatch, flags, tmp_path, error):
+    args = train_ltd.parse_args(flags())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/README.md").write_text("a card")
+
+    def fail(**kwargs):
+        raise error
+
+    monkeypatch.setattr(train_ltd.huggingface_hub, "upload_folder", fail)
+    monkeypatch.setattr(train_ltd.time, "sleep", lambda seconds: None)
+    with pytest.raises(RuntimeError, match="Nothing is lost; type: hf upload tester/run"):
+        train_ltd.publish(args, "tester/run", [tmp_path / "run/README.md"])
+    assert (tmp_path / "run/hub/README.md").read_text() == "a card"
+
+
+def test_scores_in_a_card_stay_with_their_weights(run):
+    """They are kept when the card of the same weights is written again, and not when training goes on."""
+    folder = run(max_train_steps=2, checkpointing_steps=1, lr_scheduler="constant")
+    card = ModelCard.load(folder / "README.md")
+    card.data.model_name = "run"
+    card.data.eval_results = [
+        EvalResult("text-to-video", "VBench", "VBench", "custom", "dynamic degree", 0.5),
+    ]
+    card.save(folder / "README.md")
+    run(max_train_steps=2, lr_scheduler="constant", resume_from_checkpoint="latest")
+    (result,) = ModelCard.load(folder / "README.md").data.eval_results
+    assert (result.dataset_name, result.metric_value) == ("VBench", 0.5)
+    run(max_train_steps=3, lr_scheduler="constant", resume_from_checkpoint="latest")
+    assert ModelCard.load(folder / "README.md").data.eval_results is None
+
+
+def test_results_of_a_finished_run_are_not_overwritten_unasked(run):
+    folder = run()
+    for checkpoint in train_ltd.list_checkpoints(folder):
+        train_ltd.remove_checkpoint(checkpoint)
+    before = (folder / "README.md").read_bytes()
+    with pytest.raises(ValueError, match="holds the results of a finished run"):
+        run(max_train_steps=1)
+    assert (folder / "README.md").read_bytes() == before
+    run(max_train_steps=1, overwrite_output_dir=True)
+
+
+def test_no_absolute_path_of_a_split_is_published(flags, tmp_path):
+    args = train_ltd.parse_args(flags(validation_split=str(tmp_path / "held_out")))
+    assert train_ltd.published_settings(args)["validation_split"] == "held_out"
