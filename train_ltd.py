@@ -1091,7 +1091,7 @@ class Clip:
     """A clip as training knows it: a window of a video, or an image. What is big of it waits in the cache."""
 
     order: tuple[int, int, int]  # shard, row and window: sorts clips as the dataset has them
-    name: str  # its file, with #1, #2, ... after it for the later windows of a video
+    name: str  # its file, with #0, #1, ... after it for the windows of a video that has several
     captions: list[str]
     identity: str  # hash of the video's contents, which its copies and windows share
     path: str  # of its entry, in the cache folder
