@@ -1120,9 +1120,14 @@ def test_scores_in_a_card_stay_with_their_weights(run):
     folder = run(max_train_steps=2, checkpointing_steps=1, lr_scheduler="constant")
     card = ModelCard.load(folder / "README.md")
     card.data.model_name = "run"
-    card.data.eval_results = [
-        EvalResult("text-to-video", "VBench", "VBench", "custom", "dynamic degree", 0.5),
-    ]
+    score = EvalResult(
+        task_type="text-to-video",
+        dataset_type="VBench",
+        dataset_name="VBench",
+        metric_type="dynamic degree",
+        metric_value=0.5,
+    )
+    card.data.eval_results = [score]
     card.save(folder / "README.md")
     run(max_train_steps=2, lr_scheduler="constant", resume_from_checkpoint="latest")
     (result,) = ModelCard.load(folder / "README.md").data.eval_results
