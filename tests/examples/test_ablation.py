@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import ablation
 import numpy as np
@@ -14,7 +15,7 @@ import sprites
 import torch
 
 import train_ltd
-from ltd_loss import ltd_weights
+from ltd_loss import latent_temporal_discrepancy, ltd_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -308,6 +309,45 @@ def test_own_model_and_data(small_ablation, tmp_path):
     assert len(ablation.read_runs(tmp_path / "out" / "runs.jsonl")) == 5
     with pytest.raises(ValueError, match="other settings"):
         ablation.main(*ablation.parse_args([*small_ablation, "--arms", "base", "--rank=8"]))
+
+
+@torch.no_grad()
+def test_held_out_errors_are_means_over_clips(flags, clips, tmp_path):
+    """By hand: averaged over sigmas, then over the voxels of each kind, then over the clips that have any."""
+    folder = shutil.copytree(clips, tmp_path / "clips")
+    for number in range(7):
+        mask = np.zeros((9, 32, 48), np.uint8)
+        mask[:, : 8 * (number % 4), :16] = 1  # in some clips nothing
+        np.savez(folder / f"{number}.npz", mask=mask)
+    run_args = train_ltd.parse_args(flags(train_data_dir=folder, validation_fraction=0.6, max_eval_clips=1))
+    wan, accelerator = train_ltd.identify_wan(run_args), train_ltd.build_accelerator(run_args)
+    data = ablation.training_set(run_args, accelerator, set())
+    model = ablation.load_model("base", wan, run_args, accelerator.device)
+    scores = ablation.held_out_errors(wan, model, data, accelerator, run_args, SimpleNamespace(own_data=False))
+
+    held_out = data["held_out"]
+    static_bound, motion_bound = data["clips"].motion_bounds(accelerator.device)
+    rows, profiles = [], []
+    for index, clip in enumerate(held_out.clips):
+        batch = {name: tensor[None] for name, tensor in held_out.load_fixed(index).items()}
+        errors = []
+        for sigma in train_ltd.EVAL_SIGMAS:
+            noisy = (1 - sigma) * batch["latents"] + sigma * batch["noise"]
+            flow = train_ltd.predict_flow(wan, model, noisy, batch | {"sigmas": torch.tensor([sigma])})
+            errors.append((flow - batch["noise"] + batch["latents"]).square().mean(dim=1)[0])
+        error = torch.stack(errors).mean(dim=0)
+        ltd = latent_temporal_discrepancy(batch["latents"])[0]
+        objects = ablation.latent_mask(np.load(folder / f"{clip.name[0]}.npz")["mask"] > 0, error.shape)
+        masks = {"mse_motion": ltd > motion_bound, "mse_static": ltd < static_bound, "mse_object": objects}
+        masks |= {"mse": torch.ones_like(objects), "mse_background": ~objects}
+        rows.append({name: error[mask].mean().item() for name, mask in masks.items()})
+        profiles.append(error.mean(dim=(1, 2)))
+    assert np.isnan([row["mse_object"] for row in rows]).any() and not np.isnan(scores["held_out/mse_object"])
+    for name in rows[0]:
+        assert scores[f"held_out/{name}"] == pytest.approx(np.nanmean([row[name] for row in rows]), rel=1e-4), name
+    profile = torch.stack(profiles).mean(dim=0)
+    assert scores["frames/peak_over_mean"] == pytest.approx((profile.max() / profile.mean()).item(), rel=1e-4)
+    assert scores["training/variance_over_clips"] > 0
 
 
 @pytest.mark.slow
