@@ -33,7 +33,6 @@ DOOR = {
 # And what one example may take beside: a loss to wrap, the parser for the table of flags, other people's LoRA
 # files, rows for thumbnails
 DOOR_OF = {
-    "ablation.py": {"compute_loss"},
     "benchmark.py": {"compute_loss"},
     "flags.py": {"build_parser"},
     "generate.py": {"find_lora", "read_lora"},
