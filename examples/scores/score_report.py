@@ -65,6 +65,7 @@ SOURCES = (
     "vmbench",
 )
 # Settings in which models may differ
+PUBLISHED_SOURCES = ("vbench_standard", "vbench_custom_input", "vmbench")
 ON_PURPOSE = {
     "model",
     "revision",
@@ -638,7 +639,8 @@ def update_card(where, rows):
     if on_hub and (path.suffix == ".md" or where.count("/") != 1):
         raise ValueError(f"--card: there is no file {path}, and {where} is no Hub id such as user/model")
     card = ModelCard.load(where if on_hub else path)
-    results = [eval_result(row) for row in rows if row["section"] in ("VBench", "VMBench")]
+    # Flickering that was computed offline, and totals of mixed sources, are no scores of the benchmark.
+    results = [eval_result(row) for row in rows if row["source"] in PUBLISHED_SOURCES]
     if not results:
         raise ValueError(f"--card {where}: this model has no VBench or VMBench scores to put there")
     replaced = {result_identity(result) for result in results}

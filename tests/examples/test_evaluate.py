@@ -528,6 +528,15 @@ def test_card_gets_the_scores_and_keeps_the_rest(scored, tmp_path):
         run(*command, "ltd=nowhere.md")
 
 
+def test_what_was_computed_offline_is_not_published_as_vbench(tmp_path):
+    rows = [{"section": "VBench", "source": "offline", "metric": "temporal_flickering", "score": 0.85}]
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: mit\n---\n# A card\n")
+    with pytest.raises(ValueError, match="no VBench or VMBench scores"):
+        score_report.update_card(str(card), rows)
+    assert "model-index" not in card.read_text()
+
+
 def test_card_on_the_hub(scored, tmp_path):
     from hub_server import HubServer
 
