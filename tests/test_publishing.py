@@ -293,6 +293,7 @@ def test_upload_that_was_left_out_follows_at_the_end(run, monkeypatch, tmp_path)
 
     strike(monkeypatch, train_ltd, "end", 1, training_is_over.set)
     monkeypatch.setattr(train_ltd, "create_hub_repo", lambda args: "tester/run")
+    monkeypatch.setattr(train_ltd, "hub_checkpoints", lambda repo_id: {})
     monkeypatch.setattr(train_ltd, "upload_checkpoint", upload)
     kwargs = STEPS | {"max_train_steps": 4, "checkpoints_total_limit": 1, "push_checkpoints_to_hub": True}
     run(**kwargs)
