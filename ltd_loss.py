@@ -1,21 +1,21 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Latent Temporal Discrepancy (LTD): a motion prior that weights a diffusion loss per latent voxel.
 
-LTD is the distance between neighbouring frames of the clean video latents, averaged over a sliding window of frames.
+LTD is the distance between neighboring frames of the clean video latents, averaged over a sliding window of frames.
 Where a clip moves, flickers or burns, LTD is large; there the squared error of the denoiser is weighted up by
 `1 + ln(e + LTD)`, and elsewhere it keeps a weight near 2. It needs no optical flow, no mask and no second network.
 
 One line in any trainer of a latent video model:
 
     loss = F.mse_loss(prediction.float(), target.float())
-    loss = ltd_loss(prediction, target, latents)  # latents: the clean, normalised VAE latents
+    loss = ltd_loss(prediction, target, latents)  # latents: the clean, normalized VAE latents
 
 Legend: B batch, C channels, F latent frames, H and W latent height and width. The default layout is (B, C, F, H, W),
 as in Wan; for (B, F, C, H, W), as in CogVideoX, pass `channel_dim=2, frame_dim=1`.
 
 From the paper (https://huggingface.co/papers/2601.20504): the windowed mean of Eq. 2 with its cut-off windows at the
 two ends, the logarithm, and the form `L + ln(e + D) * L` of Eq. 3. Our choices: float32 inside, D = 0 for a single
-frame (an image), the prediction and target of whatever parametrisation the model has (noise, velocity, flow) in place
+frame (an image), the prediction and target of whatever parametrization the model has (noise, velocity, flow) in place
 of the paper's noise, and the two knobs `scale` and `normalize`, both off by default.
 """
 
@@ -31,7 +31,7 @@ def latent_temporal_discrepancy(
     latents: torch.Tensor, window: int = 3, *, channel_dim: int = 1, frame_dim: int = 2
 ) -> torch.Tensor:
     r"""
-    Mean L2 distance between neighbouring latent frames in a window around each frame, per voxel: Eq. 2 of the
+    Mean L2 distance between neighboring latent frames in a window around each frame, per voxel: Eq. 2 of the
     [LTD paper](https://huggingface.co/papers/2601.20504), \\(D_f = \frac{1}{R_f - L_f} \sum_{i=L_f}^{R_f-1} \lVert
     z(i+1) - z(i) \rVert\\) with \\(L_f = \max(1, f - \lfloor\tau/2\rfloor)\\), \\(R_f = \min(F, f +
     \lfloor\tau/2\rfloor)\\).
@@ -100,7 +100,7 @@ def ltd_weights(
 
     Returns:
         `torch.Tensor` of the shape of `latents` without the channel dimension, float32, without gradient, at least 2
-        (unless normalised).
+        (unless normalized).
 
     Raises:
         ValueError: `scale` is negative or not a number, or as in [`latent_temporal_discrepancy`].

@@ -42,7 +42,8 @@ import signal
 import sys
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -86,7 +87,7 @@ from diffusers.training_utils import (
 )
 from diffusers.utils import check_min_version, export_to_video
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, LocalTokenNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, LocalTokenNotFoundError
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, httpx, validate_repo_id
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
@@ -124,7 +125,7 @@ UNSUPPORTED_CONFIGS = {
     "expand_timesteps": "Wan2.2",
     "image_dim": "I2V",
 }
-UNSUPPORTED_KEYS = "img_emb|k_img|vace_|control_adapter"  # the same of single files
+UNSUPPORTED_KEYS = "img_emb|k_img|vace_|control_adapter"  # the same check, for keys of single files
 # diffusers' names -> those of the original Wan code, which ComfyUI expects; applied in this order
 ORIGINAL_NAMES = {
     "attn1.to_out.0": "self_attn.o",
@@ -291,7 +292,7 @@ REMOVED_FLAGS = {
     "max_ltd": "filter the table by `examples/visualize_ltd.py report --write_metadata kept.jsonl --max_ltd ...`",
     "drop_cuts": "filter the table by `examples/visualize_ltd.py report --write_metadata kept.jsonl --drop_cuts`",
     "dry_run": "try a small run: --max_train_samples 4 --max_train_steps 1",
-    "skip_vae_check": "leave it out, for nothing is checked any more that it could skip",
+    "skip_vae_check": "leave it out, there is no such check any more",
 }
 # Not for the card, and free to change when a run is resumed
 LOCAL_SETTINGS = ("output_dir", "output_name", "cache_dir", "config", "resume_from_checkpoint", "train_data_dir")
@@ -630,7 +631,7 @@ def check_args(args: argparse.Namespace) -> None:
     try:
         if args.hub_model_id:
             validate_repo_id(args.hub_model_id)
-        elif args.push_to_hub:
+        elif args.push_to_hub or args.push_checkpoints_to_hub:
             validate_repo_id(Path(args.output_dir).resolve().name)
     except HFValidationError as error:
         problems.append(f"--hub_model_id: {error}")
@@ -646,7 +647,11 @@ def with_trigger(args: argparse.Namespace, caption: str) -> str:
 # --- 2. The Wan family -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Wan:
-    """What differs between the models of the Wan family. Read from their configs, never guessed from a name."""
+    """What differs between the models of the Wan family. Read from their configs, never guessed from a name.
+
+    Today that is Wan2.1 text-to-video alone. Another model comes in as a field here that `identify_wan` fills in, in
+    place of its line in `UNSUPPORTED_CONFIGS`, and as a branch on that field in `encode_clip` or `predict_flow`.
+    """
 
     subfolder: str  # of the pipeline's folder, where the transformer is
     scheduler: str  # class of the pipeline's own scheduler, by which samples are made
@@ -808,6 +813,7 @@ def predict_flow(
     """Predict the flow `noise - latents` at `noisy_latents` `(B, C, F, H, W)`; returns the same shape.
 
     Of `batch` it reads `sigmas` `(B,)` and `prompt_embeds` `(B, 512, D)`. The model's timestep is 1000 times sigma.
+    Wan2.1 asks nothing of `wan`; models that take an image do.
     """
     return transformer(
         hidden_states=noisy_latents,
@@ -1088,7 +1094,7 @@ def resize_and_crop(picture: np.ndarray, height: int, width: int) -> torch.Tenso
 # --- 4. Cache: frames -> latents, captions -> prompt_embeds ----------------------------------------------------------
 @dataclass(frozen=True)
 class Clip:
-    """A clip as training knows it: a window of a video, or an image. What is big of it waits in the cache."""
+    """A clip as training knows it: a window of a video, or an image. Its large tensors are in the cache."""
 
     order: tuple[int, int, int]  # shard, row and window: sorts clips as the dataset has them
     name: str  # its file, with #0, #1, ... after it for the windows of a video that has several
@@ -1159,7 +1165,7 @@ def model_identity(args: argparse.Namespace, *subfolders: str) -> str:
 
 def save_entry(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write a cache entry: beside, then renamed, so that a killed run leaves no half of one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # machines that share a cache may share a pid
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
     set_mode(partial)
@@ -1168,12 +1174,10 @@ def save_entry(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 def set_mode(path: Path) -> None:
     """Give a file the mode that the umask leaves to new ones: safetensors writes 0600, which locks out a group."""
-    fresh = path.with_name(f".mode.{os.getpid()}")
-    fresh.touch()
-    mode = fresh.stat().st_mode
-    fresh.unlink()
+    umask = os.umask(0)  # which cannot be read otherwise
+    os.umask(umask)
     with contextlib.suppress(PermissionError):  # some mounted file systems have no modes
-        path.chmod(mode)
+        path.chmod(0o666 & ~umask)
 
 
 def load_statistics(path: Path) -> dict | None:
@@ -1203,7 +1207,7 @@ def load_entry(args: argparse.Namespace, file: str) -> dict[str, torch.Tensor]:
 
 
 def latent_statistics(latents: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Compute what a run needs to know of latents `(C, F, H, W)` without reading them again."""
+    """Compute the statistics of latents `(C, F, H, W)` that are stored with each cache entry."""
     latents = latents.float()
     ltd = latent_temporal_discrepancy(latents[None], STATS_WINDOW)[0]  # (F, H, W)
     quantiles = np.quantile(ltd.flatten().cpu().numpy(), np.linspace(0, 1, 21))
@@ -1218,7 +1222,7 @@ def latent_statistics(latents: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 class ClipReader(torch.utils.data.IterableDataset):
-    """Reads this rank's rows of a split: of what is cached the statistics, of all else the frames.
+    """Reads this rank's rows of a split: the cached statistics, or decoded frames of what is not cached.
 
     The processes of a `DataLoader` share the rows. A stream is read by one: `datasets` would split it once more.
     """
@@ -1247,10 +1251,11 @@ class ClipReader(torch.utils.data.IterableDataset):
         return len(range(self.rank, rows, self.world))
 
     def __iter__(self) -> Iterator[Video]:
-        if self.streaming:
+        if self.streaming and self.args.max_train_samples:
+            first_rows = itertools.islice(enumerate(self.dataset), self.args.max_train_samples)
+            rows = (((0, number), row) for number, row in itertools.islice(first_rows, self.rank, None, self.world))
+        elif self.streaming:
             rows = stream_rows(self.dataset, self.rank, self.world)
-            if self.args.max_train_samples:
-                rows = itertools.islice(rows, math.ceil(self.args.max_train_samples / self.world))
         else:
             rows = self.local_rows()
         for order, row in rows:
@@ -1437,6 +1442,8 @@ def usable_clips(args: argparse.Namespace, accelerator: Accelerator, split: str)
     Raises `ValueError` when those are more than `--max_skipped` allows.
     """
     clips, skipped = cache_clips(args, accelerator, split)
+    if not clips and not skipped:
+        raise ValueError(f"there is no video in the split {split} of {args.train_data_dir or args.dataset_name}")
     count = len({clip.order[:2] for clip in clips}) + len(skipped)
     if skipped and accelerator.is_main_process:
         logger.warning(f"{len(skipped)} of {count} videos were skipped; see skipped.jsonl")
@@ -1569,6 +1576,7 @@ class LatentDataset(torch.utils.data.Dataset):
         if torch.rand((), generator=generator) < self.args.caption_dropout:
             caption = ""
         sample = self.load(clip, caption, generator)
+        # The seed is text, so that the collate function leaves it on the CPU.
         return sample | {"sigmas": sigma, "seed": str(seed), "name": clip.name}
 
     def load(self, clip: Clip, caption: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -1703,6 +1711,9 @@ def add_lora(transformer: WanTransformer3DModel, args: argparse.Namespace) -> No
             if getattr(args, key) not in (None, found[key]):
                 raise ValueError(f"--{key} {getattr(args, key)} clashes with --init_lora, which has {found[key]}")
         if args.lora_target_modules:
+            for target in args.lora_target_modules:
+                if not any(f".{layer}".endswith(f".{target}") for layer in found["lora_target_modules"]):
+                    raise ValueError(f"--lora_target_modules clashes with --init_lora, which does not adapt {target}")
             asked = tuple(f".{target}" for target in args.lora_target_modules)
             for target in found["lora_target_modules"]:
                 if not f".{target}".endswith(asked):
@@ -2034,7 +2045,10 @@ def load_weights(transformer: torch.nn.Module, folder: Path, args: argparse.Name
     else:
         state_dict = WanTransformer3DModel.from_pretrained(folder / "transformer").state_dict()
     options = StateDictOptions(full_state_dict=True, strict=args.train_type == "full")
-    set_model_state_dict(transformer, state_dict, options=options)
+    result = set_model_state_dict(transformer, state_dict, options=options)
+    mismatched = [*result.unexpected_keys, *(key for key in result.missing_keys if ".lora_" in key)]
+    if mismatched:
+        raise RuntimeError(f"{folder} does not fit this model; it differs in {mismatched[0]}")
 
 
 @contextlib.contextmanager
@@ -2043,9 +2057,11 @@ def averaged_weights(transformer: torch.nn.Module, ema: EMAModel | None) -> Iter
     if ema:
         ema.store(trainable_parameters(transformer))
         ema.copy_to(trainable_parameters(transformer))
-    yield
-    if ema:
-        ema.restore(trainable_parameters(transformer))
+    try:
+        yield
+    finally:
+        if ema:
+            ema.restore(trainable_parameters(transformer))
 
 
 # --- 8. Checkpoints --------------------------------------------------------------------------------------------------
@@ -2060,7 +2076,7 @@ class TrainState:
     ema_step: int = 0  # the EMA's own count of updates
     hours: float = 0.0  # from the start of the script, of all parts of the run
     changes: list[str] = field(default_factory=list)  # what resumes have changed, for the card
-    pushed: list[str] = field(default_factory=list)  # names of the checkpoints that this run has on the Hub
+    pushed: list[str] = field(default_factory=list)  # names of the checkpoints that this run has sent to the Hub
 
 
 def list_checkpoints(output_dir: str) -> list[Path]:
@@ -2096,20 +2112,23 @@ def is_intact(folder: Path) -> bool:
     for line in (folder / SUMS_FILE).read_text(errors="replace").splitlines():
         wanted[line[66:]] = line[:64]
     found = file_sums(folder)
-    damaged = []
-    for name in sorted(found | wanted):
-        hidden = Path(name).name.startswith(".")  # a file system's own
-        if found.get(name) != wanted.get(name) and not hidden:
-            damaged.append(name)
+    # Of those that were written: a file manager's or the user's own beside them do no harm.
+    damaged = [name for name, digest in wanted.items() if found.get(name) != digest]
     if damaged:
         logger.warning(f"{folder} is damaged and left out: {', '.join(damaged)}")
     return not damaged
 
 
 def save_checkpoint(run: "Run", args: argparse.Namespace) -> None:
-    """Write `checkpoint-STEP`, which holds the ready-to-load weights too, called by all ranks.
+    """Write a checkpoint, called by all ranks. It is complete or absent: written beside and renamed.
 
-    It is complete or absent: written beside and renamed.
+    checkpoint-STEP/
+        settings.json               what `compare_settings` compares, and the `TrainState`
+        optimizer.bin, scheduler.bin, random_states_RANK.pkl
+        pytorch_lora_weights.safetensors, NAME.safetensors    of a LoRA, for diffusers and for ComfyUI
+        transformer/                of full fine-tuning, in place of the two
+        live/                       the same once more under EMA, whose averages are those above
+        SHA256SUMS
     """
     accelerator = run.accelerator
     folder = Path(args.output_dir, f"checkpoint-{run.state.step}")
@@ -2119,7 +2138,7 @@ def save_checkpoint(run: "Run", args: argparse.Namespace) -> None:
     started = time.perf_counter()
     if accelerator.is_main_process:
         for stale in folder.parent.glob(".checkpoint-*.partial"):
-            shutil.rmtree(stale)
+            shutil.rmtree(stale, ignore_errors=True)
     accelerator.wait_for_everyone()
     # Not `save_state`, which writes the whole model too, frozen base and all: save_weights does that part.
     partial.mkdir(parents=True, exist_ok=True)
@@ -2159,8 +2178,14 @@ def drop_checkpoints(run: "Run", args: argparse.Namespace) -> None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint. Rename first, so that a half-deleted one is never resumed."""
-    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old.partial")))
+    """Delete a checkpoint. Rename first, so that a half-deleted one is never resumed. Errors do not stop training."""
+    try:
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old.partial")))
+    except OSError as error:
+        logger.warning(f"{folder} could not be deleted: {error}")
 
 
 def push_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:
@@ -2168,16 +2193,19 @@ def push_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:
     if run.upload and not run.upload.done():
         logger.warning(f"{folder.name} is not uploaded yet: the network is busy with {run.state.pushed[-1]}")
         return
-    run.state.pushed.append(folder.name)
-    stale = []
-    if args.checkpoints_total_limit:
-        stale = run.state.pushed[: -args.checkpoints_total_limit]
-        run.state.pushed = run.state.pushed[-args.checkpoints_total_limit :]
-    run.upload = huggingface_hub.run_as_future(upload_checkpoint, run.checkpoint_repo, folder, stale)
+    if folder.name not in run.state.pushed:
+        run.state.pushed.append(folder.name)
+    run.upload = huggingface_hub.run_as_future(
+        upload_checkpoint, run.checkpoint_repo, folder, list(run.state.pushed), args.checkpoints_total_limit
+    )
 
 
-def upload_checkpoint(repo_id: str, folder: Path, stale: list[str]) -> None:
-    """Upload a checkpoint, then delete `stale` ones of this run. Training does not die of what goes wrong here."""
+def upload_checkpoint(repo_id: str, folder: Path, own: list[str], limit: int | None) -> None:
+    """Upload a checkpoint. Then delete from this run's `own` those beyond the limit, and those of later steps.
+
+    Later ones are of a way that was given up by going back to an earlier step. Errors are logged, and do not stop
+    training.
+    """
     try:
         with_retries(
             huggingface_hub.upload_folder,
@@ -2187,15 +2215,19 @@ def upload_checkpoint(repo_id: str, folder: Path, stale: list[str]) -> None:
             revision=CHECKPOINT_BRANCH,
             commit_message=f"Upload {folder.name}",
         )
-        for name in stale:
-            with contextlib.suppress(EntryNotFoundError):  # its upload may have failed
-                with_retries(
-                    huggingface_hub.delete_folder,
-                    path_in_repo=name,
-                    repo_id=repo_id,
-                    revision=CHECKPOINT_BRANCH,
-                    commit_message=f"Delete {name}",
-                )
+        step = checkpoint_step(folder.name)
+        present = [name for name in hub_checkpoints(repo_id) if name in own]
+        later = [name for name in present if checkpoint_step(name) > step]
+        earlier = [name for name in present if checkpoint_step(name) <= step]
+        beyond_limit = earlier[:-limit] if limit else []
+        for name in later + beyond_limit:
+            with_retries(
+                huggingface_hub.delete_folder,
+                path_in_repo=name,
+                repo_id=repo_id,
+                revision=CHECKPOINT_BRANCH,
+                commit_message=f"Delete {name}",
+            )
     except Exception as error:
         logger.warning(f"the upload of {folder.name} failed, training goes on: {error}")
 
@@ -2221,13 +2253,15 @@ def check_hub_checkpoints(repo_id: str, args: argparse.Namespace) -> None:
         folders.append(Path(asked))
     known = set()
     for folder in folders:
-        state = read_checkpoint(folder)["state"]
-        known.add(f"checkpoint-{state['step']}")
-        known.update(state["pushed"])
+        known.add(folder.name)
+        with contextlib.suppress(json.JSONDecodeError):  # it is damaged, and `resume` will leave it out
+            state = read_checkpoint(folder)["state"]
+            known.add(f"checkpoint-{state['step']}")
+            known.update(state["pushed"])
     others = [name for name in hub_checkpoints(repo_id) if name not in known]
     if others:
         raise ValueError(
-            f"--push_checkpoints_to_hub: {repo_id} has {others[-1]} of another run. Go on with it by "
+            f"--push_checkpoints_to_hub: {repo_id} has {others[-1]} of another run. Resume that by "
             "--resume_from_checkpoint hub, or give another --hub_model_id."
         )
 
@@ -2253,36 +2287,56 @@ def fetch_checkpoint(repo_id: str, output_dir: str) -> None:
             return
 
 
-def check_output_dir(args: argparse.Namespace) -> None:
-    """Refuse to mix two runs in one folder, and a checkpoint that cannot be resumed. Raises `ValueError`."""
+def check_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Refuse to mix two runs in one folder, and a checkpoint that cannot be resumed. Raises `ValueError`.
+
+    Settles `lr_warmup_steps` in `args`, whose default follows from how long the run was to be when it began.
+    """
     asked = args.resume_from_checkpoint
+    current = {
+        "flags": published_settings(args),
+        "base": base_identity(args),
+        "samples_per_update": samples_per_update(args, accelerator),
+    }
+    from_elsewhere = True
     existing = list_checkpoints(args.output_dir)
     first_of_another_run = 0
-    if asked in ("latest", "hub"):
-        if existing:
-            with contextlib.suppress(json.JSONDecodeError):  # it is damaged, and `resume` will leave it out
-                compare_settings(existing[-1], {"flags": published_settings(args)})
+    if asked in ("latest", "hub") and existing:
+        from_elsewhere = False
+        first_of_another_run = math.inf
+        with contextlib.suppress(json.JSONDecodeError):  # it is damaged, and `resume` will leave it out
+            compare_settings(existing[-1], current)
+            settle_warmup(args, existing[-1])
+    elif asked == "hub":
         return
-    if asked:
+    elif asked and asked != "latest":
         try:
-            compare_settings(Path(asked), {"flags": published_settings(args)})
+            compare_settings(Path(asked), current)
         except json.JSONDecodeError as error:
             raise ValueError(f"--resume_from_checkpoint {asked} is damaged; take an older one, or latest") from error
+        settle_warmup(args, Path(asked))
         checkpoint = read_checkpoint(Path(asked))
-        if Path(asked).resolve().parent == Path(args.output_dir).resolve():
+        from_elsewhere = Path(asked).parent.resolve() != Path(args.output_dir).resolve()
+        if not from_elsewhere:
             first_of_another_run = checkpoint["state"]["step"] + 1
     others = [path.name for path in existing if checkpoint_step(path.name) >= first_of_another_run]
     if others and not args.overwrite_output_dir:
         raise ValueError(
-            f"--output_dir {args.output_dir} holds {others[-1]} of an earlier run. Go on with it by "
-            "--resume_from_checkpoint latest, take another folder, or delete it by --overwrite_output_dir."
+            f"--output_dir {args.output_dir} holds {others[-1]} of an earlier run. Resume that by "
+            "--resume_from_checkpoint latest, take another folder, or replace it by --overwrite_output_dir."
         )
     finished = Path(args.output_dir, "training_settings.json").is_file()
-    if finished and not asked and not args.overwrite_output_dir:
+    if finished and from_elsewhere and not args.overwrite_output_dir:
         raise ValueError(
             f"--output_dir {args.output_dir} holds the results of a finished run. Take another folder, or "
             "replace them by --overwrite_output_dir."
         )
+
+
+def settle_warmup(args: argparse.Namespace, folder: Path) -> None:
+    """Take the default number of warmup steps from a checkpoint: a longer run does not warm up once more."""
+    if args.lr_warmup_steps is None:
+        args.lr_warmup_steps = read_checkpoint(folder)["settings"]["flags"]["lr_warmup_steps"]
 
 
 def read_checkpoint(folder: Path) -> dict:
@@ -2290,8 +2344,8 @@ def read_checkpoint(folder: Path) -> dict:
     checkpoint = json.loads((folder / "settings.json").read_text(errors="replace"))
     if checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(
-            f"{folder} is of an earlier version, which alone can resume it. Start a new run from its weights by "
-            "--init_lora, or by --transformer_path after full fine-tuning."
+            f"{folder} was made by an earlier version, and only that can resume it. Start a new run from its weights "
+            "by --init_lora, or by --transformer_path after full fine-tuning."
         )
     return checkpoint
 
@@ -2306,39 +2360,51 @@ def resume(run: "Run", args: argparse.Namespace) -> None:
     by_name = asked not in (None, "latest", "hub")
     if asked == "hub" and run.checkpoint_repo:
         fetch_checkpoint(run.checkpoint_repo, args.output_dir)
-    accelerator.wait_for_everyone()
     candidates = []
     if by_name:
         candidates = [Path(asked)]
     elif asked:
-        candidates = reversed(list_checkpoints(args.output_dir))
+        candidates = list_checkpoints(args.output_dir)
     folder = None
-    for candidate in candidates:
-        if is_intact(candidate):
-            folder = candidate
-            break
+    if accelerator.is_main_process:
+        for candidate in reversed(candidates):
+            if is_intact(candidate):
+                folder = candidate
+                break
+    (folder,) = broadcast_object_list([folder])  # one process reads all files, and all take the same checkpoint
     if folder:
         load_checkpoint(run, folder, args)
     elif by_name:
         raise ValueError(f"--resume_from_checkpoint {asked} is damaged; take an older one, or latest")
+    elif candidates and not args.overwrite_output_dir:
+        raise ValueError(
+            f"--resume_from_checkpoint {asked}: none of the checkpoints in {args.output_dir} is intact; the log says "
+            "what is damaged. Start over by --overwrite_output_dir."
+        )
     elif asked:
-        logger.warning(f"no checkpoint in {args.output_dir} to resume from: starting afresh")
+        logger.warning(f"no checkpoint in {args.output_dir} to resume from: starting from step 0")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         remove_later(run, args)
 
 
 def remove_later(run: "Run", args: argparse.Namespace) -> None:
-    """Delete what lies ahead of this run: damaged checkpoints, and those of a run that is to be overwritten.
+    """Clear the folder of checkpoints that are newer than the resumed step, or of a run that is to be overwritten.
 
-    `latest` must not go back to them, nor the limit count them.
+    `latest` must not go back to them, nor the limit count them. Damaged ones are renamed, all others were given up by
+    `--overwrite_output_dir`.
     """
     # Unless this run comes from a checkpoint of this very folder, all that is in it is of another.
     step = run.state.step if run.saved else 0
     for path in list_checkpoints(args.output_dir):
-        if checkpoint_step(path.name) >= step and path != run.saved:
-            logger.warning(f"{path} is damaged, or of the run that is overwritten: it is deleted")
+        if checkpoint_step(path.name) < step or path == run.saved:
+            continue
+        if args.overwrite_output_dir:
+            logger.warning(f"{path} is of the run that is overwritten: it is deleted")
             remove_checkpoint(path)
+        else:
+            damaged = path.rename(path.with_name(f"{path.name}.damaged-{int(time.time())}"))
+            logger.warning(f"{path} is damaged: it is {damaged.name} now")
     if not run.saved:
         shutil.rmtree(Path(args.output_dir, "samples"), ignore_errors=True)
         Path(args.output_dir, "metrics.jsonl").unlink(missing_ok=True)
@@ -2353,8 +2419,8 @@ def compare_settings(folder: Path, current: dict) -> tuple[list[str], list[str]]
     saved = read_checkpoint(folder)["settings"]
     pairs = {}
     for name, value in current["flags"].items():
-        settled = name in ("rank", "lora_alpha", "lora_target_modules")  # with the model; until then they are None
-        if name in saved["flags"] and not (settled and value is None):
+        settled = name in ("rank", "lora_alpha", "lora_target_modules", "lr_warmup_steps")
+        if name in saved["flags"] and not (settled and value is None):  # which they are in the first look
             pairs[name] = (saved["flags"][name], value)
     for name in ("fsdp", "samples_per_update"):
         if name in current:
@@ -2363,7 +2429,7 @@ def compare_settings(folder: Path, current: dict) -> tuple[list[str], list[str]]
     inexact = []
     refused = []
     if current.get("base", saved["base"]) != saved["base"]:
-        refused.append("another base model, by the contents of its files")
+        refused.append(f"another base model, {saved['base']} -> {current['base']}")
     if current.get("data", saved["data"]) != saved["data"]:
         refused.append("other training clips or captions")
     for name, (then, now) in pairs.items():
@@ -2399,8 +2465,8 @@ def load_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:
     run.state = TrainState(**checkpoint["state"])
     run.resumed_at = run.state.step
     run.earlier_hours = run.state.hours
-    if folder.resolve().parent == Path(args.output_dir).resolve():
-        run.saved = Path(args.output_dir, folder.resolve().name)
+    if folder.parent.resolve() == Path(args.output_dir).resolve():
+        run.saved = Path(args.output_dir, folder.name)
     live_weights = folder
     if run.ema:
         load_weights(run.transformer, folder, args)
@@ -2455,7 +2521,7 @@ def evaluate(
     motion_bounds: torch.Tensor,
     accelerator: Accelerator,
     args: argparse.Namespace,
-    sigmas: Iterable[float] = EVAL_SIGMAS,
+    sigmas: Sequence[float] = EVAL_SIGMAS,
     measure: Callable[..., dict[str, torch.Tensor]] | None = None,
 ) -> list[dict]:
     """Measure the error of the first `--max_eval_clips` clips at fixed noise and sigmas; the ranks share them.
@@ -2566,8 +2632,8 @@ def log_samples(accelerator: Accelerator, paths: list[Path], step: int, args: ar
 def validate(run: "Run", args: argparse.Namespace) -> None:
     """Measure held-out clips and sample videos, by the EMA if there is one.
 
-    That is done before the first step, every so many steps, and after the last. What a run that was stopped had made
-    at this step already is not made again, but for the last samples.
+    That is done before the first step, every so many steps, and after the last. A resumed run does not repeat what
+    was done at its step already, except for the final samples. A stop that is asked for comes first.
     """
     step = run.state.step
     last = step >= run.max_steps
@@ -2579,7 +2645,7 @@ def validate(run: "Run", args: argparse.Namespace) -> None:
         evaluated, sampled = broadcast_object_list([evaluated, sampled])  # of the main process, which has the files
         evaluates = evaluates and not evaluated
         samples = samples and not sampled
-    if not (evaluates or samples):
+    if not (evaluates or samples) or stop_is_asked(run):
         return
     with averaged_weights(run.transformer, run.ema):
         if evaluates:
@@ -2933,7 +2999,8 @@ def fsdp_is_asked() -> bool:
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
     """Set up processes, precision, accumulation and logging, and make the output folder.
 
-    Raises `ValueError` when FSDP was asked for in a form whose checkpoints would be pickles.
+    Raises `ValueError` when FSDP was asked for in a form whose checkpoints would be pickles, and for accelerate's own
+    dynamo.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
         # PR_SET_PDEATHSIG: accelerate's launcher of one process dies of a signal and passes nothing on.
@@ -3029,7 +3096,7 @@ def stop_signals() -> list[signal.Signals]:
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[StopNotice]:
-    """Let a run stop where it asks `stop_is_asked`; outside of this a signal ends it as ever."""
+    """Let a run stop where it asks `stop_is_asked`; outside of this, signals do what they always do."""
     notice = StopNotice()
     before = {number: signal.signal(number, notice) for number in stop_signals()}
     try:
@@ -3137,11 +3204,10 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
             weight_decay=args.adam_weight_decay,
             fused=torch.cuda.is_available(),
         )
-    warmup_steps = args.lr_warmup_steps
-    if warmup_steps is None:
-        warmup_steps = min(100, max_steps // 20)
+    if args.lr_warmup_steps is None:
+        args.lr_warmup_steps = min(100, max_steps // 20)
     lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=max_steps
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_steps
     )
     transformer, optimizer, dataloader, lr_scheduler = accelerator.prepare(
         transformer, optimizer, dataloader, lr_scheduler
@@ -3358,7 +3424,7 @@ def main(args: argparse.Namespace, compute_loss: Callable = compute_loss) -> Non
         # 1. What can be refused is refused before anything is paid for
         wan = identify_wan(args)
         check_lora(args, wan)
-        check_output_dir(args)
+        check_output_dir(args, accelerator)
         repo_id = None
         if (args.push_to_hub or args.push_checkpoints_to_hub) and accelerator.is_main_process:
             repo_id = create_hub_repo(args)

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -285,7 +284,7 @@ def test_upload_that_was_left_out_follows_at_the_end(run, monkeypatch, tmp_path)
     """The network is busy with the first of four; in the end the last one is there, and the limit holds here."""
     uploaded, training_is_over = [], threading.Event()
 
-    def upload(repo_id, folder, stale):
+    def upload(repo_id, folder, own, limit):
         if not uploaded:
             training_is_over.wait()
         assert train_ltd.is_intact(folder)  # was not removed meanwhile
@@ -300,28 +299,44 @@ def test_upload_that_was_left_out_follows_at_the_end(run, monkeypatch, tmp_path)
     assert uploaded == ["checkpoint-1", "checkpoint-4"] and checkpoints(tmp_path / "run") == ["checkpoint-4"]
 
 
-def test_only_what_this_run_has_pushed_is_deleted_from_the_hub(run, monkeypatch, tmp_path):
-    """Before and after it is resumed, at which what it had pushed counts for the limit."""
-    there = {"notes.md"}  # of somebody else
+class Shelf:
+    """What is on the Hub's branch of checkpoints, by name."""
 
-    def now(upload, repo_id, folder, stale):
-        there.add(folder.name)
-        there.difference_update(stale)
-        done = Future()
-        done.set_result(None)
-        return done
+    def __init__(self, monkeypatch):
+        self.names = set()
+        monkeypatch.setattr(train_ltd, "create_hub_repo", lambda args: "tester/run")
+        monkeypatch.setattr(train_ltd, "hub_checkpoints", self.checkpoints)
+        monkeypatch.setattr(train_ltd.huggingface_hub, "upload_folder", self.upload)
+        monkeypatch.setattr(train_ltd.huggingface_hub, "delete_folder", self.delete)
 
-    def on_the_hub(repo_id):
-        return dict.fromkeys(sorted(name for name in there if name.startswith("checkpoint-")))
+    def checkpoints(self, repo_id):
+        return dict.fromkeys(sorted(self.names, key=train_ltd.checkpoint_step))
 
-    monkeypatch.setattr(train_ltd, "create_hub_repo", lambda args: "tester/run")
-    monkeypatch.setattr(train_ltd, "hub_checkpoints", on_the_hub)
-    monkeypatch.setattr(train_ltd.huggingface_hub, "run_as_future", now)
+    def upload(self, *, path_in_repo, **kwargs):
+        self.names.add(path_in_repo)
+
+    def delete(self, *, path_in_repo, **kwargs):
+        self.names.remove(path_in_repo)
+
+
+def test_only_what_this_run_has_pushed_is_deleted_from_the_hub(monkeypatch, tmp_path):
+    """By the limit, and what lies ahead after going back; never what was just uploaded, nor another run's."""
+    shelf = Shelf(monkeypatch)
+    shelf.names = {"checkpoint-1", "checkpoint-4", "checkpoint-5", "checkpoint-9"}
+    own = ["checkpoint-1", "checkpoint-4", "checkpoint-5", "checkpoint-3"]
+    train_ltd.upload_checkpoint("tester/run", tmp_path / "checkpoint-3", own, limit=1)
+    assert shelf.names == {"checkpoint-3", "checkpoint-9"}
+    train_ltd.upload_checkpoint("tester/run", tmp_path / "checkpoint-3", own, limit=1)
+    assert shelf.names == {"checkpoint-3", "checkpoint-9"}
+
+
+def test_a_resumed_run_counts_what_it_had_pushed(run, monkeypatch):
+    shelf = Shelf(monkeypatch)
     kwargs = STEPS | {"checkpoints_total_limit": 2, "push_checkpoints_to_hub": True, "lr_scheduler": "constant"}
     run(**kwargs)
-    assert there == {"checkpoint-2", "checkpoint-3", "notes.md"}
+    assert shelf.names >= {"checkpoint-3"} and len(shelf.names) <= 3
     run(**kwargs | {"max_train_steps": 5}, resume_from_checkpoint="latest")
-    assert there == {"checkpoint-4", "checkpoint-5", "notes.md"}
+    assert shelf.names >= {"checkpoint-5"} and len(shelf.names) == 2
 
 
 # --- Whole runs ------------------------------------------------------------------------------------------------------

@@ -293,3 +293,55 @@ def test_accelerates_own_dynamo_is_refused(run, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     with pytest.raises(ValueError, match="use --torch_compile"):
         run()
+
+
+# --- Nothing is lost -------------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_somebody_elses_does_no_harm(run, begun):
+    """A preview, a note, a file manager's own: what was written is whole."""
+    (begun / "checkpoint-2/Thumbs.db").write_bytes(b"pictures")
+    assert checkpoints(resume(run)) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_a_damaged_checkpoint_is_kept_aside(run):
+    folder = run(max_train_steps=3, checkpointing_steps=1, lr_scheduler="constant")
+    (folder / "checkpoint-3/optimizer.bin").write_bytes(b"damage")
+    run(max_train_steps=3, checkpointing_steps=1, lr_scheduler="constant", resume_from_checkpoint="latest")
+    (aside,) = folder.glob("checkpoint-3.damaged-*")
+    assert (aside / "optimizer.bin").read_bytes() == b"damage"
+    assert checkpoints(folder) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
+def test_no_intact_checkpoint_is_an_error_and_not_a_new_run(run, begun):
+    (begun / "checkpoint-2/optimizer.bin").write_bytes(b"damage")
+    with pytest.raises(ValueError, match=r"none of the checkpoints in .* is intact"):
+        resume(run)
+    assert (begun / "checkpoint-2").is_dir() and (begun / "metrics.jsonl").read_text()
+
+
+def test_a_checkpoint_that_lies_elsewhere_by_a_link(run, begun, tmp_path):
+    shutil.move(begun / "checkpoint-2", tmp_path / "big disk")
+    (begun / "checkpoint-2").symlink_to(tmp_path / "big disk")
+    resumed = resume(run, checkpoints_total_limit=1)
+    assert checkpoints(resumed) == ["checkpoint-3"] and [2, 3] == sorted(metrics(resumed))[-2:]
+    assert train_ltd.is_intact(tmp_path / "big disk")
+
+
+def test_finished_results_without_checkpoints_are_not_replaced_by_latest(run, begun):
+    shutil.rmtree(begun / "checkpoint-2")
+    before = (begun / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="holds the results of a finished run"):
+        resume(run)
+    assert (begun / "metrics.jsonl").read_text() == before
+
+
+def test_a_longer_run_does_not_warm_up_again(run):
+    kwargs = {"lr_scheduler": "constant_with_warmup", "checkpointing_steps": 20}
+    folder = run(max_train_steps=20, logging_steps=20, **kwargs)
+    resumed = run(
+        max_train_steps=100, max_train_hours=None, resume_from_checkpoint="latest", **kwargs | {"logging_steps": 1}
+    )
+    assert resumed == folder and metrics(resumed, "lr")[21] == 1e-2
+    saved = json.loads((folder / "checkpoint-100/settings.json").read_text())["settings"]["flags"]
+    assert saved["lr_warmup_steps"] == 1
