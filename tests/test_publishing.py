@@ -952,7 +952,7 @@ def fetch(token, repo_id, output_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["/revision/checkpoints", "HEAD .*/resolve/", "GET .*/resolve/"])
+@pytest.mark.parametrize("stage", ["/tree/checkpoints", "HEAD .*/resolve/", "GET .*/resolve/"])
 @pytest.mark.parametrize("fault", [429, 503, "cut", "lost"])
 def test_fetch_waits_out_passing_faults(hub, worker, tmp_path, stage, fault):
     """The newest that is intact: of checkpoint-3 the upload was cut short, checkpoint-2 is damaged."""

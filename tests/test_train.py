@@ -457,7 +457,7 @@ def test_sharded_weights_train_resume_and_publish_as_whole_ones(run, flags, tmp_
     kwargs |= {"learning_rate": 1e-3}  # Adam magnifies rounding by it
     kwargs |= {"checkpointing_steps": 2, "use_ema": True, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1}
     kwargs |= {"validation_fraction": 0.3, "eval_steps": 1, "max_eval_clips": 1, "validation_prompt": "a square"}
-    kwargs |= {"validation_steps": 100, "validation_num_inference_steps": 2}
+    kwargs |= {"validation_steps": 100, "validation_num_inference_steps": 2, "output_name": "wan"}
     whole, sharded, resumed = (tmp_path / name for name in ("whole", "sharded", "resumed"))
     result = launch(flags(output_dir=whole, **kwargs), processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
