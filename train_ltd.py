@@ -18,6 +18,7 @@ order of everything.
 Other programs may import these names: parse_args, build_accelerator, identify_wan, prepare_data, read_clip,
 encode_clip, cache_captions, LatentDataset, load_vae, load_transformer, add_lora, predict_flow, evaluate and main.
 `main(args, compute_loss=my_loss)` trains with another loss, which is called, and may call, as `compute_loss` below.
+This repository's own examples take a few more, which may change; tests/test_style.py lists them.
 """
 
 import argparse
