@@ -2850,7 +2850,7 @@ def model_card(
     body.append(f"## How to use\n\n```python\n{usage_code(args, repo_id)}\n```")
     if lora:
         body.append(
-            f"diffusers loads `{LORA_FILE}`. For ComfyUI and WanVideoWrapper, put "
+            f"diffusers, with peft 0.18 or newer, loads `{LORA_FILE}`. For ComfyUI and WanVideoWrapper, put "
             f"`{args.output_name}.safetensors` into `models/loras`, and not the file of diffusers: there it loads "
             "nothing, or half, without a message."
         )

@@ -121,3 +121,11 @@ def test_init_lora_clash_is_an_error(run, tmp_path):
         run(output_dir=tmp_path / "second", init_lora=lora, lora_alpha=2)
     with pytest.raises(ValueError, match="--lora_target_modules clashes"):
         run(output_dir=tmp_path / "second", init_lora=lora, lora_target_modules="to_q")
+
+
+def test_a_lora_without_tensors_is_an_error_wherever_it_is_saved(run, monkeypatch, tmp_path):
+    """At the first checkpoint, and not by a card of weights that are not there."""
+    monkeypatch.setattr(train_ltd, "gather_weights", lambda *args: {})
+    with pytest.raises(RuntimeError, match="the LoRA has no tensors"):
+        run(max_train_steps=1)
+    assert not (tmp_path / "run/README.md").exists() and train_ltd.list_checkpoints(tmp_path / "run") == []
