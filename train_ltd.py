@@ -2359,8 +2359,6 @@ def resume(run: "Run", args: argparse.Namespace) -> None:
     accelerator = run.accelerator
     asked = args.resume_from_checkpoint
     by_name = asked not in (None, "latest", "hub")
-    if asked == "hub" and run.checkpoint_repo:
-        fetch_checkpoint(run.checkpoint_repo, args.output_dir)
     candidates = []
     if by_name:
         candidates = [Path(asked)]
@@ -3425,10 +3423,13 @@ def main(args: argparse.Namespace, compute_loss: Callable = compute_loss) -> Non
         # 1. What can be refused is refused before anything is paid for
         wan = identify_wan(args)
         check_lora(args, wan)
-        check_output_dir(args, accelerator)
         repo_id = None
         if (args.push_to_hub or args.push_checkpoints_to_hub) and accelerator.is_main_process:
             repo_id = create_hub_repo(args)
+        if args.resume_from_checkpoint == "hub" and accelerator.is_main_process:
+            fetch_checkpoint(repo_id, args.output_dir)
+        accelerator.wait_for_everyone()
+        check_output_dir(args, accelerator)
 
         # 2. Data, model, optimizer
         run = set_up(args, accelerator, wan)

@@ -912,9 +912,9 @@ def test_publish_leaves_nothing_of_an_earlier_staging(hub, worker, outputs):
     assert set(hub.files("tester/clean")) == {".gitattributes", WEIGHTS, CARD, VIDEO}
 
 
-def upload(token, repo_id, folder, stale):
+def upload(token, repo_id, folder, own, limit):
     with hurried(token):
-        train_ltd.upload_checkpoint(repo_id, Path(folder), stale)
+        train_ltd.upload_checkpoint(repo_id, Path(folder), own, limit)
 
 
 @pytest.mark.slow
@@ -927,7 +927,9 @@ def test_old_checkpoints_are_deleted_once_the_new_one_is_there(hub, worker, outp
     folder = outputs.rename(outputs.with_name("checkpoint-4"))
     if fault:
         hub.fail("/commit/checkpoints", fault, times=2)
-    done = worker(upload, token=hub.token, repo_id=repo, folder=str(folder), stale=[f"checkpoint-{n}" for n in (7, 2)])
+    (folder / "SHA256SUMS").write_text("")
+    own = [f"checkpoint-{step}" for step in (2, 7, 4)]
+    done = worker(upload, token=hub.token, repo_id=repo, folder=str(folder), own=own, limit=1)
     assert done.error is None
     there = {name.split("/")[0] for name in hub.files(repo, "checkpoints")} - {".gitattributes"}
     assert there == {f"checkpoint-{step}" for step in (1, 3, 4, 1000)}
@@ -941,7 +943,8 @@ def test_nothing_is_deleted_while_the_new_checkpoint_is_not_there(hub, worker, o
     ]
     hub.fail("/commit/checkpoints", 403)
     folder = outputs.rename(outputs.with_name("checkpoint-4"))
-    worker(upload, token=hub.token, repo_id="tester/refusing", folder=str(folder), stale=["checkpoint-2"])
+    own = ["checkpoint-2", "checkpoint-4"]
+    worker(upload, token=hub.token, repo_id="tester/refusing", folder=str(folder), own=own, limit=1)
     assert "checkpoint-2/SHA256SUMS" in hub.files("tester/refusing", "checkpoints")
 
 
