@@ -164,6 +164,7 @@ LORA_DIALECTS = (
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MEDIA_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".gif", ".png", ".jpg", ".jpeg", ".webp"}
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 ARCHIVES = ("zip://", "tar://", "gzip://")
 PICTURE_FORMATS = ("_pipe", "image2")  # ends of FFmpeg's names of the formats of pictures
 # EXIF orientation -> `matrix` of `displayed_picture`
@@ -913,18 +914,21 @@ def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset
     video_column = args.video_column
     if video_column == "video" and "video" not in columns and "file_name" in columns:
         video_column = "file_name"
-    for flag, column in (("--video_column", video_column), ("--caption_column", args.caption_column)):
+    caption_column = args.caption_column
+    if caption_column not in columns:
+        caption_column = caption_column.split(".")[0]  # a field of it, which `read_captions` takes out
+    for flag, column in (("--video_column", video_column), ("--caption_column", caption_column)):
         if column not in columns:
             raise ValueError(f"{flag} {column}: there is no such column; the dataset has {', '.join(columns)}")
-    dataset = dataset.select_columns([video_column, args.caption_column])
+    dataset = dataset.select_columns([video_column, caption_column])
     if not args.streaming:
         feature = dataset.features[video_column]
         if isinstance(feature, datasets.Video | datasets.Image):
             dataset = dataset.cast_column(video_column, type(feature)(decode=False))
     if video_column != "video":
         dataset = dataset.rename_column(video_column, "video")
-    if args.caption_column != "text":
-        dataset = dataset.rename_column(args.caption_column, "text")
+    if caption_column != "text":
+        dataset = dataset.rename_column(caption_column, "text")
     return dataset, folder
 
 
@@ -946,6 +950,11 @@ def find_media(folder: Path, args: argparse.Namespace) -> list[Path]:
         for name in names:
             if not name.startswith(".") and Path(name).suffix.lower() in MEDIA_SUFFIXES:
                 found.append(Path(parent, name))
+    videos = {path.with_suffix("") for path in found if path.suffix.lower() not in PICTURE_SUFFIXES}
+    # A picture that is called as a video is its thumbnail.
+    found = [
+        path for path in found if path.suffix.lower() not in PICTURE_SUFFIXES or path.with_suffix("") not in videos
+    ]
     return sorted(found)
 
 
@@ -1431,7 +1440,19 @@ def stream_rows(dataset: datasets.IterableDataset, rank: int, world: int) -> Ite
 
 
 def read_captions(value: str | list | None, name: str, args: argparse.Namespace) -> list[str]:
-    """Return the captions of a row, with the trigger word: at least one, which may be empty."""
+    """Return the captions of a row, with the trigger word: at least one, which may be empty.
+
+    Raises `ValueError` for a column of fields of which `--caption_column` names none.
+    """
+    fields = args.caption_column.split(".")[1:]
+    while isinstance(value, dict) and fields and fields[0] in value:
+        value = value[fields.pop(0)]
+    if isinstance(value, dict):
+        names = ", ".join(value)
+        raise ValueError(
+            f"--caption_column {args.caption_column} holds the fields {names}: take one, such as "
+            f"--caption_column {args.caption_column.split('.')[0]}.{next(iter(value))}"
+        )
     values = value if isinstance(value, list) else [value]
     captions = []
     for text in values or [""]:
@@ -1561,9 +1582,15 @@ def usable_clips(args: argparse.Namespace, accelerator: Accelerator, split: str)
     if not clips or len(skipped) > args.max_skipped * count:
         examples = "; ".join(f"{video.name}: {video.reason}" for video in skipped[:3])
         message = f"{len(skipped)} of {count} videos cannot be used ({examples}; all in skipped.jsonl). "
-        lengths = [video.num_frames or 0 for video in skipped] + [args.num_frames] * (count - len(skipped))
+        pictures = [video for video in skipped if video.num_frames == 1]
+        if clips and pictures:
+            message += f"{len(pictures)} are pictures beside videos, which are trained apart from each other. "
+        lengths = [args.num_frames] * (count - len(skipped))
+        for video in skipped:
+            if not (clips and video in pictures):
+                lengths.append(video.num_frames or 0)
         lengths.sort(reverse=True)
-        length_of_most = lengths[math.ceil(0.9 * count) - 1] if lengths else 0
+        length_of_most = lengths[math.ceil(0.9 * len(lengths)) - 1] if lengths else 0
         if 0 < length_of_most < args.num_frames:
             message += f"--num_frames {(length_of_most - 1) // 4 * 4 + 1} would keep 90 % of them. "
         raise ValueError(f"{message}Repair them, or raise --max_skipped {args.max_skipped:g}.")

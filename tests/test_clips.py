@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -899,3 +900,38 @@ def test_captions_of_a_csv_are_words_as_written(prepare, originals, tmp_path):
 )
 def test_a_trigger_word_is_not_doubled(flags, caption, wanted):
     assert train_ltd.with_trigger(train_ltd.parse_args(flags(trigger_word="ohwx")), caption) == wanted
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+def test_a_column_of_fields_is_refused_with_its_names(prepare, originals, tmp_path):
+    """As the json of a webdataset is; a caption was `{'caption': ...}` once."""
+    folder = tmp_path / "data"
+    copy_clips(originals, folder)
+    rows = [{"video": str(folder / name), "json": {"caption": f"clip {name}", "score": 1}} for name in NAMES]
+    datasets.Dataset.from_list(rows).to_parquet(folder / "table.parquet")
+    kwargs = {"train_data_dir": folder / "table.parquet"}
+    with pytest.raises(ValueError, match=r"holds the fields caption, score: take one, such as .*json\.caption"):
+        prepare(**kwargs, caption_column="json")
+    clips, *_ = prepare(**kwargs, caption_column="json.caption")
+    assert [clip.captions for clip in clips] == [[f"clip {name}"] for name in NAMES]
+
+
+def test_a_picture_that_is_called_as_a_video_is_its_thumbnail(originals, flags, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.mp4").write_bytes((originals / NAMES[0]).read_bytes())
+        Image.fromarray(corners()).save(folder / f"{name}.jpg")
+        (folder / f"{name}.txt").write_text("a caption")
+    assert paired_names(folder, flags) == ["a.mp4", "b.mp4"]
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+def test_pictures_beside_videos_are_no_reason_for_one_frame(prepare, originals, tmp_path):
+    folder = tmp_path / "data"
+    copy_clips(originals, folder)
+    Image.fromarray(corners()).save(folder / "other.jpg")
+    write_metadata(folder, [{"file_name": name, "text": "a"} for name in [*NAMES, "other.jpg"]])
+    with pytest.raises(ValueError, match="1 are pictures beside videos") as error:
+        prepare(train_data_dir=folder)
+    assert "--num_frames 1 " not in str(error.value)
