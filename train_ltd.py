@@ -23,6 +23,7 @@ This repository's own examples take a few more, which may change; tests/test_sty
 
 import argparse
 import contextlib
+import csv
 import ctypes
 import difflib
 import functools
@@ -92,6 +93,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, LocalTokenNotFoundEr
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, httpx, validate_repo_id
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
+from PIL import ExifTags, Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -162,7 +164,20 @@ LORA_DIALECTS = (
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MEDIA_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".gif", ".png", ".jpg", ".jpeg", ".webp"}
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 ARCHIVES = ("zip://", "tar://", "gzip://")
+PICTURE_FORMATS = ("_pipe", "image2")  # ends of FFmpeg's names of the formats of pictures
+# EXIF orientation -> `matrix` of `displayed_picture`
+EXIF_MATRICES = {
+    1: (1, 0, 0, 1),
+    2: (-1, 0, 0, 1),
+    3: (-1, 0, 0, -1),
+    4: (1, 0, 0, -1),
+    5: (0, 1, 1, 0),
+    6: (0, 1, -1, 0),
+    7: (0, -1, -1, 0),
+    8: (0, -1, 1, 0),
+}
 TIME_TOLERANCE = 1e-3  # seconds; Matroska rounds presentation times to milliseconds
 MAX_PIXELS = 2**26  # of a picture, twice those of 8K: decoding more is refused
 MAX_SECONDS = 6 * 3600  # of a video of which more than its start is asked for
@@ -642,7 +657,11 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def with_trigger(args: argparse.Namespace, caption: str) -> str:
-    return prompt_clean(f"{args.trigger_word or ''} {caption}")
+    """Clean a caption as the stock pipeline does, after the trigger word, unless it has that already."""
+    trigger = args.trigger_word or ""
+    if trigger and re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
+        return prompt_clean(caption)
+    return prompt_clean(f"{trigger} {caption}")
 
 
 # --- 2. The Wan family -----------------------------------------------------------------------------------------------
@@ -857,7 +876,7 @@ def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset
         if (folder / name).is_file():
             table = folder / name
             break
-    pairs = folder.is_dir() and any(clip.with_suffix(".txt").is_file() for clip in find_media(folder))
+    pairs = folder.is_dir() and any(clip.with_suffix(".txt").is_file() for clip in find_media(folder, args))
     if folder == root and split != args.dataset_split and (table.is_file() or pairs):
         raise ValueError(
             f"--validation_split {split}: {root} has no such folder; --validation_fraction 0.1 needs none"
@@ -866,10 +885,17 @@ def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset
     if table.is_file():
         if table.suffix not in TABLE_BUILDERS:
             raise ValueError(f"--train_data_dir {table} is no folder and none of {', '.join(TABLE_BUILDERS)}")
-        dataset = datasets.load_dataset(TABLE_BUILDERS[table.suffix], data_files=str(table), split="train")
+        options = {}
+        if table.suffix == ".csv":
+            # As text: `None`, `007` and `3.10` are captions, and not what pandas makes of them.
+            with open(table, encoding="utf-8-sig", newline="") as file:
+                columns = next(csv.reader(file), [])
+            options["features"] = datasets.Features({column: datasets.Value("string") for column in columns})
+            options["keep_default_na"] = False
+        dataset = datasets.load_dataset(TABLE_BUILDERS[table.suffix], data_files=str(table), split="train", **options)
         folder = table.parent
     elif pairs:
-        return pair_clips_with_captions(folder), folder
+        return pair_clips_with_captions(folder, args), folder
     else:
         dataset = datasets.load_dataset(
             str(folder) if folder.is_dir() else args.dataset_name,
@@ -888,32 +914,54 @@ def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset
     video_column = args.video_column
     if video_column == "video" and "video" not in columns and "file_name" in columns:
         video_column = "file_name"
-    for flag, column in (("--video_column", video_column), ("--caption_column", args.caption_column)):
+    caption_column = args.caption_column
+    if caption_column not in columns:
+        caption_column = caption_column.split(".")[0]  # a field of it, which `read_captions` takes out
+    for flag, column in (("--video_column", video_column), ("--caption_column", caption_column)):
         if column not in columns:
             raise ValueError(f"{flag} {column}: there is no such column; the dataset has {', '.join(columns)}")
-    dataset = dataset.select_columns([video_column, args.caption_column])
+    dataset = dataset.select_columns([video_column, caption_column])
     if not args.streaming:
         feature = dataset.features[video_column]
         if isinstance(feature, datasets.Video | datasets.Image):
             dataset = dataset.cast_column(video_column, type(feature)(decode=False))
     if video_column != "video":
         dataset = dataset.rename_column(video_column, "video")
-    if args.caption_column != "text":
-        dataset = dataset.rename_column(args.caption_column, "text")
+    if caption_column != "text":
+        dataset = dataset.rename_column(caption_column, "text")
     return dataset, folder
 
 
-def find_media(folder: Path) -> Iterator[Path]:
-    """Find the videos and pictures in a folder, by their suffix."""
-    for path in folder.rglob("*"):
-        if path.suffix.lower() in MEDIA_SUFFIXES:
-            yield path
+def find_media(folder: Path, args: argparse.Namespace) -> list[Path]:
+    """Find the videos and pictures in a folder by their suffix, and in folders that it links to, each once.
+
+    Names that begin with a dot are a system's own; what this script has written into the folder is no data.
+    """
+    own = {os.path.realpath(args.output_dir), os.path.realpath(args.cache_dir)}
+    seen = set()
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen or real in own:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and Path(name).suffix.lower() in MEDIA_SUFFIXES:
+                found.append(Path(parent, name))
+    videos = {path.with_suffix("") for path in found if path.suffix.lower() not in PICTURE_SUFFIXES}
+    # A picture that is called as a video is its thumbnail.
+    found = [
+        path for path in found if path.suffix.lower() not in PICTURE_SUFFIXES or path.with_suffix("") not in videos
+    ]
+    return sorted(found)
 
 
-def pair_clips_with_captions(folder: Path) -> datasets.Dataset:
+def pair_clips_with_captions(folder: Path, args: argparse.Namespace) -> datasets.Dataset:
     """Read the community's layout: each clip beside a text file of the same name."""
     rows = []
-    for clip in sorted(find_media(folder)):
+    for clip in find_media(folder, args):
         caption = clip.with_suffix(".txt")
         try:
             text = caption.read_text(encoding="utf-8-sig")
@@ -1017,23 +1065,35 @@ def read_clip(
     return frames, crop_fraction, orientation_differs
 
 
-def video_stream(container) -> av.VideoStream:
+def open_video(source: str | bytes) -> av.container.InputContainer:
+    """Open a path, or bytes, for decoding. A title that is not UTF-8 is no reason to refuse a clip."""
+    return av.open(io.BytesIO(source) if isinstance(source, bytes) else source, metadata_errors="ignore")
+
+
+def video_stream(container: av.container.InputContainer) -> av.VideoStream:
     """Return the first video stream that is not the cover of a sound file. Raises `ClipError` when there is none."""
     if container.format.name in ("hls", "dash", "concat", "imf"):  # their entries may lead anywhere
         raise ClipError("a playlist is no video")
     for stream in container.streams.video:
         if stream.disposition & av.stream.Disposition.attached_pic:
             continue
-        if stream.width * stream.height > MAX_PIXELS:
-            raise ClipError(f"too large: {stream.width} x {stream.height} pixels")
+        if stream.codec_context is None:
+            raise ClipError("its codec is unknown")
+        check_pixels(stream.width, stream.height)
         stream.thread_type = "AUTO"
         return stream
     raise ClipError("no video stream")
 
 
+def check_pixels(width: float, height: float) -> None:
+    """Refuse a picture that would take gigabytes. Raises `ClipError`."""
+    if width * height > MAX_PIXELS:
+        raise ClipError(f"too large: {width:.0f} x {height:.0f} pixels")
+
+
 def video_seconds(source: str | bytes) -> float:
     """Measure a video by its packets: the container's own duration may be the sound's, or that of a longer file."""
-    with av.open(io.BytesIO(source) if isinstance(source, bytes) else source) as container:
+    with open_video(source) as container:
         stream = video_stream(container)
         if (container.duration or 0) / av.time_base > MAX_SECONDS:
             raise ClipError(f"too long: more than {MAX_SECONDS // 3600} hours")
@@ -1051,16 +1111,20 @@ def video_seconds(source: str | bytes) -> float:
 def frames_at(source: str | bytes, times: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the pictures `(H, W, 3)` uint8 on display at ascending times, in seconds after the first picture.
 
-    They are upright. Ends with the video, whether or not all times have come.
+    They are as a player shows them: upright, with square pixels. Ends with the video, whether or not all times have
+    come. Raises `ClipError` for a frame that the decoder marks as corrupt, or that is too large.
     """
     shown = None  # the picture on display since `start`
     start = 0.0
     origin = None  # presentation time of the first picture
     interval = 0.0  # how long the picture on display claims to last
     number = 0
-    with av.open(io.BytesIO(source) if isinstance(source, bytes) else source) as container:
+    with open_video(source) as container:
         stream = video_stream(container)
+        matrix = exif_matrix(source) if container.format.name.endswith(PICTURE_FORMATS) else None
         for index, frame in enumerate(itertools.chain(container.decode(stream), [None])):
+            if frame is not None and frame.is_corrupt:
+                raise ClipError("damaged: the decoder marks frames as corrupt")
             if frame is None:  # the last picture stays for its own duration; a still has none
                 end = start + max(interval, 2 * TIME_TOLERANCE)
             else:
@@ -1071,7 +1135,7 @@ def frames_at(source: str | bytes, times: np.ndarray) -> Iterator[np.ndarray]:
                     origin = float(presented)
                 end = float(presented) - origin
             while shown is not None and number < len(times) and times[number] < end - TIME_TOLERANCE:
-                yield np.rot90(shown.to_ndarray(format="rgb24"), k=round(shown.rotation / 90))
+                yield displayed_picture(shown, stream, matrix or display_matrix(shown))
                 number += 1
             if frame is None or number == len(times):
                 return
@@ -1080,12 +1144,63 @@ def frames_at(source: str | bytes, times: np.ndarray) -> Iterator[np.ndarray]:
             start = end
 
 
+def exif_matrix(source: str | bytes) -> tuple[int, int, int, int]:
+    """Return how a picture asks to be turned and mirrored, as `displayed_picture` takes it.
+
+    PyAV cannot read the side data of a frame that brings an EXIF block along.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        orientation = 1
+    return EXIF_MATRICES.get(orientation, EXIF_MATRICES[1])
+
+
+def display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+    """Return how a video asks to be turned and mirrored, as `displayed_picture` takes it."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return EXIF_MATRICES[1]
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    return a, b, c, d
+
+
+def displayed_picture(frame: av.VideoFrame, stream: av.VideoStream, matrix: tuple[int, int, int, int]) -> np.ndarray:
+    """Return a frame `(H, W, 3)` uint8 as a player shows it: with square pixels, turned and mirrored.
+
+    `matrix` is `(a, b, c, d)` of x' = a x + c y and y' = b x + d y, from the frame's axes to the display's.
+    """
+    pixel_aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
+    width = max(1, round(frame.width * pixel_aspect))
+    check_pixels(width, frame.height)
+    if width == frame.width:
+        picture = frame.to_ndarray(format="rgb24")
+    else:
+        square = frame.reformat(width=width, height=frame.height, interpolation="BICUBIC")
+        picture = square.to_ndarray(format="rgb24")
+    a, b, c, d = matrix
+    x_axis, y_axis = a, d
+    if abs(c) > abs(a):  # the axes trade places
+        picture = picture.swapaxes(0, 1)
+        x_axis, y_axis = c, b
+    if x_axis < 0:
+        picture = np.fliplr(picture)
+    if y_axis < 0:
+        picture = np.flipud(picture)
+    return picture
+
+
 def resize_and_crop(picture: np.ndarray, height: int, width: int) -> torch.Tensor:
-    """Resize a picture `(H, W, 3)` with antialiasing to cover the size, and keep the center: `(3, H, W)` uint8."""
+    """Resize a picture `(H, W, 3)` with antialiasing to cover the size, and keep the center: `(3, H, W)` uint8.
+
+    Raises `ClipError` for a picture so narrow that it would have to be huge to cover it.
+    """
     picture = torch.from_numpy(picture.copy()).permute(2, 0, 1)
     scale = max(height / picture.shape[1], width / picture.shape[2])
     covering_height = max(height, round(picture.shape[1] * scale))
     covering_width = max(width, round(picture.shape[2] * scale))
+    check_pixels(covering_width, covering_height)
     picture = F.interpolate(picture[None], (covering_height, covering_width), mode="bicubic", antialias=True)[0]
     top = (covering_height - height) // 2
     left = (covering_width - width) // 2
@@ -1325,7 +1440,19 @@ def stream_rows(dataset: datasets.IterableDataset, rank: int, world: int) -> Ite
 
 
 def read_captions(value: str | list | None, name: str, args: argparse.Namespace) -> list[str]:
-    """Return the captions of a row, with the trigger word: at least one, which may be empty."""
+    """Return the captions of a row, with the trigger word: at least one, which may be empty.
+
+    Raises `ValueError` for a column of fields of which `--caption_column` names none.
+    """
+    fields = args.caption_column.split(".")[1:]
+    while isinstance(value, dict) and fields and fields[0] in value:
+        value = value[fields.pop(0)]
+    if isinstance(value, dict):
+        names = ", ".join(value)
+        raise ValueError(
+            f"--caption_column {args.caption_column} holds the fields {names}: take one, such as "
+            f"--caption_column {args.caption_column.split('.')[0]}.{next(iter(value))}"
+        )
     values = value if isinstance(value, list) else [value]
     captions = []
     for text in values or [""]:
@@ -1455,9 +1582,15 @@ def usable_clips(args: argparse.Namespace, accelerator: Accelerator, split: str)
     if not clips or len(skipped) > args.max_skipped * count:
         examples = "; ".join(f"{video.name}: {video.reason}" for video in skipped[:3])
         message = f"{len(skipped)} of {count} videos cannot be used ({examples}; all in skipped.jsonl). "
-        lengths = [video.num_frames or 0 for video in skipped] + [args.num_frames] * (count - len(skipped))
+        pictures = [video for video in skipped if video.num_frames == 1]
+        if clips and pictures:
+            message += f"{len(pictures)} are pictures beside videos, which are trained apart from each other. "
+        lengths = [args.num_frames] * (count - len(skipped))
+        for video in skipped:
+            if not (clips and video in pictures):
+                lengths.append(video.num_frames or 0)
         lengths.sort(reverse=True)
-        length_of_most = lengths[math.ceil(0.9 * count) - 1] if lengths else 0
+        length_of_most = lengths[math.ceil(0.9 * len(lengths)) - 1] if lengths else 0
         if 0 < length_of_most < args.num_frames:
             message += f"--num_frames {(length_of_most - 1) // 4 * 4 + 1} would keep 90 % of them. "
         raise ValueError(f"{message}Repair them, or raise --max_skipped {args.max_skipped:g}.")

@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -36,7 +37,7 @@ from corpus import (
     write_numbered,
     write_video,
 )
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 import train_ltd
 
@@ -729,3 +730,208 @@ def test_split_that_does_not_exist(prepare, originals, tmp_path, source):
     data = SOURCES[source](originals, tmp_path / "data")
     with pytest.raises(ValueError, match="holdout"):
         prepare(**data, validation_split="holdout")
+
+
+# --- The clip that is trained is the clip that people see ------------------------------------------------------------
+
+
+def first_picture(path) -> np.ndarray:
+    return next(train_ltd.frames_at(str(path), np.zeros(1)))
+
+
+def corners(height: int = 40, width: int = 64) -> np.ndarray:
+    """A picture whose four quarters differ, so that each way to turn or mirror it shows."""
+    picture = np.zeros((height, width, 3), np.uint8)
+    picture[: height // 2, : width // 2] = 30
+    picture[: height // 2, width // 2 :] = 90
+    picture[height // 2 :, : width // 2] = 150
+    picture[height // 2 :, width // 2 :] = 210
+    return picture
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_all_eight_orientations_of_a_picture(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(corners()).save(tmp_path / "picture.jpg", exif=exif, quality=95)
+    with Image.open(tmp_path / "picture.jpg") as picture:
+        wanted = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    shown = first_picture(tmp_path / "picture.jpg")
+    assert shown.shape == wanted.shape
+    assert np.abs(shown.astype(int) - wanted).mean() < 2
+
+
+@pytest.mark.parametrize("options", [["-display_hflip"], ["-display_vflip"], ["-display_rotation", "90"]])
+def test_display_matrix_of_a_video(tmp_path, options):
+    """As ffmpeg itself shows it."""
+    write_video(tmp_path / "plain.mp4", [corners()] * 4)
+    ffmpeg(*options, "-i", tmp_path / "plain.mp4", "-c", "copy", tmp_path / "turned.mp4")
+    shown = first_picture(tmp_path / "turned.mp4")
+    height, width = shown.shape[:2]
+    wanted = ffmpeg_frames(tmp_path / "turned.mp4", height, width)[0].permute(1, 2, 0).numpy()
+    assert np.abs(shown.astype(int) - wanted).mean() < 1
+    assert np.abs(shown.astype(int).mean() - corners().mean()) < 2
+    assert not np.array_equal(shown, first_picture(tmp_path / "plain.mp4"))
+
+
+@pytest.mark.parametrize(("aspect", "shape"), [("16/9", (40, 114)), ("1/2", (40, 32))])
+def test_pixels_that_are_not_square(tmp_path, aspect, shape):
+    """The crop's statistics are those of the displayed size."""
+    write_video(tmp_path / "plain.mkv", [corners()] * 16)
+    ffmpeg("-i", tmp_path / "plain.mkv", "-vf", f"setsar={aspect}", tmp_path / "clip.mp4")
+    shown = first_picture(tmp_path / "clip.mp4")
+    assert shown.shape[:2] == shape
+    _, crop_fraction, _ = read(tmp_path / "clip.mp4")
+    scale = max(HEIGHT / shape[0], WIDTH / shape[1])
+    kept = HEIGHT * WIDTH / (scale**2 * shape[0] * shape[1])
+    assert crop_fraction == pytest.approx(1 - kept, abs=1e-6)
+    assert (
+        abs(shown[:20, : shape[1] // 2 - 4].mean() - 30) < 4 and abs(shown[24:, shape[1] // 2 + 4 :].mean() - 210) < 4
+    )
+
+
+def marks_of_damage(path) -> int:
+    """Count the frames that the decoder marks as corrupt; none when it does not get that far."""
+    try:
+        with av.open(str(path)) as container:
+            return sum(frame.is_corrupt for frame in container.decode(video=0))
+    except av.FFmpegError:
+        return 0
+
+
+def test_frames_that_the_decoder_marks_as_corrupt(tmp_path):
+    """A flipped byte that the container does not notice: the pictures are there, and wrong."""
+    frames = [frame for number in range(6) for frame in moving_square(number, frames=4, height=64, width=96)]
+    good = write_video(tmp_path / "good.mp4", frames)
+    read(good, num_frames=21)
+    data = good.read_bytes()
+    start = data.index(b"mdat") + 4
+    bad = tmp_path / "bad.mp4"
+    for position in range(start + 800, len(data), 53):
+        bad.write_bytes(data[:position] + bytes([data[position] ^ 0x55]) + data[position + 1 :])
+        if marks_of_damage(bad):
+            break
+    assert marks_of_damage(bad)
+    with pytest.raises(train_ltd.ClipError, match="damaged: the decoder marks frames as corrupt"):
+        read(bad, num_frames=21)
+
+
+def test_an_unknown_codec_is_one_clip_skipped(tmp_path):
+    good = write_numbered(tmp_path / "good.mp4", 16)
+    data = good.read_bytes()
+    assert data.count(b"avc1") >= 1
+    (tmp_path / "odd.mp4").write_bytes(data.replace(b"avc1", b"zz99"))
+    with pytest.raises((train_ltd.ClipError, av.FFmpegError)):
+        read(tmp_path / "odd.mp4")
+
+
+def test_a_title_that_is_not_utf8_is_no_reason_to_skip(tmp_path):
+    write_numbered(tmp_path / "plain.mp4", 16)
+    ffmpeg("-i", tmp_path / "plain.mp4", "-c", "copy", "-metadata", "title=TITLE", tmp_path / "titled.mp4")
+    data = (tmp_path / "titled.mp4").read_bytes()
+    (tmp_path / "latin1.mp4").write_bytes(data.replace(b"TITLE", b"caf\xe9s"))
+    assert torch.equal(read(tmp_path / "latin1.mp4")[0], read(tmp_path / "plain.mp4")[0])
+
+
+def test_a_picture_that_would_cover_gigabytes_is_skipped(tmp_path):
+    Image.new("RGB", (60000, 2)).save(tmp_path / "thin.png")
+    with pytest.raises(train_ltd.ClipError, match="too large"):
+        read(tmp_path / "thin.png", num_frames=1, height=480, width=832)
+
+
+def paired_names(folder, flags, **kwargs) -> list[str]:
+    args = train_ltd.parse_args(flags(train_data_dir=folder, **kwargs))
+    return [row["video"] for row in train_ltd.open_dataset(args, "train")[0]]
+
+
+def test_names_that_begin_with_a_dot_are_not_looked_at(originals, flags, tmp_path):
+    """macOS's `._*` and Jupyter's `.ipynb_checkpoints`."""
+    folder = tmp_path / "data"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    for path in (folder / "a.mp4", folder / "._a.mp4", folder / ".ipynb_checkpoints/b.mp4"):
+        path.write_bytes((originals / NAMES[0]).read_bytes())
+        path.with_suffix(".txt").write_bytes(b"a caption" if path.name == "a.mp4" else b"\xff\xfe")
+    assert paired_names(folder, flags) == ["a.mp4"]
+
+
+def test_what_a_run_wrote_into_the_data_is_no_data(originals, flags, tmp_path):
+    folder = tmp_path / "data"
+    (folder / "out/samples").mkdir(parents=True)
+    for path in (folder / "a.mp4", folder / "out/samples/step-000000-0.mp4"):
+        path.write_bytes((originals / NAMES[0]).read_bytes())
+        path.with_suffix(".txt").write_text("a caption")
+    assert paired_names(folder, flags, output_dir=folder / "out") == ["a.mp4"]
+
+
+def test_a_linked_folder_is_followed_once(originals, flags, tmp_path):
+    folder = tmp_path / "data"
+    other = tmp_path / "other disk"
+    folder.mkdir()
+    other.mkdir()
+    (other / "a.mp4").write_bytes((originals / NAMES[0]).read_bytes())
+    (other / "a.txt").write_text("a caption")
+    (folder / "linked").symlink_to(other)
+    (other / "back").symlink_to(folder)
+    (folder / "itself.mp4").symlink_to(folder / "itself.mp4")
+    (folder / "itself.txt").write_text("a caption")
+    assert paired_names(folder, flags) == ["itself.mp4", "linked/a.mp4"]
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+def test_captions_of_a_csv_are_words_as_written(prepare, originals, tmp_path):
+    folder = tmp_path / "data"
+    copy_clips(originals, folder)
+    texts = ["None", "NA", "007", "3.10"]
+    lines = [f"{name},{text}" for name, text in zip(NAMES, texts, strict=True)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,text", *lines]) + "\n")
+    clips, *_ = prepare(train_data_dir=folder)
+    assert [clip.captions for clip in clips] == [[text] for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("caption", "wanted"),
+    [
+        ("a dog", "ohwx a dog"),
+        ("ohwx a dog", "ohwx a dog"),
+        ("a dog, ohwx style", "a dog, ohwx style"),
+        ("ohwxy", "ohwx ohwxy"),
+        ("", "ohwx"),
+    ],
+)
+def test_a_trigger_word_is_not_doubled(flags, caption, wanted):
+    assert train_ltd.with_trigger(train_ltd.parse_args(flags(trigger_word="ohwx")), caption) == wanted
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+def test_a_column_of_fields_is_refused_with_its_names(prepare, originals, tmp_path):
+    """As the json of a webdataset is; a caption was `{'caption': ...}` once."""
+    folder = tmp_path / "data"
+    copy_clips(originals, folder)
+    rows = [{"video": str(folder / name), "json": {"caption": f"clip {name}", "score": 1}} for name in NAMES]
+    datasets.Dataset.from_list(rows).to_parquet(folder / "table.parquet")
+    kwargs = {"train_data_dir": folder / "table.parquet"}
+    with pytest.raises(ValueError, match=r"holds the fields caption, score: take one, such as .*json\.caption"):
+        prepare(**kwargs, caption_column="json")
+    clips, *_ = prepare(**kwargs, caption_column="json.caption")
+    assert [clip.captions for clip in clips] == [[f"clip {name}"] for name in NAMES]
+
+
+def test_a_picture_that_is_called_as_a_video_is_its_thumbnail(originals, flags, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.mp4").write_bytes((originals / NAMES[0]).read_bytes())
+        Image.fromarray(corners()).save(folder / f"{name}.jpg")
+        (folder / f"{name}.txt").write_text("a caption")
+    assert paired_names(folder, flags) == ["a.mp4", "b.mp4"]
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+def test_pictures_beside_videos_are_no_reason_for_one_frame(prepare, originals, tmp_path):
+    folder = tmp_path / "data"
+    copy_clips(originals, folder)
+    Image.fromarray(corners()).save(folder / "other.jpg")
+    write_metadata(folder, [{"file_name": name, "text": "a"} for name in [*NAMES, "other.jpg"]])
+    with pytest.raises(ValueError, match="1 are pictures beside videos") as error:
+        prepare(train_data_dir=folder)
+    assert "--num_frames 1 " not in str(error.value)
