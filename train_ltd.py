@@ -876,7 +876,10 @@ def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset
         if (folder / name).is_file():
             table = folder / name
             break
-    pairs = folder.is_dir() and any(clip.with_suffix(".txt").is_file() for clip in find_media(folder, args))
+    media = []
+    if folder.is_dir() and not table.is_file():
+        media = find_media(folder, args)
+    pairs = any(clip.with_suffix(".txt").is_file() for clip in media)
     if folder == root and split != args.dataset_split and (table.is_file() or pairs):
         raise ValueError(
             f"--validation_split {split}: {root} has no such folder; --validation_fraction 0.1 needs none"
@@ -895,7 +898,7 @@ def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset
         dataset = datasets.load_dataset(TABLE_BUILDERS[table.suffix], data_files=str(table), split="train", **options)
         folder = table.parent
     elif pairs:
-        return pair_clips_with_captions(folder, args), folder
+        return pair_clips_with_captions(media, folder), folder
     else:
         dataset = datasets.load_dataset(
             str(folder) if folder.is_dir() else args.dataset_name,
@@ -958,10 +961,10 @@ def find_media(folder: Path, args: argparse.Namespace) -> list[Path]:
     return sorted(found)
 
 
-def pair_clips_with_captions(folder: Path, args: argparse.Namespace) -> datasets.Dataset:
-    """Read the community's layout: each clip beside a text file of the same name."""
+def pair_clips_with_captions(clips: list[Path], folder: Path) -> datasets.Dataset:
+    """Read the community's layout: each of the `clips` in a folder beside a text file of the same name."""
     rows = []
-    for clip in find_media(folder, args):
+    for clip in clips:
         caption = clip.with_suffix(".txt")
         try:
             text = caption.read_text(encoding="utf-8-sig")
@@ -2427,32 +2430,34 @@ def check_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> None
     Settles `lr_warmup_steps` in `args`, whose default follows from how long the run was to be when it began.
     """
     asked = args.resume_from_checkpoint
-    current = {
-        "flags": published_settings(args),
-        "base": base_identity(args),
-        "samples_per_update": samples_per_update(args, accelerator),
-    }
-    from_elsewhere = True
     existing = list_checkpoints(args.output_dir)
-    first_of_another_run = 0
-    if asked in ("latest", "hub") and existing:
-        from_elsewhere = False
-        first_of_another_run = math.inf
-        with contextlib.suppress(json.JSONDecodeError):  # it is damaged, and `resume` will leave it out
-            compare_settings(existing[-1], current)
-            settle_warmup(args, existing[-1])
-    elif asked == "hub":
+    by_name = asked not in (None, "latest", "hub")
+    if asked == "hub" and not existing:
         return
-    elif asked and asked != "latest":
+    resumed = None
+    if by_name:
+        resumed = Path(asked)
+    elif asked and existing:
+        resumed = existing[-1]
+    from_elsewhere = True
+    first_of_another_run = 0 if by_name or not resumed else math.inf
+    if resumed:
+        current = {
+            "flags": published_settings(args),
+            "base": base_identity(args),
+            "samples_per_update": samples_per_update(args, accelerator),
+        }
+        from_elsewhere = resumed.parent.resolve() != Path(args.output_dir).resolve()
         try:
-            compare_settings(Path(asked), current)
+            compare_settings(resumed, current)
+            settle_warmup(args, resumed)
+            if by_name and not from_elsewhere:
+                first_of_another_run = read_checkpoint(resumed)["state"]["step"] + 1
         except json.JSONDecodeError as error:
-            raise ValueError(f"--resume_from_checkpoint {asked} is damaged; take an older one, or latest") from error
-        settle_warmup(args, Path(asked))
-        checkpoint = read_checkpoint(Path(asked))
-        from_elsewhere = Path(asked).parent.resolve() != Path(args.output_dir).resolve()
-        if not from_elsewhere:
-            first_of_another_run = checkpoint["state"]["step"] + 1
+            if by_name:  # else `resume` leaves the damaged one out
+                raise ValueError(
+                    f"--resume_from_checkpoint {asked} is damaged; take an older one, or latest"
+                ) from error
     others = [path.name for path in existing if checkpoint_step(path.name) >= first_of_another_run]
     if others and not args.overwrite_output_dir:
         raise ValueError(
