@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Fine-tune Wan2.1 text-to-video with the Latent Temporal Discrepancy (LTD) loss, as a LoRA or in full.
+"""Fine-tune Wan text-to-video with the Latent Temporal Discrepancy (LTD) loss, as a LoRA or in full.
+
+It trains Wan2.1 (1.3B, 14B) and Wan2.2 (TI2V-5B, and T2V-A14B one `--expert` a run).
 
 A LoRA of the 1.3B model on one GPU, from a folder of `clip.mp4` + `clip.txt` pairs or one with a `metadata.jsonl`:
 
@@ -121,14 +123,11 @@ ATTENTION_OPERATORS = (
     "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_fused_attention_overrideable",
 )
-# Keys of the configurations of models that this script does not train, and whose they are
-UNSUPPORTED_CONFIGS = {
-    "transformer_2": "Wan2.2",
-    "boundary_ratio": "Wan2.2",
-    "expand_timesteps": "Wan2.2",
-    "image_dim": "I2V",
-}
-UNSUPPORTED_KEYS = "img_emb|k_img|vace_|control_adapter"  # the same check, for keys of single files
+# Where a pipeline has its transformer, by `--expert`: Wan2.2 T2V-A14B has one for high noise and one for low noise
+SUBFOLDERS = {None: "transformer", "high": "transformer", "low": "transformer_2"}
+OTHER_EXPERT = {"high": "low", "low": "high"}
+EXPERT_IN_NAME = re.compile(r"(high|low)[-_ ]?noise", re.IGNORECASE)  # as files of LoRAs are called
+UNSUPPORTED_KEYS = "img_emb|k_img|vace_|control_adapter"  # of single files of models that this script does not train
 # diffusers' names -> those of the original Wan code, which ComfyUI expects; applied in this order
 ORIGINAL_NAMES = {
     "attn1.to_out.0": "self_attn.o",
@@ -205,7 +204,7 @@ CUT_RATIO = 4.0  # a gap this many times the clip's median gap is taken for a ha
 
 # Training
 SIGMA_DRAWS = 1024
-EVAL_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+EVAL_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of held-out errors, as shares of the range that is trained
 MAX_BAD_STEPS = 10
 STRIP_FRAMES = 8  # of a sample in tensorboard
 STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")  # spot notice, Slurm, Ctrl-C, a closed terminal
@@ -217,7 +216,7 @@ PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 MAX_FILE_NAME = 200  # bytes; file systems take 255
 SUMS_FILE = "SHA256SUMS"  # in a checkpoint, as `sha256sum -c` reads it
-CHECKPOINT_BRANCH = "checkpoints"  # of the Hub's repository
+CHECKPOINT_BRANCH = "checkpoints"  # of the Hub's repository; experts have one each, with -high and -low
 WRAPPERS = (RuntimeError, LocalEntryNotFoundError)  # around errors that the Hub's client met
 HUB_ERRORS = (HfHubHTTPError, httpx.HTTPError, ConnectionError, *WRAPPERS)
 PASSING = (429, *range(500, 600))  # HTTP states worth another try
@@ -228,6 +227,7 @@ CARD_SETTINGS = (
     "pretrained_model_name_or_path",
     "transformer_path",
     "init_lora",
+    "expert",
     "train_type",
     "quantization",
     "rank",
@@ -381,6 +381,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--variant", help="variant of its weight files, such as fp16")
     add("--transformer_path", help="other transformer: diffusers folder, Hub id, .safetensors in original Wan keys")
     add("--init_lora", help="go on training this LoRA (file, folder or Hub id; keys of diffusers, ComfyUI and others)")
+    add("--expert", choices=["high", "low"], help="the one of Wan2.2 T2V-A14B's two transformers to train: for high"
+        " noise (layout and motion) or for low noise (detail); samples use both")
     add("--train_type", choices=["lora", "full"], default="lora", help="train an adapter, or all weights of the DiT")
     add("--quantization", choices=["int8", "nf4"],
         help="a LoRA's frozen base in 8 bits by torchao, in 4 by bitsandbytes (on a GPU); use checkpointing too")
@@ -400,10 +402,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--video_column", default="video", help="column of the clips: paths, embedded bytes, or a Video feature")
     add("--caption_column", default="text", help="captions: a string, or a list of which one is drawn per epoch")
     add("--trigger_word", help="put before every caption and validation prompt; the card's instance_prompt")
-    add("--height", type=int, default=480, help="pixels, a multiple of 16; clips are resized to cover, then cropped")
-    add("--width", type=int, default=832, help="pixels, a multiple of 16")
-    add("--num_frames", type=int, default=81, help="frames of a clip, 4k+1; 1 trains on images")
-    add("--fps", type=positive_float, default=16.0, help="frames a second that clips are sampled at; Wan's rate is 16")
+    add("--height", type=int, help="pixels, a multiple of 16, or of 32 for TI2V-5B; clips are resized to cover, then"
+        " cropped (defaults of size and rate: 832x480, 81 frames at 16 a second; TI2V-5B 1280x704, 121 at 24: those of"
+        " Wan's own configurations)")
+    add("--width", type=int, help="pixels, a multiple of the same")
+    add("--num_frames", type=int, help="frames of a clip, 4k+1; 1 trains on images")
+    add("--fps", type=positive_float, help="frames a second that clips are sampled at")
     add("--clips_per_video", type=positive_int, default=1, help="windows of a long video, evenly spread; 1: its start")
     add("--max_skipped", type=share, default=0.1, help="stop when more than this share of the videos is unusable")
     add("--caption_dropout", type=share, default=0.1, help="share of samples with an empty caption; guidance needs it")
@@ -420,7 +424,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weighting_scheme", choices=["none", "logit_normal"], default="logit_normal", help="density of timesteps")
     add("--flow_shift", type=positive_float, default=3.0, help="shift of training sigmas; 3: motion, 1: detail")
     add("--min_sigma", type=float, default=0.0, help="train on noise levels from here, 0 is clean,")
-    add("--max_sigma", type=float, default=1.0, help="to here, 1 is pure noise")
+    add("--max_sigma", type=float, default=1.0, help="to here, 1 is pure noise; an expert has its own range within")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--train_batch_size", type=positive_int, default=1, help="clips a device and micro-batch; one fills a GPU")
@@ -463,7 +467,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("Hub (log in with `hf auth login` or HF_TOKEN)").add_argument
     add("--push_to_hub", action=switch, default=False, help="create the repository first, upload to it at the end")
-    add("--push_checkpoints_to_hub", action=switch, default=False, help="in the background, to the branch checkpoints")
+    add("--push_checkpoints_to_hub", action=switch, default=False,
+        help="in the background, to the branch checkpoints, or checkpoints-high and checkpoints-low of experts")
     add("--hub_model_id", help="repository, user/name (default: the name of the output folder)")
     add("--hub_private_repo", action=switch, default=False, help="create it private")
     add("--license", default="apache-2.0", help="for the card; apache-2.0 is Wan2.1's, your clips may ask for another")
@@ -608,8 +613,6 @@ def check_args(args: argparse.Namespace) -> None:
         problems.append(
             f"--min_sigma {args.min_sigma} and --max_sigma {args.max_sigma}: 0 <= min < max <= 1 is needed"
         )
-    elif len(draw_sigmas(args, torch.Generator().manual_seed(0))) < 0.02 * SIGMA_DRAWS:
-        problems.append("--min_sigma, --max_sigma leave under 2 % of the timesteps: widen them, or use --flow_shift")
 
     # Machine and packages
     packages = []
@@ -667,36 +670,45 @@ def with_trigger(args: argparse.Namespace, caption: str) -> str:
 # --- 2. The Wan family -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Wan:
-    """What differs between the models of the Wan family. Read from their configs, never guessed from a name.
+    """What differs between the models of the Wan family. Read from their configs, never guessed from a name."""
 
-    Today that is Wan2.1 text-to-video alone. Another model comes in as a field here that `identify_wan` fills in, in
-    place of its line in `UNSUPPORTED_CONFIGS`, and as a branch on that field in `encode_clip` or `predict_flow`.
-    """
-
-    subfolder: str  # of the pipeline's folder, where the transformer is
+    subfolder: str  # of the pipeline's folder, where the transformer to train is
+    boundary_ratio: float | None  # the sigma from which on the pipeline samples with its expert for high noise
+    sigma_range: tuple[float, float]  # (0, 1), or the share of the chosen expert
+    timestep_per_token: bool  # TI2V-5B's pipeline gives each token a timestep; for text all are equal, and one serves
+    architecture: str  # "wan2.1" or "wan2.2", for the metadata of files
     scheduler: str  # class of the pipeline's own scheduler, by which samples are made
     size_multiple: int  # of height and width, in pixels: what one token covers
     frame_multiple: int  # a clip has a multiple of this many frames, and one more
+    defaults: "Bucket"  # what Wan's own configuration samples
+    fps: float  # at this rate
 
 
 def identify_wan(args: argparse.Namespace) -> Wan:
     """Read the configurations of the base and of `--transformer_path`, before anything big is downloaded.
 
-    Raises `ValueError` for what is no Wan2.1 text-to-video model, by the name of what gives it away, for what cannot
-    be read, and for a size that the model cannot make.
+    Settles in `args` what has its default from the model: `height`, `width`, `num_frames`, `fps`, and the range of
+    `min_sigma` and `max_sigma`. Raises `ValueError` for what is no Wan text-to-video model, by the name of what gives
+    it away, for what cannot be read, for a wrong `--expert`, and for a size that the model cannot make.
     """
     base = args.pretrained_model_name_or_path
     path = args.transformer_path
+    subfolder = SUBFOLDERS[args.expert]
     keys = []
+    patch_shape = None
     try:
         index = WanPipeline.load_config(base, revision=args.revision)
         transformer = WanTransformer3DModel.load_config(base, subfolder="transformer", revision=args.revision)
+        vae = AutoencoderKLWan.load_config(base, subfolder="vae", revision=args.revision)
         configs = [index, transformer]
         if path and path.endswith(".safetensors"):
             with safe_open(path, framework="pt") as file:
                 keys = list(file.keys())
+                for key in keys:
+                    if key.endswith("patch_embedding.weight"):
+                        patch_shape = tuple(file.get_slice(key).get_shape())
         elif path:
-            configs.append(WanTransformer3DModel.load_config(path, subfolder=transformer_subfolder(path)))
+            configs.append(WanTransformer3DModel.load_config(path, subfolder=transformer_subfolder(path, subfolder)))
     except (OSError, SafetensorError, *HUB_ERRORS) as error:
         raise ValueError(f"--pretrained_model_name_or_path {base} or --transformer_path {path}: {error}") from error
 
@@ -704,25 +716,84 @@ def identify_wan(args: argparse.Namespace) -> Wan:
     for config in configs:
         if config["_class_name"] not in ("WanPipeline", "WanTransformer3DModel"):
             unsupported.append(f"the class {config['_class_name']}")
-        for key, family in UNSUPPORTED_CONFIGS.items():
-            if config.get(key) not in (None, False, [None, None]):
-                unsupported.append(f"{family}'s {key}")
+        if config.get("image_dim"):
+            unsupported.append("I2V's image_dim")
         if config.get("in_channels") != config.get("out_channels"):
             unsupported.append("I2V's in_channels")
+    for config in configs[1:]:
+        if config["in_channels"] != transformer["in_channels"]:
+            unsupported.append(f"{config['in_channels']} channels for the base's {transformer['in_channels']}")
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    expected = (width, transformer["in_channels"], *transformer["patch_size"])
+    if patch_shape and patch_shape != expected:
+        unsupported.append(f"patch_embedding.weight of shape {patch_shape}, for the base's {expected}")
     if unsupported:
         names = " or ".join(name for name in (base, path) if name)
         raise ValueError(
-            f"{names} is no Wan2.1 text-to-video model, all that this script trains: it has {unsupported[0]}"
+            f"{names} is no Wan text-to-video model that this script trains (Wan2.1, Wan2.2 T2V-A14B and TI2V-5B): it "
+            f"has {unsupported[0]}"
         )
-    vae = AutoencoderKLWan.load_config(base, subfolder="vae", revision=args.revision)
+
+    # A Wan2.1 that was converted anew may carry a boundary without a second transformer.
+    boundary_ratio = None
+    if index.get("transformer_2") not in (None, [None, None]):
+        boundary_ratio = index.get("boundary_ratio")
+    if boundary_ratio and not args.expert:
+        raise ValueError(f"{base} has two experts, and a run trains one: give --expert high or --expert low")
+    if args.expert and not boundary_ratio:
+        raise ValueError(f"--expert {args.expert}: {base} has one transformer alone; leave the flag out")
+    sigma_range = (0.0, 1.0)
+    if args.expert == "high":
+        sigma_range = (boundary_ratio, 1.0)
+    elif args.expert == "low":
+        sigma_range = (0.0, boundary_ratio)
+    architecture = "wan2.2" if boundary_ratio else "wan2.1"
+    defaults = Bucket(frames=81, height=480, width=832)
+    fps = 16.0
+    if vae.get("scale_factor_spatial", 8) == 16:
+        # Wan2.2's VAE of stronger compression, for which alone Wan has a configuration of 24 frames a second.
+        architecture = "wan2.2"
+        defaults = Bucket(frames=121, height=704, width=1280)
+        fps = 24.0
     wan = Wan(
-        subfolder="transformer",
+        subfolder=subfolder,
+        boundary_ratio=boundary_ratio,
+        sigma_range=sigma_range,
+        timestep_per_token=bool(index.get("expand_timesteps")),
+        architecture=architecture,
         scheduler=index["scheduler"][1],
         size_multiple=vae.get("scale_factor_spatial", 8) * transformer["patch_size"][1],
         frame_multiple=vae.get("scale_factor_temporal", 4),
+        defaults=defaults,
+        fps=fps,
     )
+    settle_defaults(args, wan)
     check_size(args, wan)
     return wan
+
+
+def settle_defaults(args: argparse.Namespace, wan: Wan) -> None:
+    """Fill in what the flags leave to the model, and narrow the noise levels to those of the expert.
+
+    Raises `ValueError` when no noise level, or hardly any, is left to train on.
+    """
+    defaults = {
+        "num_frames": wan.defaults.frames,
+        "height": wan.defaults.height,
+        "width": wan.defaults.width,
+        "fps": wan.fps,
+    }
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    lowest, highest = wan.sigma_range
+    args.min_sigma = max(args.min_sigma, lowest)
+    args.max_sigma = min(args.max_sigma, highest)
+    if len(draw_sigmas(args, torch.Generator().manual_seed(0))) < 0.02 * SIGMA_DRAWS:
+        of_expert = f", within {lowest:g} to {highest:g} of the {args.expert} expert," if args.expert else ""
+        raise ValueError(
+            f"--min_sigma, --max_sigma{of_expert} leave under 2 % of the timesteps: widen them, or use --flow_shift"
+        )
 
 
 def check_size(args: argparse.Namespace, wan: Wan) -> None:
@@ -740,13 +811,13 @@ def check_size(args: argparse.Namespace, wan: Wan) -> None:
         )
 
 
-def transformer_subfolder(path: str) -> str | None:
-    """Find where `path` has its transformer: a pipeline, or a fine-tune of this script, has it in a subfolder."""
+def transformer_subfolder(path: str, subfolder: str) -> str | None:
+    """Return `subfolder` if `path` is a pipeline, or a fine-tune of this script, and `None` if it is a bare model."""
     try:
-        WanTransformer3DModel.load_config(path, subfolder="transformer")
+        WanTransformer3DModel.load_config(path, subfolder=subfolder)
     except OSError:
         return None
-    return "transformer"
+    return subfolder
 
 
 def load_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKLWan:
@@ -802,7 +873,10 @@ def load_transformer(args: argparse.Namespace, wan: Wan) -> WanTransformer3DMode
         )
     elif path:
         transformer = WanTransformer3DModel.from_pretrained(
-            path, subfolder=transformer_subfolder(path), dtype=dtype, quantization_config=quantization_config
+            path,
+            subfolder=transformer_subfolder(path, wan.subfolder),
+            dtype=dtype,
+            quantization_config=quantization_config,
         )
     else:
         transformer = WanTransformer3DModel.from_pretrained(
@@ -833,7 +907,7 @@ def predict_flow(
     """Predict the flow `noise - latents` at `noisy_latents` `(B, C, F, H, W)`; returns the same shape.
 
     Of `batch` it reads `sigmas` `(B,)` and `prompt_embeds` `(B, 512, D)`. The model's timestep is 1000 times sigma.
-    Wan2.1 asks nothing of `wan`; models that take an image do.
+    Text-to-video asks nothing of `wan`: one timestep a sample serves TI2V-5B too. Models that take an image do.
     """
     return transformer(
         hidden_states=noisy_latents,
@@ -1547,6 +1621,7 @@ def cache_captions(args: argparse.Namespace, accelerator: Accelerator, captions:
             variant=args.variant,
             dtype=dtype,
             transformer=None,
+            transformer_2=None,
             vae=None,
         ).to(accelerator.device)
         mine = missing[accelerator.process_index :: accelerator.num_processes]
@@ -1814,7 +1889,7 @@ def check_lora(args: argparse.Namespace, wan: Wan) -> None:
         return
     path = args.transformer_path
     if path and not path.endswith(".safetensors"):
-        config = WanTransformer3DModel.load_config(path, subfolder=transformer_subfolder(path))
+        config = WanTransformer3DModel.load_config(path, subfolder=transformer_subfolder(path, wan.subfolder))
     else:
         config = WanTransformer3DModel.load_config(
             args.pretrained_model_name_or_path, subfolder=wan.subfolder, revision=args.revision
@@ -1893,7 +1968,7 @@ def init_weights(transformer: WanTransformer3DModel, args: argparse.Namespace) -
     cannot be used, or has several ranks.
     """
     try:
-        layers = read_lora(args.init_lora, transformer)
+        layers = read_lora(args.init_lora, transformer, args.expert)
     except ValueError as error:
         raise ValueError(f"--init_lora {error}") from error
     ranks = sorted({len(layer.down) for layer in layers.values()})
@@ -1912,17 +1987,20 @@ def init_weights(transformer: WanTransformer3DModel, args: argparse.Namespace) -
     return state_dict, {"rank": ranks[0], "lora_alpha": alpha, "lora_target_modules": sorted(layers)}
 
 
-def read_lora(name: str, transformer: torch.nn.Module) -> dict[str, LoraLayer]:
+def read_lora(name: str, transformer: torch.nn.Module, expert: str | None = None) -> dict[str, LoraLayer]:
     """Read the LoRA `name`, a file, folder or Hub id, by diffusers' names of the layers of `transformer`.
 
     It starts from the file's own keys, for diffusers' converters drop some of them in silence. Raises `ValueError`,
-    one line that names the dialects that work, for everything that is no plain LoRA of this model.
+    one line that names the dialects that work, for everything that is no plain LoRA of this model, or of this expert.
     """
     try:
-        weights, config = find_lora(name)
+        weights, config = find_lora(name, expert)
         with safe_open(weights, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-            text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+            metadata = file.metadata() or {}
+        if expert:
+            check_expert(weights, metadata, expert)
+        text = metadata.get("lora_adapter_metadata", "{}")
         if config:
             text = config.read_text(encoding="utf-8")
         return lora_from_tensors(tensors, json.loads(text), transformer)
@@ -1931,8 +2009,21 @@ def read_lora(name: str, transformer: torch.nn.Module) -> dict[str, LoraLayer]:
         raise ValueError(f"{name} cannot be used: {reason}. LoRA files that work: {LORA_DIALECTS}.") from error
 
 
-def find_lora(name: str) -> tuple[Path, Path | None]:
-    """Find the weights of a LoRA, and the configuration beside them when they are peft's.
+def check_expert(weights: Path, metadata: dict[str, str], expert: str) -> None:
+    """Refuse the LoRA of the other expert, which loads without a message and spoils what it samples.
+
+    Its metadata say whose it is, or its name does. Raises `ValueError`.
+    """
+    named = EXPERT_IN_NAME.search(weights.name)
+    of = metadata.get("expert") or (named and named[1].lower())
+    if not of:
+        logger.info(f"{weights.name} names no expert: it is taken for one of the {expert} expert")
+    elif of != expert:
+        raise ValueError(f"{weights.name} is of the {of} expert, and the {expert} one is to take it")
+
+
+def find_lora(name: str, expert: str | None = None) -> tuple[Path, Path | None]:
+    """Find the weights of a LoRA, of `expert` if there are both, and peft's configuration if that is beside them.
 
     Downloads both when `name` is a Hub id. Raises `ValueError` when there are none, or several to choose from.
     """
@@ -1952,7 +2043,7 @@ def find_lora(name: str) -> tuple[Path, Path | None]:
         except HUB_ERRORS as error:
             raise ValueError(f"it is no path, and no repository of the Hub that can be read: {error}") from error
     candidates = [file for file in names if file.endswith(".safetensors") and "/" not in file]
-    for usual in (LORA_FILE, PEFT_FILE):
+    for usual in (lora_file(expert), lora_file(OTHER_EXPERT.get(expert)), LORA_FILE, PEFT_FILE):
         if usual in candidates:
             candidates = [usual]
     if len(candidates) != 1:
@@ -2067,12 +2158,20 @@ def comfyui_state_dict(state_dict: dict[str, torch.Tensor], rank: int, alpha: fl
     return converted
 
 
+def lora_file(expert: str | None) -> str:
+    """Return the name of the file that diffusers loads: one an expert, for it can load one into each."""
+    if not expert:
+        return LORA_FILE
+    return LORA_FILE.replace(".", f"_{expert}_noise.")
+
+
 def comfyui_file(folder: Path, args: argparse.Namespace) -> Path:
-    """Return the file in a folder that is for ComfyUI."""
-    return folder / f"{args.output_name}.safetensors"
+    """Return the file in a folder that is for ComfyUI, where each expert has a loader of its own."""
+    suffix = f"_{args.expert}_noise" if args.expert else ""
+    return folder / f"{args.output_name}{suffix}.safetensors"
 
 
-def file_metadata(args: argparse.Namespace, step: int) -> dict[str, str]:
+def file_metadata(wan: Wan, args: argparse.Namespace, step: int) -> dict[str, str]:
     """Describe the weights in the fields that ComfyUI and galleries of models show; no path gets into them."""
     settings = published_settings(args)
     base = settings["transformer_path"] or settings["pretrained_model_name_or_path"]
@@ -2082,14 +2181,14 @@ def file_metadata(args: argparse.Namespace, step: int) -> dict[str, str]:
     metadata = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "wan2.1",
-        "modelspec.implementation": "https://github.com/Wan-Video/Wan2.1",
+        "modelspec.architecture": wan.architecture,
+        "modelspec.implementation": f"https://github.com/Wan-Video/{wan.architecture.capitalize()}",
         "modelspec.title": args.output_name,
         "modelspec.description": f"Trained by train_ltd.py on {base}, {step} steps, loss {loss}",
         "modelspec.resolution": f"{args.width}x{args.height}",
         "modelspec.license": args.license,
         "ss_output_name": args.output_name,
-        "ss_base_model_version": "wan2.1",
+        "ss_base_model_version": wan.architecture,
         "ss_sd_model_name": base,
         "ss_steps": str(step),
         "ss_learning_rate": str(args.learning_rate),
@@ -2097,6 +2196,9 @@ def file_metadata(args: argparse.Namespace, step: int) -> dict[str, str]:
         "ss_loss_type": args.loss,
         "ss_training_comment": f"loss {loss}",
     }
+    if args.expert:
+        metadata["expert"] = args.expert
+        metadata["modelspec.description"] += f", {args.expert}-noise expert"
     if args.trigger_word:
         metadata["modelspec.trigger_phrase"] = args.trigger_word
     if args.train_type == "lora":
@@ -2107,18 +2209,22 @@ def file_metadata(args: argparse.Namespace, step: int) -> dict[str, str]:
     return metadata
 
 
-def lora_metadata(transformer: WanTransformer3DModel) -> dict:
-    """Return what diffusers needs to know of the adapter.
+def lora_metadata(transformer: WanTransformer3DModel, args: argparse.Namespace) -> dict[str, str]:
+    """Return what diffusers needs to know of the adapter, in its own form, and whose expert it is.
 
-    The rest of peft's configuration stays out: an older peft refuses the fields that it does not know.
+    Without the alpha every user would have to know the scale. The rest of peft's configuration stays out: an older
+    peft refuses the fields that it does not know.
     """
     config = transformer.peft_config["default"].to_dict()
     defaults = LoraConfig().to_dict()
-    metadata = {}
+    adapter = {}
     for name, value in config.items():
         if name in ("r", "lora_alpha", "target_modules") or value != defaults[name]:
-            metadata[name] = value
-    metadata["target_modules"] = sorted(metadata["target_modules"])
+            adapter[f"transformer.{name}"] = value
+    adapter["transformer.target_modules"] = sorted(adapter["transformer.target_modules"])
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(adapter, indent=2, sort_keys=True)}
+    if args.expert:
+        metadata["expert"] = args.expert
     return metadata
 
 
@@ -2133,23 +2239,23 @@ def gather_weights(
     return state_dict
 
 
-def save_weights(
-    accelerator: Accelerator, transformer: torch.nn.Module, folder: Path, args: argparse.Namespace, step: int
-) -> None:
-    """Write what others load, called by all ranks: a LoRA for diffusers and for ComfyUI, or `transformer/`."""
-    state_dict = gather_weights(accelerator, transformer, args)
-    if not accelerator.is_main_process:
+def save_weights(run: "Run", folder: Path, args: argparse.Namespace) -> None:
+    """Write what others load, called by all ranks: a LoRA for diffusers and for ComfyUI, or the transformer."""
+    state_dict = gather_weights(run.accelerator, run.transformer, args)
+    if not run.accelerator.is_main_process:
         return
-    model = accelerator.unwrap_model(transformer)
+    model = run.accelerator.unwrap_model(run.transformer)
     folder.mkdir(parents=True, exist_ok=True)
     if args.train_type == "lora":
         if not state_dict:
             raise RuntimeError("the LoRA has no tensors: report this, with your command line")
-        # diffusers reads alpha from the file's metadata: without it, every user would have to know the scale.
-        WanPipeline.save_lora_weights(folder, state_dict, transformer_lora_adapter_metadata=lora_metadata(model))
-        set_mode(folder / LORA_FILE)
+        name = lora_file(args.expert)
+        # With a function of our own, for diffusers' writes no metadata but the adapter's.
+        save_function = functools.partial(save_file, metadata=lora_metadata(model, args))
+        WanPipeline.save_lora_weights(folder, state_dict, weight_name=name, save_function=save_function)
+        set_mode(folder / name)
         comfyui = comfyui_state_dict(state_dict, args.rank, args.lora_alpha)
-        save_file(comfyui, comfyui_file(folder, args), file_metadata(args, step))
+        save_file(comfyui, comfyui_file(folder, args), file_metadata(run.wan, args, run.state.step))
         set_mode(comfyui_file(folder, args))
     else:
         config = dict(model.config)
@@ -2157,18 +2263,18 @@ def save_weights(
         with torch.device("meta"):
             copy = WanTransformer3DModel.from_config(config)
         copy.load_state_dict(state_dict, assign=True)
-        copy.save_pretrained(folder / "transformer")
-        for path in folder.glob("transformer/*.safetensors"):
+        copy.save_pretrained(folder / SUBFOLDERS[args.expert])
+        for path in folder.glob(f"{SUBFOLDERS[args.expert]}/*.safetensors"):
             set_mode(path)
 
 
-def save_single_file(folder: Path, args: argparse.Namespace, step: int) -> None:
-    """Write `transformer/` once more, as one file in the keys of the original Wan code, for ComfyUI and others."""
+def save_single_file(run: "Run", folder: Path, args: argparse.Namespace) -> None:
+    """Write the transformer once more, as one file in the keys of the original Wan code, for ComfyUI and others."""
     state_dict = {}
-    for path in sorted(folder.glob("transformer/*.safetensors")):
+    for path in sorted(folder.glob(f"{SUBFOLDERS[args.expert]}/*.safetensors")):
         for key, value in load_file(path).items():
             state_dict[original_name(key)] = value
-    save_file(state_dict, comfyui_file(folder, args), file_metadata(args, step))
+    save_file(state_dict, comfyui_file(folder, args), file_metadata(run.wan, args, run.state.step))
     set_mode(comfyui_file(folder, args))
 
 
@@ -2176,11 +2282,11 @@ def load_weights(transformer: torch.nn.Module, folder: Path, args: argparse.Name
     """Load what `save_weights` wrote into the live model, sharded or not."""
     if args.train_type == "lora":
         state_dict = {}
-        for key, value in load_file(folder / LORA_FILE).items():
+        for key, value in load_file(folder / lora_file(args.expert)).items():
             key = key.removeprefix("transformer.")
             state_dict[key.replace(".weight", ".default.weight")] = value  # peft's name of the adapter
     else:
-        state_dict = WanTransformer3DModel.from_pretrained(folder / "transformer").state_dict()
+        state_dict = WanTransformer3DModel.from_pretrained(folder / SUBFOLDERS[args.expert]).state_dict()
     options = StateDictOptions(full_state_dict=True, strict=args.train_type == "full")
     result = set_model_state_dict(transformer, state_dict, options=options)
     mismatched = [*result.unexpected_keys, *(key for key in result.missing_keys if ".lora_" in key)]
@@ -2264,6 +2370,7 @@ def save_checkpoint(run: "Run", args: argparse.Namespace) -> None:
         optimizer.bin, scheduler.bin, random_states_RANK.pkl
         pytorch_lora_weights.safetensors, NAME.safetensors    of a LoRA, for diffusers and for ComfyUI
         transformer/                of full fine-tuning, in place of the two
+        (an expert's are ..._high_noise.safetensors, and transformer_2/ for low)
         live/                       the same once more under EMA, whose averages are those above
         SHA256SUMS
     """
@@ -2284,10 +2391,10 @@ def save_checkpoint(run: "Run", args: argparse.Namespace) -> None:
     if accelerator.is_fsdp2 and run.optimizer.state:  # empty before the first update
         save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, run.optimizer, run.transformer, partial)
     if run.ema:
-        save_weights(accelerator, run.transformer, partial / "live", args, run.state.step)
+        save_weights(run, partial / "live", args)
         run.state.ema_step = run.ema.optimization_step
     with averaged_weights(run.transformer, run.ema):
-        save_weights(accelerator, run.transformer, partial, args, run.state.step)
+        save_weights(run, partial, args)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         run.state.hours = run.hours()
@@ -2333,11 +2440,21 @@ def push_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:
     if folder.name not in run.state.pushed:
         run.state.pushed.append(folder.name)
     run.upload = huggingface_hub.run_as_future(
-        upload_checkpoint, run.checkpoint_repo, folder, list(run.state.pushed), args.checkpoints_total_limit
+        upload_checkpoint,
+        run.checkpoint_repo,
+        checkpoint_branch(args),
+        folder,
+        list(run.state.pushed),
+        args.checkpoints_total_limit,
     )
 
 
-def upload_checkpoint(repo_id: str, folder: Path, own: list[str], limit: int | None) -> None:
+def checkpoint_branch(args: argparse.Namespace) -> str:
+    """Name the branch of the repository for checkpoints: experts have one each, to share a repository."""
+    return f"{CHECKPOINT_BRANCH}-{args.expert}" if args.expert else CHECKPOINT_BRANCH
+
+
+def upload_checkpoint(repo_id: str, branch: str, folder: Path, own: list[str], limit: int | None) -> None:
     """Upload a checkpoint. Then delete from this run's `own` those beyond the limit, and those of later steps.
 
     Later ones are of a way that was given up by going back to an earlier step. Errors are logged, and do not stop
@@ -2349,11 +2466,11 @@ def upload_checkpoint(repo_id: str, folder: Path, own: list[str], limit: int | N
             repo_id=repo_id,
             folder_path=folder,
             path_in_repo=folder.name,
-            revision=CHECKPOINT_BRANCH,
+            revision=branch,
             commit_message=f"Upload {folder.name}",
         )
         step = checkpoint_step(folder.name)
-        present = [name for name in hub_checkpoints(repo_id) if name in own]
+        present = [name for name in hub_checkpoints(repo_id, branch) if name in own]
         later = [name for name in present if checkpoint_step(name) > step]
         earlier = [name for name in present if checkpoint_step(name) <= step]
         beyond_limit = earlier[:-limit] if limit else []
@@ -2362,17 +2479,17 @@ def upload_checkpoint(repo_id: str, folder: Path, own: list[str], limit: int | N
                 huggingface_hub.delete_folder,
                 path_in_repo=name,
                 repo_id=repo_id,
-                revision=CHECKPOINT_BRANCH,
+                revision=branch,
                 commit_message=f"Delete {name}",
             )
     except Exception as error:
         logger.warning(f"the upload of {folder.name} failed, training goes on: {error}")
 
 
-def hub_checkpoints(repo_id: str) -> dict[str, list[str]]:
-    """List the files of each checkpoint on the Hub that has its sums, the oldest first."""
+def hub_checkpoints(repo_id: str, branch: str) -> dict[str, list[str]]:
+    """List the files of each checkpoint on a branch that has its sums, the oldest first."""
     found = {}
-    for file in with_retries(huggingface_hub.list_repo_files, repo_id, revision=CHECKPOINT_BRANCH):
+    for file in with_retries(huggingface_hub.list_repo_files, repo_id, revision=branch):
         name = file.split("/")[0]
         if re.fullmatch(r"checkpoint-\d+", name):
             found.setdefault(name, []).append(file)
@@ -2395,7 +2512,7 @@ def check_hub_checkpoints(repo_id: str, args: argparse.Namespace) -> None:
             state = read_checkpoint(folder)["state"]
             known.add(f"checkpoint-{state['step']}")
             known.update(state["pushed"])
-    others = [name for name in hub_checkpoints(repo_id) if name not in known]
+    others = [name for name in hub_checkpoints(repo_id, checkpoint_branch(args)) if name not in known]
     if others:
         raise ValueError(
             f"--push_checkpoints_to_hub: {repo_id} has {others[-1]} of another run. Resume that by "
@@ -2403,19 +2520,20 @@ def check_hub_checkpoints(repo_id: str, args: argparse.Namespace) -> None:
         )
 
 
-def fetch_checkpoint(repo_id: str, output_dir: str) -> None:
-    """Download the newest intact checkpoint of the Hub to `output_dir`, unless it is there already."""
-    for name, files in reversed(hub_checkpoints(repo_id).items()):
-        folder = Path(output_dir, name)
+def fetch_checkpoint(repo_id: str, args: argparse.Namespace) -> None:
+    """Download the newest intact checkpoint of the Hub to `--output_dir`, unless it is there already."""
+    branch = checkpoint_branch(args)
+    for name, files in reversed(hub_checkpoints(repo_id, branch).items()):
+        folder = Path(args.output_dir, name)
         if not folder.is_dir() or not is_intact(folder):
-            fetched = Path(output_dir, ".fetched")  # beside, then renamed: complete or absent
+            fetched = Path(args.output_dir, ".fetched")  # beside, then renamed: complete or absent
             # Not `snapshot_download`, which takes what happens to be there for whole when the Hub fails.
             for file in files:
                 with_retries(
                     huggingface_hub.hf_hub_download,
                     repo_id,
                     file,
-                    revision=CHECKPOINT_BRANCH,
+                    revision=branch,
                     local_dir=fetched,
                 )
             shutil.rmtree(folder, ignore_errors=True)
@@ -2464,7 +2582,7 @@ def check_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> None
             f"--output_dir {args.output_dir} holds {others[-1]} of an earlier run. Resume that by "
             "--resume_from_checkpoint latest, take another folder, or replace it by --overwrite_output_dir."
         )
-    finished = Path(args.output_dir, "training_settings.json").is_file()
+    finished = (results_folder(args) / "training_settings.json").is_file()
     if finished and from_elsewhere and not args.overwrite_output_dir:
         raise ValueError(
             f"--output_dir {args.output_dir} holds the results of a finished run. Take another folder, or "
@@ -2543,7 +2661,7 @@ def remove_later(run: "Run", args: argparse.Namespace) -> None:
             damaged = path.rename(path.with_name(f"{path.name}.damaged-{int(time.time())}"))
             logger.warning(f"{path} is damaged: it is {damaged.name} now")
     if not run.saved:
-        shutil.rmtree(Path(args.output_dir, "samples"), ignore_errors=True)
+        shutil.rmtree(results_folder(args) / "samples", ignore_errors=True)
         Path(args.output_dir, "metrics.jsonl").unlink(missing_ok=True)
 
 
@@ -2658,15 +2776,19 @@ def evaluate(
     motion_bounds: torch.Tensor,
     accelerator: Accelerator,
     args: argparse.Namespace,
-    sigmas: Sequence[float] = EVAL_SIGMAS,
+    sigmas: Sequence[float] | None = None,
     measure: Callable[..., dict[str, torch.Tensor]] | None = None,
 ) -> list[dict]:
     """Measure the error of the first `--max_eval_clips` clips at fixed noise and sigmas; the ranks share them.
+
+    The sigmas are `EVAL_SIGMAS` by default, as shares of the range from `min_sigma` to `max_sigma`.
 
     Returns a row for each clip and sigma, in that order and on every rank: `clip` (its index), `sigma`, and the
     scalars of `motion_errors`. `measure(prediction, target, latents)`, of three tensors `(1, C, F, H, W)`, may return
     more named tensors for the row. All are on the CPU.
     """
+    if sigmas is None:
+        sigmas = [args.min_sigma + share * (args.max_sigma - args.min_sigma) for share in EVAL_SIGMAS]
     rows = []
     model = accelerator.unwrap_model(transformer).eval()
     for index, counts in split_between_ranks(accelerator, min(len(dataset), args.max_eval_clips)):
@@ -2700,13 +2822,49 @@ def held_out_metrics(rows: list[dict]) -> dict[str, float]:
     metrics = {f"val/{name}": value for name, value in mean_errors(columns).items()}
     for sigma in sorted({row["sigma"] for row in rows}):
         errors = torch.stack([row["mse"] for row in rows if row["sigma"] == sigma])
-        metrics[f"val/mse_sigma_{sigma}"] = errors.double().mean().item()
+        metrics[f"val/mse_sigma_{sigma:.4g}"] = errors.double().mean().item()
     return metrics
+
+
+def results_folder(args: argparse.Namespace) -> Path:
+    """Return where samples, curves and settings go: an expert's apart, since two runs may share a repository."""
+    folder = Path(args.output_dir)
+    return folder / f"{args.expert}_noise" if args.expert else folder
 
 
 def sample_paths(step: int, args: argparse.Namespace) -> list[Path]:
     """Name the sample videos of a step, one a prompt."""
-    return [Path(args.output_dir, "samples", f"step-{step:06d}-{i}.mp4") for i in range(len(args.validation_prompt))]
+    folder = results_folder(args) / "samples"
+    return [folder / f"step-{step:06d}-{i}.mp4" for i in range(len(args.validation_prompt))]
+
+
+def sampling_experts(
+    run: "Run", model: WanTransformer3DModel, args: argparse.Namespace
+) -> dict[str, WanTransformer3DModel]:
+    """Return the pipeline's transformers: the live one, and the frozen other expert if the pipeline has two."""
+    if not args.expert:
+        return {"transformer": model}
+    device = run.accelerator.device
+    other_subfolder = SUBFOLDERS[OTHER_EXPERT[args.expert]]
+    # In the live one's dtype: the pipeline casts the latents once, for both.
+    other = WanTransformer3DModel.from_pretrained(
+        args.pretrained_model_name_or_path,
+        subfolder=other_subfolder,
+        revision=args.revision,
+        variant=args.variant,
+        dtype=model.dtype,
+    )
+    other.requires_grad_(False).eval()
+    if device.type == "cuda":
+        # Both experts do not fit beside each other: its blocks come to the GPU one by one, the next one ahead.
+        other.enable_group_offload(
+            device,
+            offload_type="block_level",
+            num_blocks_per_group=1,
+            use_stream=True,
+            low_cpu_mem_usage=True,
+        )
+    return {run.wan.subfolder: model, other_subfolder: other}
 
 
 @torch.no_grad()
@@ -2717,13 +2875,21 @@ def sample_videos(run: "Run", args: argparse.Namespace) -> None:
     """
     accelerator = run.accelerator
     paths = sample_paths(run.state.step, args)
-    paths[0].parent.mkdir(exist_ok=True)
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
     model = accelerator.unwrap_model(run.transformer).eval()
     vae = load_vae(args, accelerator.device)
     scheduler = getattr(diffusers, run.wan.scheduler).from_pretrained(
         args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision
     )
-    pipeline = WanPipeline(tokenizer=None, text_encoder=None, transformer=model, vae=vae, scheduler=scheduler)
+    pipeline = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        scheduler=scheduler,
+        **sampling_experts(run, model, args),
+        boundary_ratio=run.wan.boundary_ratio,
+        expand_timesteps=run.wan.timestep_per_token,
+    )
     pipeline.set_progress_bar_config(disable=True)
     negative_prompt_embeds = run.dataset.load_prompt(args.validation_negative_prompt)[None]
     for i, counts in split_between_ranks(accelerator, len(paths)):
@@ -2871,8 +3037,8 @@ def published_settings(args: argparse.Namespace) -> dict:
     return settings
 
 
-def usage_code(args: argparse.Namespace, repo_id: str) -> str:
-    """Write Python that samples from the published weights; a test runs it."""
+def usage_code(args: argparse.Namespace, repo_id: str, with_other_expert: bool = False) -> str:
+    """Write Python that samples from the published weights, if need be with the other expert's; a test runs it."""
     settings = published_settings(args)
     lora = args.train_type == "lora"
     prompt = next(iter([*args.validation_prompt, args.trigger_word or "a dog runs"]))
@@ -2880,21 +3046,36 @@ def usage_code(args: argparse.Namespace, repo_id: str) -> str:
     for name in ("revision", "variant"):
         if settings[name]:
             version += f', {name}="{settings[name]}"'
+    experts = [args.expert]
+    if with_other_expert:
+        experts = ["high", "low"]
 
     # A LoRA may sit on a transformer other than the base's; a fine-tune is one itself.
-    source = settings["transformer_path"] if lora else repo_id
-    load_transformer_line = ""
     components = "vae=vae"
-    if source:
-        components += ", transformer=transformer"
+    load_transformer_lines = ""
+    for expert in experts:
+        subfolder = SUBFOLDERS[expert]
+        source = repo_id
+        if lora:
+            source = settings["transformer_path"] if expert == args.expert else None
+        if not source:
+            continue
+        components += f", {subfolder}={subfolder}"
         if lora and source.endswith(".safetensors"):
-            call = f'from_single_file({json.dumps(source)}, config=base, subfolder="transformer"'
-        elif not lora or transformer_subfolder(args.transformer_path):
-            call = f'from_pretrained({json.dumps(source)}, subfolder="transformer"'
+            call = f'from_single_file({json.dumps(source)}, config=base, subfolder="{subfolder}"'
+        elif not lora or transformer_subfolder(args.transformer_path, subfolder):
+            call = f'from_pretrained({json.dumps(source)}, subfolder="{subfolder}"'
         else:
             call = f"from_pretrained({json.dumps(source)}"
-        load_transformer_line = f"transformer = WanTransformer3DModel.{call}, dtype=torch.bfloat16)\n"
-    load_lora_line = f'pipe.load_lora_weights("{repo_id}")' if lora else ""
+        load_transformer_lines += f"{subfolder} = WanTransformer3DModel.{call}, dtype=torch.bfloat16)\n"
+    load_lora_lines = []
+    if lora:
+        for expert in experts:
+            options = f', weight_name="{lora_file(expert)}"' if expert else ""
+            if expert == "low":
+                options += ", load_into_transformer_2=True"
+            load_lora_lines.append(f'pipe.load_lora_weights("{repo_id}"{options})')
+    load_lora_lines = "\n".join(load_lora_lines)
 
     return f"""import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
@@ -2902,9 +3083,9 @@ from diffusers.utils import export_to_video
 
 base = {json.dumps(settings["pretrained_model_name_or_path"])}
 vae = AutoencoderKLWan.from_pretrained(base, subfolder="vae", dtype=torch.float32{version})
-{load_transformer_line}pipe = WanPipeline.from_pretrained(base, {components}, dtype=torch.bfloat16{version})
+{load_transformer_lines}pipe = WanPipeline.from_pretrained(base, {components}, dtype=torch.bfloat16{version})
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-{load_lora_line}
+{load_lora_lines}
 video = pipe(
     {json.dumps(prompt, ensure_ascii=False)},
     height={args.height}, width={args.width}, num_frames={args.num_frames},
@@ -2966,13 +3147,26 @@ def settings_table(args: argparse.Namespace, facts: dict) -> str:
 
 
 def model_card(
-    args: argparse.Namespace, repo_id: str, samples: list[str], facts: dict, scores: list | None = None
+    args: argparse.Namespace,
+    repo_id: str,
+    samples: list[str],
+    facts: dict,
+    scores: list | None = None,
+    with_other_expert: bool = False,
 ) -> ModelCard:
     """Write the card: front matter, code that works, the settings and the held-out curves."""
     name = repo_id.split("/")[-1]
     lora = args.train_type == "lora"
+    results = results_folder(args).relative_to(args.output_dir)
     introduction = "A LoRA for" if lora else "A fine-tune of"
     introduction += " Wan text-to-video, trained with `train_ltd.py`."
+    if with_other_expert:
+        introduction += (
+            " There is one for each of the two experts. What follows the code is of the one for "
+            f"{args.expert} noise; `{OTHER_EXPERT[args.expert]}_noise/` has the other's settings, curves and samples."
+        )
+    elif args.expert:
+        introduction += f" It is for the expert for {args.expert} noise; the base's own does the rest."
     if args.loss == "ltd":
         paper = "[Latent Temporal Discrepancy](https://huggingface.co/papers/2601.20504)"
         introduction += f" The squared error of each voxel was weighted by its motion, the {paper} of the clip."
@@ -2983,26 +3177,31 @@ def model_card(
     ]
     if samples:
         body.append("<Gallery />")
-    body.append(f"## How to use\n\n```python\n{usage_code(args, repo_id)}\n```")
+    body.append(f"## How to use\n\n```python\n{usage_code(args, repo_id, with_other_expert)}\n```")
+    comfyui = comfyui_file(Path(), args)
     if lora:
-        body.append(
-            f"diffusers, with peft 0.18 or newer, loads `{LORA_FILE}`. For ComfyUI and WanVideoWrapper, put "
-            f"`{args.output_name}.safetensors` into `models/loras`, and not the file of diffusers: there it loads "
-            "nothing, or half, without a message."
+        text = (
+            f"diffusers, with peft 0.18 or newer, loads `{lora_file(args.expert)}`. For ComfyUI and WanVideoWrapper, "
+            f"put `{comfyui}` into `models/loras`, and not the file of diffusers: there it loads nothing, or half, "
+            "without a message."
         )
     else:
-        body.append(
-            "diffusers loads `transformer/`. For ComfyUI, put "
-            f"`{args.output_name}.safetensors` into `models/diffusion_models`; DiffSynth-Studio and musubi-tuner load "
-            "that file too. Both are the transformer alone."
+        text = (
+            f"diffusers loads `{SUBFOLDERS[args.expert]}/`. For ComfyUI, put `{comfyui}` into "
+            "`models/diffusion_models`; DiffSynth-Studio and musubi-tuner load that file too. Both are the "
+            "transformer alone."
         )
+    if args.expert:
+        text += f" It goes to the model for {args.expert} noise, and not to the other one."
+    body.append(text)
     if args.trigger_word:
         body.append(f"Put <code>{html.escape(args.trigger_word)}</code> before the prompt.")
     body += [
         "## Training",
         settings_table(args, facts),
-        "Every flag is in `training_settings.json`. The base model's license and the rights in the clips apply too.",
-        "![training and held-out error over the steps](curves.png)",
+        f"Every flag is in `{results / 'training_settings.json'}`. The base model's license and the rights in the "
+        "clips apply too.",
+        f"![training and held-out error over the steps]({results / 'curves.png'})",
         f"## Citation\n\n```bibtex\n{CITATION}\n```\n",
     ]
     return ModelCard("\n\n".join(body))
@@ -3057,9 +3256,10 @@ def create_hub_repo(args: argparse.Namespace) -> str:
         url = with_retries(huggingface_hub.create_repo, name, private=args.hub_private_repo or None, exist_ok=True)
         with_retries(huggingface_hub.auth_check, url.repo_id, write=True)
         if args.push_checkpoints_to_hub:
-            with_retries(huggingface_hub.create_branch, url.repo_id, branch=CHECKPOINT_BRANCH, exist_ok=True)
+            branch = checkpoint_branch(args)
+            with_retries(huggingface_hub.create_branch, url.repo_id, branch=branch, exist_ok=True)
         public = args.hub_private_repo and not with_retries(huggingface_hub.model_info, url.repo_id).private
-        samples = [f"samples/{path.name}" for path in sample_paths(0, args)]
+        samples = [path.relative_to(args.output_dir).as_posix() for path in sample_paths(0, args)]
         draft = model_card(args, url.repo_id, samples, facts={})
         with_retries(draft.validate)
     except (*HUB_ERRORS, LocalTokenNotFoundError) as error:
@@ -3088,7 +3288,7 @@ def publish(args: argparse.Namespace, repo_id: str, files: list[Path]) -> None:
             repo_id=repo_id,
             folder_path=staging,
             commit_message="Upload weights, card and samples",
-            delete_patterns=["samples/*"],
+            delete_patterns=[f"{(results_folder(args) / 'samples').relative_to(args.output_dir).as_posix()}/*"],
         )
     except Exception as error:  # whatever a Hub or a proxy answers, hours of training must not end in a riddle
         command = f"hf upload {repo_id} {shlex.quote(str(staging))} ."
@@ -3097,33 +3297,48 @@ def publish(args: argparse.Namespace, repo_id: str, files: list[Path]) -> None:
     logger.info(f"published: {url}")
 
 
+def has_other_expert(repo_id: str, args: argparse.Namespace) -> bool:
+    """Tell whether the repository has the other expert's weights of this kind, by an earlier run."""
+    other = OTHER_EXPERT[args.expert]
+    file = lora_file(other) if args.train_type == "lora" else f"{SUBFOLDERS[other]}/config.json"
+    try:
+        return file in with_retries(huggingface_hub.list_repo_files, repo_id)
+    except HUB_ERRORS as error:
+        logger.warning(f"the card's code loads one expert: {repo_id} cannot be looked into ({error})")
+        return False
+
+
 def save_and_publish(run: "Run", repo_id: str | None, args: argparse.Namespace) -> None:
     """Write the final weights, card, settings and curves to the output folder, and to the Hub if asked for."""
     folder = Path(args.output_dir)
     with averaged_weights(run.transformer, run.ema):
-        save_weights(run.accelerator, run.transformer, folder, args, run.state.step)
+        save_weights(run, folder, args)
     if not run.accelerator.is_main_process:
         return
     if args.train_type == "full":
-        save_single_file(folder, args, run.state.step)
+        save_single_file(run, folder, args)
     samples = [path.relative_to(folder).as_posix() for path in sample_paths(run.state.step, args)]
     facts = run.facts | {"steps": run.state.step}
-    draw_curves(read_metrics(args.output_dir), folder / "curves.png")
+    results = results_folder(args)
+    results.mkdir(exist_ok=True)
+    draw_curves(read_metrics(args.output_dir), results / "curves.png")
     settings = json.dumps(published_settings(args), indent=2, ensure_ascii=False)
-    (folder / "training_settings.json").write_text(settings + "\n", encoding="utf-8")
+    (results / "training_settings.json").write_text(settings + "\n", encoding="utf-8")
     scores = None
     card_path = folder / "README.md"
     if run.resumed_at == run.max_steps and card_path.is_file():
         scores = ModelCard.load(card_path).data.eval_results  # of these very weights: this run has not moved them
-    model_card(args, repo_id or folder.resolve().name, samples, facts, scores).save(card_path)
+    with_other_expert = bool(repo_id and args.expert) and has_other_expert(repo_id, args)
+    card = model_card(args, repo_id or folder.resolve().name, samples, facts, scores, with_other_expert)
+    card.save(card_path)
     if repo_id:
         if args.train_type == "lora":
-            files = [folder / LORA_FILE]
+            files = [folder / lora_file(args.expert)]
         else:
-            files = sorted(folder.glob("transformer/*"))
+            files = sorted(folder.glob(f"{SUBFOLDERS[args.expert]}/*"))
         files.append(comfyui_file(folder, args))
-        for name in ("README.md", "training_settings.json", "curves.png", *samples):
-            files.append(folder / name)
+        files += [card_path, results / "training_settings.json", results / "curves.png"]
+        files += [folder / name for name in samples]
         publish(args, repo_id, files)
 
 
@@ -3388,12 +3603,13 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
 def base_identity(args: argparse.Namespace) -> str:
     """Return what the weights that training starts from are known by, wherever they lie."""
     path = args.transformer_path
+    subfolder = SUBFOLDERS[args.expert]
     if not path:
-        return model_identity(args, "transformer")
+        return model_identity(args, subfolder)
     if os.path.isfile(path):
         return content_hash(path)
     transformer = argparse.Namespace(pretrained_model_name_or_path=path, revision=None, variant=None)
-    return model_identity(transformer, transformer_subfolder(path) or ".")
+    return model_identity(transformer, transformer_subfolder(path, subfolder) or ".")
 
 
 def run_facts(run: Run, args: argparse.Namespace) -> dict:
@@ -3565,7 +3781,7 @@ def main(args: argparse.Namespace, compute_loss: Callable = compute_loss) -> Non
         if (args.push_to_hub or args.push_checkpoints_to_hub) and accelerator.is_main_process:
             repo_id = create_hub_repo(args)
         if args.resume_from_checkpoint == "hub" and accelerator.is_main_process:
-            fetch_checkpoint(repo_id, args.output_dir)
+            fetch_checkpoint(repo_id, args)
         accelerator.wait_for_everyone()
         check_output_dir(args, accelerator)
 
@@ -3581,7 +3797,7 @@ def main(args: argparse.Namespace, compute_loss: Callable = compute_loss) -> Non
         with noted_signals() as run.notice:
             resume(run, args)
             if run.checkpoint_repo:
-                run.state.pushed = list(hub_checkpoints(run.checkpoint_repo))
+                run.state.pushed = list(hub_checkpoints(run.checkpoint_repo, checkpoint_branch(args)))
             start_trackers(run, args)
             validate(run, args)
             if run.state.step < run.max_steps:
