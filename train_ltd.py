@@ -734,10 +734,7 @@ def identify_wan(args: argparse.Namespace) -> Wan:
             f"has {unsupported[0]}"
         )
 
-    # A Wan2.1 that was converted anew may carry a boundary without a second transformer.
-    boundary_ratio = None
-    if index.get("transformer_2") not in (None, [None, None]):
-        boundary_ratio = index.get("boundary_ratio")
+    boundary_ratio = expert_boundary(index)
     if boundary_ratio and not args.expert:
         raise ValueError(f"{base} has two experts, and a run trains one: give --expert high or --expert low")
     if args.expert and not boundary_ratio:
@@ -772,11 +769,16 @@ def identify_wan(args: argparse.Namespace) -> Wan:
     return wan
 
 
-def settle_defaults(args: argparse.Namespace, wan: Wan) -> None:
-    """Fill in what the flags leave to the model, and narrow the noise levels to those of the expert.
+def expert_boundary(index: dict) -> float | None:
+    """Return the sigma at which a pipeline of two experts changes them, by its `model_index.json`."""
+    # A Wan2.1 that was converted anew may carry a boundary without a second transformer.
+    if index.get("transformer_2") in (None, [None, None]):
+        return None
+    return index.get("boundary_ratio")
 
-    Raises `ValueError` when no noise level, or hardly any, is left to train on.
-    """
+
+def settle_defaults(args: argparse.Namespace, wan: Wan) -> None:
+    """Fill in what the flags leave to the model, and narrow the noise levels to those of the expert."""
     defaults = {
         "num_frames": wan.defaults.frames,
         "height": wan.defaults.height,
@@ -789,11 +791,6 @@ def settle_defaults(args: argparse.Namespace, wan: Wan) -> None:
     lowest, highest = wan.sigma_range
     args.min_sigma = max(args.min_sigma, lowest)
     args.max_sigma = min(args.max_sigma, highest)
-    if len(draw_sigmas(args, torch.Generator().manual_seed(0))) < 0.02 * SIGMA_DRAWS:
-        of_expert = f", within {lowest:g} to {highest:g} of the {args.expert} expert," if args.expert else ""
-        raise ValueError(
-            f"--min_sigma, --max_sigma{of_expert} leave under 2 % of the timesteps: widen them, or use --flow_shift"
-        )
 
 
 def check_size(args: argparse.Namespace, wan: Wan) -> None:
@@ -1680,6 +1677,7 @@ def prepare_data(
 ) -> tuple[list[Clip], list[Clip], dict[str, str]]:
     """Return the training clips, the held-out clips and the file of every caption's embedding, all of them cached.
 
+    `identify_wan` comes before it, and settles the clips' size and rate in `args`.
     Without `with_captions` no text encoder is loaded, and there are no files. Raises `ValueError` when too few videos
     can be used, or none is left to train on.
     """
@@ -1762,6 +1760,16 @@ def draw_sigmas(args: argparse.Namespace, generator: torch.Generator) -> torch.T
     )
     sigmas = args.flow_shift * u / (1 + (args.flow_shift - 1) * u)
     return sigmas[(sigmas >= args.min_sigma) & (sigmas <= args.max_sigma)]
+
+
+def check_sigmas(args: argparse.Namespace) -> None:
+    """Refuse a range that is hardly ever drawn from. Raises `ValueError`."""
+    if len(draw_sigmas(args, torch.Generator().manual_seed(0))) < 0.02 * SIGMA_DRAWS:
+        of_expert = f", of the {args.expert} expert," if args.expert else ""
+        raise ValueError(
+            f"--min_sigma {args.min_sigma:g} to --max_sigma {args.max_sigma:g}{of_expert} have under 2 % of the "
+            "timesteps: widen them, or use --flow_shift"
+        )
 
 
 class LatentDataset(torch.utils.data.Dataset):
@@ -2520,13 +2528,12 @@ def check_hub_checkpoints(repo_id: str, args: argparse.Namespace) -> None:
         )
 
 
-def fetch_checkpoint(repo_id: str, args: argparse.Namespace) -> None:
-    """Download the newest intact checkpoint of the Hub to `--output_dir`, unless it is there already."""
-    branch = checkpoint_branch(args)
+def fetch_checkpoint(repo_id: str, branch: str, output_dir: str) -> None:
+    """Download the newest intact checkpoint of a branch to `output_dir`, unless it is there already."""
     for name, files in reversed(hub_checkpoints(repo_id, branch).items()):
-        folder = Path(args.output_dir, name)
+        folder = Path(output_dir, name)
         if not folder.is_dir() or not is_intact(folder):
-            fetched = Path(args.output_dir, ".fetched")  # beside, then renamed: complete or absent
+            fetched = Path(output_dir, ".fetched")  # beside, then renamed: complete or absent
             # Not `snapshot_download`, which takes what happens to be there for whole when the Hub fails.
             for file in files:
                 with_retries(
@@ -2768,6 +2775,11 @@ def split_between_ranks(accelerator: Accelerator, count: int) -> list[tuple[int,
     return items
 
 
+def eval_sigmas(args: argparse.Namespace) -> list[float]:
+    """Return the noise levels of held-out errors: `EVAL_SIGMAS`, as shares of the range that is trained."""
+    return [args.min_sigma + share * (args.max_sigma - args.min_sigma) for share in EVAL_SIGMAS]
+
+
 @torch.no_grad()
 def evaluate(
     wan: Wan,
@@ -2779,16 +2791,15 @@ def evaluate(
     sigmas: Sequence[float] | None = None,
     measure: Callable[..., dict[str, torch.Tensor]] | None = None,
 ) -> list[dict]:
-    """Measure the error of the first `--max_eval_clips` clips at fixed noise and sigmas; the ranks share them.
-
-    The sigmas are `EVAL_SIGMAS` by default, as shares of the range from `min_sigma` to `max_sigma`.
+    """Measure the error of the first `--max_eval_clips` clips at fixed noise and sigmas; the ranks share them. The
+    sigmas are those of `eval_sigmas` by default.
 
     Returns a row for each clip and sigma, in that order and on every rank: `clip` (its index), `sigma`, and the
     scalars of `motion_errors`. `measure(prediction, target, latents)`, of three tensors `(1, C, F, H, W)`, may return
     more named tensors for the row. All are on the CPU.
     """
     if sigmas is None:
-        sigmas = [args.min_sigma + share * (args.max_sigma - args.min_sigma) for share in EVAL_SIGMAS]
+        sigmas = eval_sigmas(args)
     rows = []
     model = accelerator.unwrap_model(transformer).eval()
     for index, counts in split_between_ranks(accelerator, min(len(dataset), args.max_eval_clips)):
@@ -3776,12 +3787,13 @@ def main(args: argparse.Namespace, compute_loss: Callable = compute_loss) -> Non
     with lock_folder(accelerator, args.output_dir):
         # 1. What can be refused is refused before anything is paid for
         wan = identify_wan(args)
+        check_sigmas(args)
         check_lora(args, wan)
         repo_id = None
         if (args.push_to_hub or args.push_checkpoints_to_hub) and accelerator.is_main_process:
             repo_id = create_hub_repo(args)
         if args.resume_from_checkpoint == "hub" and accelerator.is_main_process:
-            fetch_checkpoint(repo_id, args)
+            fetch_checkpoint(repo_id, checkpoint_branch(args), args.output_dir)
         accelerator.wait_for_everyone()
         check_output_dir(args, accelerator)
 

@@ -1,8 +1,13 @@
-"""Generate videos with Wan2.1, base or fine-tuned: for a look, for VBench or for VMBench; compare folders of them.
+"""Generate videos with Wan, base or fine-tuned: for a look, for VBench or for VMBench; compare folders of them.
 
     python examples/generate.py --prompt "a dog jumps over a fence" --output_dir outputs/base
     python examples/generate.py --prompt "a dog jumps over a fence" --lora my_lora --output_dir outputs/tuned
     python examples/generate.py --compare outputs/base outputs/tuned --labels Wan2.1 LTD --output_dir outputs/compare
+
+Wan2.2 T2V-A14B, with a LoRA for each of its experts, of which the second samples the lower noise levels:
+
+    python examples/generate.py --preset wan22-t2v --lora my_lora_high --lora_2 my_lora_low \\
+        --prompt "a dog jumps over a fence" --output_dir outputs/tuned
 
 VBench's seven quality dimensions with its own settings for Wan2.1, on eight GPUs (the JSON is in the package vbench):
 
@@ -73,6 +78,30 @@ PRESETS = {
         "flow_shift": 3.0,
         "negative_prompt": WAN_NEGATIVE_PROMPT,
     },
+    # Wan2.2's own (wan/configs/wan_t2v_A14B.py there); the first guidance is that of the expert for high noise
+    "wan22-t2v": {
+        **WAN_1_3B,
+        "pretrained_model_name_or_path": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        "scheduler": "unipc",
+        "num_inference_steps": 40,
+        "guidance_scale": 4.0,
+        "guidance_scale_2": 3.0,
+        "flow_shift": 12.0,
+        "negative_prompt": WAN_NEGATIVE_PROMPT,
+    },
+    # Wan2.2's own (wan/configs/wan_ti2v_5B.py there)
+    "ti2v-5b": {
+        "pretrained_model_name_or_path": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        "height": 704,
+        "width": 1280,
+        "num_frames": 121,
+        "fps": 24.0,
+        "scheduler": "unipc",
+        "num_inference_steps": 50,
+        "guidance_scale": 5.0,
+        "flow_shift": 5.0,
+        "negative_prompt": WAN_NEGATIVE_PROMPT,
+    },
     # Section 3.1 has DDIM: first order and deterministic, and so is Euler's method on the flow
     "paper": {
         **WAN_1_3B,
@@ -113,7 +142,9 @@ QUANTIZE = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig"} 
 PROMPT_SOURCES = ("prompt", "prompt_file", "dataset_name", "vbench", "vmbench")
 FILES = ("prompt_file", "vbench", "augmented_prompts", "vmbench")
 POSITIVE = ("num_samples", "max_prompts", "num_inference_steps", "flow_shift", "fps", "batch_size")
-SAMPLING = ("num_inference_steps", "guidance_scale", "height", "width", "num_frames")  # as the pipeline calls them
+# As the pipeline calls them
+SAMPLING = ("num_inference_steps", "guidance_scale", "guidance_scale_2", "height", "width", "num_frames")
+OF_SECOND_EXPERT = ("transformer_2", "lora_2", "lora_2_scale", "guidance_scale_2")  # flags
 VERSIONS = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
@@ -147,13 +178,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="fine-tuned transformer: diffusers folder, Hub id, .safetensors in original Wan keys")
     add("--lora", action="append", default=[], help="folder, file or Hub id; repeatable")
     add("--lora_scale", action="append", type=float, help="one a --lora (default: 1)")
+    add("--transformer_2", help="the same as --transformer, of Wan2.2's expert for low noise")
+    add("--lora_2", action="append", default=[], help="the same as --lora, for that expert")
+    add("--lora_2_scale", action="append", type=float, help="one a --lora_2 (default: 1)")
 
     add = parser.add_argument_group("sampling (defaults are the preset's)").add_argument
-    add("--preset", choices=PRESETS, default="wan", help="wan: as VBench samples Wan2.1; paper: as the LTD paper's"
-        " section 3.1; nano: for examples/nano/wan-nano")
+    add("--preset", choices=PRESETS, default="wan", help="wan: as VBench samples Wan2.1; wan22-t2v, ti2v-5b: as"
+        " Wan2.2's own configurations; paper: as the LTD paper's section 3.1; nano: for examples/nano/wan-nano")
     add("--scheduler", choices=["unipc", "euler"], help="unipc: second order; euler: first, the counterpart of DDIM")
     add("--num_inference_steps", type=int, help="denoising steps")
     add("--guidance_scale", type=float, help="classifier-free guidance; 1 = none")
+    add("--guidance_scale_2", type=float, help="that of the expert for low noise (default: the same)")
     add("--flow_shift", type=float, help="shift of the noise levels (default of paper, nano: the model's own)")
     add("--negative_prompt", help="what guidance leads away from")
     add("--height", type=int, help="pixels, a multiple of 16")
@@ -188,6 +223,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         args.mixed_precision = "bf16" if torch.cuda.is_available() else "no"
     if not args.lora_scale:
         args.lora_scale = [1.0] * len(args.lora)
+    if not args.lora_2_scale:
+        args.lora_2_scale = [1.0] * len(args.lora_2)
     if not args.cache_dir:
         args.cache_dir = os.path.join(args.output_dir, "cache")
     if args.compare and not args.labels:
@@ -199,6 +236,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args.gradient_checkpointing = "none"
     args.attention_backend = None
     args.cache_dtype = "float32"
+    args.min_sigma = 0.0
+    args.max_sigma = 1.0
 
     problems = find_comparison_problems(args) if args.compare else find_problems(args)
     if problems:
@@ -250,6 +289,8 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     # Model and sampling
     if len(args.lora_scale) != len(args.lora):
         problems.append(f"{len(args.lora_scale)} --lora_scale for {len(args.lora)} --lora")
+    if len(args.lora_2_scale) != len(args.lora_2):
+        problems.append(f"{len(args.lora_2_scale)} --lora_2_scale for {len(args.lora_2)} --lora_2")
     if args.quantize and not importlib.util.find_spec("torchao"):
         problems.append("--quantize: pip install torchao")
     for name in POSITIVE:
@@ -426,31 +467,31 @@ def base_revision(args: argparse.Namespace) -> str:
         _, commit = WanPipeline.load_config(base, revision=args.revision, return_commit_hash=True)
         return f"{base}@{commit}:{args.variant}"
     files = []
-    for part in ("transformer", "vae", "text_encoder", "tokenizer"):
+    for part in ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer"):
         files += sorted(path for path in Path(base, part).glob("*") if path.is_file())
     return hash_files(files)
 
 
-def transformer_revision(name: str) -> str:
+def transformer_revision(name: str, subfolder: str) -> str:
     """Identify a fine-tuned transformer by its local files, or by its commit on the Hub."""
     if os.path.isfile(name):
         return hash_files([Path(name)])
     if os.path.isdir(name):
-        folder = Path(name, "transformer")
+        folder = Path(name, subfolder)
         if not folder.is_dir():
             folder = Path(name)
         return hash_files(sorted(folder.glob("*.*")))
     try:
-        _, commit = WanTransformer3DModel.load_config(name, subfolder="transformer", return_commit_hash=True)
+        _, commit = WanTransformer3DModel.load_config(name, subfolder=subfolder, return_commit_hash=True)
     except OSError:
         _, commit = WanTransformer3DModel.load_config(name, return_commit_hash=True)
     return commit
 
 
-def lora_revision(name: str) -> str:
+def lora_revision(name: str, expert: str | None) -> str:
     """Hash the file of a LoRA, and the configuration beside it. Raises `ValueError` when there is none."""
     try:
-        files = train_ltd.find_lora(name)
+        files = train_ltd.find_lora(name, expert)
     except ValueError as error:
         raise ValueError(f"--lora {name} cannot be used: {error}") from error
     hashed = hashlib.blake2b(digest_size=16)
@@ -481,22 +522,53 @@ def public_name(name: str) -> str:
     return name
 
 
-def describe(args: argparse.Namespace, scheduler) -> dict:
+class Model(NamedTuple):
+    """A transformer of the pipeline, which may have two."""
+
+    wan: train_ltd.Wan
+    args: argparse.Namespace  # this script's, with its own `expert`, `transformer_path`, `lora` and `lora_scale`
+
+
+def identify_models(args: argparse.Namespace) -> list[Model]:
+    """Return the pipeline's one transformer, or its experts for high and for low noise.
+
+    Raises `ValueError` for what is no such model, and for flags of a second expert that is not there.
+    """
+    index = WanPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
+    args.expert = None
+    if not train_ltd.expert_boundary(index):
+        given = [f"--{name}" for name in OF_SECOND_EXPERT if getattr(args, name)]
+        if given:
+            raise ValueError(f"{given[0]}: {args.pretrained_model_name_or_path} has one transformer alone")
+        return [Model(train_ltd.identify_wan(args), args)]
+    args.expert = "high"
+    low = argparse.Namespace(**vars(args))
+    low.expert = "low"
+    low.transformer_path = args.transformer_2
+    low.lora = args.lora_2
+    low.lora_scale = args.lora_2_scale
+    return [Model(train_ltd.identify_wan(one), one) for one in (args, low)]
+
+
+def describe(args: argparse.Namespace, models: list[Model], scheduler) -> dict:
     """Collect all that a video depends on, apart from its prompt and sample; no path of this machine."""
-    transformer = None
-    if args.transformer_path:
-        transformer = {
-            "name": public_name(args.transformer_path),
-            "revision": transformer_revision(args.transformer_path),
-        }
-    loras = []
-    for name, scale in zip(args.lora, args.lora_scale, strict=True):
-        loras.append({"name": public_name(name), "revision": lora_revision(name), "scale": scale})
     settings = {
         "model": public_name(args.pretrained_model_name_or_path),
         "revision": base_revision(args),
-        "transformer": transformer,
-        "lora": loras,
+    }
+    for suffix, (wan, own) in zip(("", "_2"), models, strict=False):
+        transformer = None
+        if own.transformer_path:
+            transformer = {
+                "name": public_name(own.transformer_path),
+                "revision": transformer_revision(own.transformer_path, wan.subfolder),
+            }
+        loras = []
+        for name, scale in zip(own.lora, own.lora_scale, strict=True):
+            loras.append({"name": public_name(name), "revision": lora_revision(name, own.expert), "scale": scale})
+        settings[f"transformer{suffix}"] = transformer
+        settings[f"lora{suffix}"] = loras
+    settings |= {
         "preset": args.preset,
         "scheduler": type(scheduler).__name__,
         "flow_shift": args.flow_shift,
@@ -571,15 +643,27 @@ def prepare_folder(
 # --- Generation ------------------------------------------------------------------------------------------------------
 
 
-def load_pipeline(args: argparse.Namespace, wan, scheduler, accelerator: Accelerator) -> WanPipeline:
+def load_pipeline(
+    args: argparse.Namespace, models: list[Model], scheduler, accelerator: Accelerator
+) -> WanPipeline:
     """Load the stock pipeline without its text encoder, on this rank's device or offloaded from it."""
     device = accelerator.device
-    transformer = train_ltd.load_transformer(args, wan).eval()
-    if args.quantize:
-        quantize(transformer, args.quantize)
-    vae = train_ltd.load_vae(args, torch.device("cpu"))
-    pipeline = WanPipeline(tokenizer=None, text_encoder=None, transformer=transformer, vae=vae, scheduler=scheduler)
-    add_loras(pipeline, args)
+    transformers = {}
+    for wan, own in models:
+        transformer = train_ltd.load_transformer(own, wan).eval()
+        if args.quantize:
+            quantize(transformer, args.quantize)
+        transformers[wan.subfolder] = transformer
+    pipeline = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=train_ltd.load_vae(args, torch.device("cpu")),
+        scheduler=scheduler,
+        **transformers,
+        boundary_ratio=wan.boundary_ratio,
+        expand_timesteps=wan.timestep_per_token,
+    )
+    add_loras(pipeline, models)
     if args.offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
     elif args.offload == "group":
@@ -603,16 +687,19 @@ def is_quantized(module: torch.nn.Module, name: str) -> bool:
     return isinstance(module, torch.nn.Linear) and not kept
 
 
-def read_lora(name: str, transformer: WanTransformer3DModel) -> dict[str, torch.Tensor]:
+def read_lora(
+    name: str, transformer: WanTransformer3DModel, expert: str | None = None
+) -> dict[str, torch.Tensor]:
     """Read a LoRA by its file's own keys, into those of diffusers, with each layer's scale folded into `lora_B`.
 
     diffusers' own converters drop some keys in silence, and scale others wrongly. Raises `ValueError` for what is no
     plain LoRA of the model, by name.
     """
     try:
-        layers = train_ltd.read_lora(name, transformer)
+        layers = train_ltd.read_lora(name, transformer, expert)
     except ValueError as error:
-        raise ValueError(f"--lora {error}") from error
+        flag = "--lora_2" if expert == "low" else "--lora"
+        raise ValueError(f"{flag} {error}") from error
     state_dict = {}
     for layer, part in layers.items():
         rank = len(part.down)
@@ -621,15 +708,21 @@ def read_lora(name: str, transformer: WanTransformer3DModel) -> dict[str, torch.
     return state_dict
 
 
-def add_loras(pipeline: WanPipeline, args: argparse.Namespace) -> None:
+def add_loras(pipeline: WanPipeline, models: list[Model]) -> None:
     """Load each LoRA with its scale. Raises `ValueError` for one that does not fit the model in all its parts."""
-    names = []
-    for number, lora in enumerate(args.lora):
-        name = f"lora_{number}"
-        pipeline.load_lora_weights(read_lora(lora, pipeline.transformer), adapter_name=name)
-        names.append(name)
-    if names:
-        pipeline.set_adapters(names, args.lora_scale)
+    scales = {}
+    for wan, own in models:
+        transformer = getattr(pipeline, wan.subfolder)
+        for lora, scale in zip(own.lora, own.lora_scale, strict=True):
+            name = f"lora_{len(scales)}"
+            pipeline.load_lora_weights(
+                read_lora(lora, transformer, own.expert),
+                adapter_name=name,
+                load_into_transformer_2=own.expert == "low",
+            )
+            scales[name] = scale
+    if scales:
+        pipeline.set_adapters(list(scales), list(scales.values()))
 
 
 @torch.no_grad()
@@ -670,10 +763,10 @@ def main(args: argparse.Namespace) -> None:
     rank = accelerator.process_index
     world = accelerator.num_processes
     folder = Path(args.output_dir)
-    wan = train_ltd.identify_wan(args)
+    models = identify_models(args)
     scheduler = load_scheduler(args)
     videos = plan_videos(args)
-    prepare_folder(args, describe(args, scheduler), videos, accelerator)
+    prepare_folder(args, describe(args, models, scheduler), videos, accelerator)
     missing = [name for name in videos if not (folder / name).is_file()]
 
     # 2. Embeddings of all prompts that are still needed; then the text encoder is gone
@@ -687,7 +780,7 @@ def main(args: argparse.Namespace) -> None:
     logger.info(f"rank {rank} of {world}: {len(mine)} of {len(missing)} missing videos", main_process_only=False)
     pipeline = None
     if mine:
-        pipeline = load_pipeline(args, wan, scheduler, accelerator)
+        pipeline = load_pipeline(args, models, scheduler, accelerator)
     progress = tqdm(
         total=len(videos),
         initial=len(videos) - len(missing),

@@ -62,7 +62,6 @@ DPI = 100  # pixels an inch: a README shows 800 px
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 COLUMNS = 5  # pictures side by side
 VIDEO_WIDTH = 400  # pixels of each row in the mp4
-SIGMAS = [0.1, 0.3, 0.5, 0.7, 0.9]  # of the curves: those of training's held-out errors
 MOST_TUNED = {"curves": len(COLORS) - 1, "maps": 1}  # models that a picture has room for
 FRAME_PICTURES = 4  # of the video in a latent frame; the first holds one alone
 
@@ -92,9 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
         add = command.add_argument
         add("--lora", action="append", default=[], help="tuned: LoRA (file, folder or Hub id) on the base; repeatable")
         add("--transformer", action="append", default=[], help="tuned: a fine-tune in the base's place; repeatable")
-    text = "noise level in (0, 1), where 1 would be pure noise (default: %(default)s)"
-    curves.add_argument("--sigma", type=float, nargs="+", default=SIGMAS, help=text)
-    maps.add_argument("--sigma", type=float, nargs=1, default=[0.5], help=text)
+    text = "noise level in (0, 1), where 1 would be pure noise (default: "
+    curves.add_argument("--sigma", type=float, nargs="+", help=text + "those of training's held-out errors)")
+    maps.add_argument("--sigma", type=float, nargs=1, help=text + "the middle of what is trained)")
     source = maps.add_mutually_exclusive_group(required=True)
     source.add_argument("--video", help="clip, cut to size as for training: --height, --width, --num_frames, --fps")
     source.add_argument("--latents", help="safetensors with normalized `latents`, (C, F, H, W) or (B, C, F, H, W)")
@@ -118,7 +117,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         most = MOST_TUNED[own.command]
         if len(own.lora) + len(own.transformer) > most:
             parser.error(f"{own.command} takes at most {most} of --lora and --transformer")
-        if not all(0 < sigma < 1 for sigma in own.sigma):
+        if not all(0 < sigma < 1 for sigma in own.sigma or []):
             parser.error(f"--sigma must lie in (0, 1), got {own.sigma}")
     if own.command == "maps":
         path = own.video or own.latents
@@ -148,9 +147,13 @@ def with_lora(args: argparse.Namespace, name: str) -> argparse.Namespace:
 def check_models(args: argparse.Namespace):
     """Return the `Wan` of the base, and refuse tuned models that do not fit before anything is encoded.
 
-    Raises `ValueError` for what is no Wan2.1 text-to-video model, and for what is no LoRA of it.
+    Settles `--sigma`. Raises `ValueError` for what is no Wan text-to-video model, and for what is no LoRA of it.
     """
     wan = train_ltd.identify_wan(args)
+    if not args.sigma:
+        args.sigma = train_ltd.eval_sigmas(args)
+        if args.command == "maps":
+            args.sigma = [(args.min_sigma + args.max_sigma) / 2]
     for name in args.transformer:
         train_ltd.identify_wan(changed(args, transformer_path=name))
     for name in args.lora:
@@ -381,7 +384,7 @@ def make_maps(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if args.latents:
         latents = read_latents(args.latents)
         pictures = picture_latents(latents)
-        fps = args.fps / FRAME_PICTURES
+        fps = (args.fps or 16.0) / FRAME_PICTURES  # no model is asked, and 16 is the rate of most
         label = "latents"
     else:
         latents, pictures = encode_video(args, accelerator.device)

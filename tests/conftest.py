@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -53,6 +54,33 @@ def tiny_wan(tmp_path_factory) -> Path:
     """A complete WanPipeline folder below 0.5 MB, real classes, random weights."""
     path = tmp_path_factory.mktemp("models") / "tiny-wan"
     build_small_wan(path, **PRESETS["tiny"])
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_experts(tiny_wan, tmp_path_factory) -> Path:
+    """A pipeline with two experts, in the form of Wan2.2 T2V-A14B."""
+    path = tmp_path_factory.mktemp("models") / "tiny-experts"
+    build_small_wan(path, **PRESETS["tiny"], seed=1)
+    (path / "transformer").rename(path / "transformer_2")
+    for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
+        shutil.copytree(tiny_wan / part, path / part, dirs_exist_ok=True)
+    index = json.loads((path / "model_index.json").read_text())
+    index |= {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
+    (path / "model_index.json").write_text(json.dumps(index))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_5b(tmp_path_factory) -> Path:
+    """A pipeline in the form of Wan2.2 TI2V-5B: a VAE of 48 channels and 16 x 16 pixels, a timestep a token."""
+    path = tmp_path_factory.mktemp("models") / "tiny-5b"
+    build_small_wan(path, **PRESETS["tiny"] | {"base_dim": 4, "z_dim": 48, "patch_size": 2})
+    for file, change in (
+        ("model_index.json", {"expand_timesteps": True}),
+        ("vae/config.json", {"scale_factor_spatial": 16}),
+    ):
+        (path / file).write_text(json.dumps(json.loads((path / file).read_text()) | change))
     return path
 
 
@@ -107,6 +135,7 @@ def flags(tiny_wan, clips, tmp_path):
             "height": HEIGHT,
             "width": WIDTH,
             "num_frames": NUM_FRAMES,
+            "fps": 16,
             "rank": 4,
             "learning_rate": 1e-2,
             "max_train_steps": 2,

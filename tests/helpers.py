@@ -55,9 +55,9 @@ def trained_output(monkeypatch, run, **kwargs) -> tuple[Path, torch.Tensor]:
     seen = {}
     save = train_ltd.save_weights
 
-    def spy(accelerator, transformer, *rest):
-        seen["output"] = output_of(extract_model_from_parallel(transformer).eval())
-        save(accelerator, transformer, *rest)
+    def spy(live, *rest):
+        seen["output"] = output_of(extract_model_from_parallel(live.transformer).eval())
+        save(live, *rest)
 
     monkeypatch.setattr(train_ltd, "save_weights", spy)
     return run(**kwargs), seen["output"]

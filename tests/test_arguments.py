@@ -105,9 +105,9 @@ def test_two_sources_or_none(flags):
             train_ltd.parse_args(flags(**kwargs))
 
 
-def test_narrow_sigma_range_is_refused(flags):
-    with pytest.raises(ValueError, match="leave under 2 %"):
-        train_ltd.parse_args(flags(min_sigma=0.0, max_sigma=0.001))
+def test_narrow_sigma_range_is_refused(run):
+    with pytest.raises(ValueError, match=r"--min_sigma 0 to --max_sigma 0\.001 have under 2 %"):
+        run(min_sigma=0.0, max_sigma=0.001)
 
 
 def test_defaults_by_train_type(flags):

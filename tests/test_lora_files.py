@@ -96,7 +96,13 @@ def test_adapter_metadata_are_known_to_every_peft(trained):
 def test_adapter_metadata_name_rank_and_alpha_even_if_they_are_the_defaults(tiny_wan):
     model = WanTransformer3DModel.from_pretrained(tiny_wan, subfolder="transformer")
     model.add_adapter(LoraConfig(target_modules=["to_q"]))
-    assert train_ltd.lora_metadata(model) == {"r": 8, "lora_alpha": 8, "target_modules": ["to_q"]}
+    metadata = train_ltd.lora_metadata(model, argparse.Namespace(expert=None))
+    assert metadata.keys() == {"format", "lora_adapter_metadata"}
+    assert json.loads(metadata["lora_adapter_metadata"]) == {
+        "transformer.r": 8,
+        "transformer.lora_alpha": 8,
+        "transformer.target_modules": ["to_q"],
+    }
 
 
 @only_lora
@@ -136,8 +142,9 @@ def test_metadata_for_comfyui_and_galleries(trained, tiny_wan):
 
 
 def test_a_hub_id_is_the_base_model_of_the_metadata(flags):
+    wan = train_ltd.identify_wan(train_ltd.parse_args(flags()))
     line = flags(pretrained_model_name_or_path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-    metadata = train_ltd.file_metadata(train_ltd.parse_args(line), 7)
+    metadata = train_ltd.file_metadata(wan, train_ltd.parse_args(line), 7)
     assert metadata["ss_sd_model_name"] == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     assert "modelspec.trigger_phrase" not in metadata
 
@@ -550,17 +557,23 @@ def pipeline(tiny_wan):
     return WanPipeline.from_pretrained(tiny_wan, text_encoder=None, tokenizer=None, vae=None)
 
 
+def one_model(loras, scales):
+    """What a command line comes to that gives these to a pipeline of one transformer."""
+    own = argparse.Namespace(expert=None, lora=[str(lora) for lora in loras], lora_scale=scales)
+    return [generate.Model(argparse.Namespace(subfolder="transformer"), own)]
+
+
 @pytest.mark.parametrize("name", DIALECTS)
 def test_generate_loads_the_mathematics_of_the_file(name, pipeline, pairs, tmp_path):
     path, scales = dialect(name, pairs, tmp_path)
-    generate.add_loras(pipeline, argparse.Namespace(lora=[str(path)], lora_scale=[1.0]))
+    generate.add_loras(pipeline, one_model([path], [1.0]))
     assert_adds(differences(pipeline.transformer, "lora_0"), pairs, scales)
 
 
 def test_generate_takes_mixed_ranks_and_two_loras(pipeline, pairs, tmp_path):
     one = write(tmp_path / "one.safetensors", keys_of(mixed_ranks(pairs), "diffusion_model."))
     two = write(tmp_path / "two.safetensors", keys_of(pairs, "transformer.", own_name), adapter())
-    generate.add_loras(pipeline, argparse.Namespace(lora=[str(one), str(two)], lora_scale=[0.5, 2.0]))
+    generate.add_loras(pipeline, one_model([one, two], [0.5, 2.0]))
     assert_adds(differences(pipeline.transformer, "lora_0"), mixed_ranks(pairs), dict.fromkeys(pairs, 0.5))
     assert_adds(differences(pipeline.transformer, "lora_1"), pairs, dict.fromkeys(pairs, 1.0))
 
@@ -569,5 +582,5 @@ def test_generate_takes_mixed_ranks_and_two_loras(pipeline, pairs, tmp_path):
 def test_generate_refuses_what_it_cannot_load(kind, pipeline, pairs, tmp_path):
     path, named = spoiled(kind, pairs, tmp_path)
     with pytest.raises(ValueError, match=re.escape(named)) as caught:
-        generate.add_loras(pipeline, argparse.Namespace(lora=[str(path)], lora_scale=[1.0]))
+        generate.add_loras(pipeline, one_model([path], [1.0]))
     assert str(caught.value).startswith(f"--lora {path} cannot be used: ")

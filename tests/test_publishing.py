@@ -284,7 +284,7 @@ def test_upload_that_was_left_out_follows_at_the_end(run, monkeypatch, tmp_path)
     """The network is busy with the first of four; in the end the last one is there, and the limit holds here."""
     uploaded, training_is_over = [], threading.Event()
 
-    def upload(repo_id, folder, own, limit):
+    def upload(repo_id, branch, folder, own, limit):
         if not uploaded:
             training_is_over.wait()
         assert train_ltd.is_intact(folder)  # was not removed meanwhile
@@ -292,7 +292,7 @@ def test_upload_that_was_left_out_follows_at_the_end(run, monkeypatch, tmp_path)
 
     strike(monkeypatch, train_ltd, "end", 1, training_is_over.set)
     monkeypatch.setattr(train_ltd, "create_hub_repo", lambda args: "tester/run")
-    monkeypatch.setattr(train_ltd, "hub_checkpoints", lambda repo_id: {})
+    monkeypatch.setattr(train_ltd, "hub_checkpoints", lambda repo_id, branch: {})
     monkeypatch.setattr(train_ltd, "upload_checkpoint", upload)
     kwargs = STEPS | {"max_train_steps": 4, "checkpoints_total_limit": 1, "push_checkpoints_to_hub": True}
     run(**kwargs)
@@ -309,7 +309,7 @@ class Shelf:
         monkeypatch.setattr(train_ltd.huggingface_hub, "upload_folder", self.upload)
         monkeypatch.setattr(train_ltd.huggingface_hub, "delete_folder", self.delete)
 
-    def checkpoints(self, repo_id):
+    def checkpoints(self, repo_id, branch):
         return dict.fromkeys(sorted(self.names, key=train_ltd.checkpoint_step))
 
     def upload(self, *, path_in_repo, **kwargs):
@@ -324,9 +324,9 @@ def test_only_what_this_run_has_pushed_is_deleted_from_the_hub(monkeypatch, tmp_
     shelf = Shelf(monkeypatch)
     shelf.names = {"checkpoint-1", "checkpoint-4", "checkpoint-5", "checkpoint-9"}
     own = ["checkpoint-1", "checkpoint-4", "checkpoint-5", "checkpoint-3"]
-    train_ltd.upload_checkpoint("tester/run", tmp_path / "checkpoint-3", own, limit=1)
+    train_ltd.upload_checkpoint("tester/run", "checkpoints", tmp_path / "checkpoint-3", own, limit=1)
     assert shelf.names == {"checkpoint-3", "checkpoint-9"}
-    train_ltd.upload_checkpoint("tester/run", tmp_path / "checkpoint-3", own, limit=1)
+    train_ltd.upload_checkpoint("tester/run", "checkpoints", tmp_path / "checkpoint-3", own, limit=1)
     assert shelf.names == {"checkpoint-3", "checkpoint-9"}
 
 
@@ -914,7 +914,7 @@ def test_publish_leaves_nothing_of_an_earlier_staging(hub, worker, outputs):
 
 def upload(token, repo_id, folder, own, limit):
     with hurried(token):
-        train_ltd.upload_checkpoint(repo_id, Path(folder), own, limit)
+        train_ltd.upload_checkpoint(repo_id, "checkpoints", Path(folder), own, limit)
 
 
 @pytest.mark.slow
@@ -950,7 +950,7 @@ def test_nothing_is_deleted_while_the_new_checkpoint_is_not_there(hub, worker, o
 
 def fetch(token, repo_id, output_dir):
     with hurried(token) as slept:
-        train_ltd.fetch_checkpoint(repo_id, output_dir)
+        train_ltd.fetch_checkpoint(repo_id, "checkpoints", output_dir)
     return slept
 
 

@@ -428,7 +428,9 @@ def test_quantized_weights(flags, run, sampled, make_lora, quantize):
     pytest.importorskip("torchao", reason="no torchao: pip install torchao")
     lora, kwargs = make_lora(1), {"quantize": quantize, "mixed_precision": "bf16"}
     args = generate.parse_args(flags(lora=[lora], **kwargs))
-    pipeline = generate.load_pipeline(args, train_ltd.identify_wan(args), generate.load_scheduler(args), Accelerator())
+    pipeline = generate.load_pipeline(
+        args, generate.identify_models(args), generate.load_scheduler(args), Accelerator()
+    )
     weight = pipeline.transformer.blocks[0].attn1.to_q.base_layer.weight
     assert type(weight).__name__ == {"int8": "Int8Tensor", "float8": "Float8Tensor"}[quantize]
     run("plain", prompt=PROMPTS[:1], lora=[lora], mixed_precision="bf16")
@@ -441,7 +443,9 @@ def test_a_single_file_is_quantized_too(flags, tiny_wan, tmp_path):
     transformer = WanTransformer3DModel.from_pretrained(tiny_wan, subfolder="transformer")
     save_in_original_keys(transformer, tmp_path / "wan.safetensors")
     args = generate.parse_args(flags(transformer=tmp_path / "wan.safetensors", quantize="int8"))
-    pipeline = generate.load_pipeline(args, train_ltd.identify_wan(args), generate.load_scheduler(args), Accelerator())
+    pipeline = generate.load_pipeline(
+        args, generate.identify_models(args), generate.load_scheduler(args), Accelerator()
+    )
     assert type(pipeline.transformer.blocks[0].ffn.net[2].weight).__name__ == "Int8Tensor"
     # diffusers keeps it in float32, and so do we
     assert type(pipeline.transformer.condition_embedder.time_embedder.linear_1.weight) is torch.nn.Parameter
