@@ -1169,3 +1169,86 @@ def test_results_of_a_finished_run_are_not_overwritten_unasked(run):
 def test_no_absolute_path_of_a_split_is_published(flags, tmp_path):
     args = train_ltd.parse_args(flags(validation_split=str(tmp_path / "held_out")))
     assert train_ltd.published_settings(args)["validation_split"] == "held_out"
+
+
+# --- Two experts, one repository -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def experts_run(tmp_path_factory, tiny_experts, clips):
+    """The low expert's run, then the high one's, into one repository, with checkpoints; the same names otherwise."""
+    root = tmp_path_factory.mktemp("experts")
+    with HubServer(root / "hub") as server:
+        server.add("team/tiny-wan", all_bytes(tiny_experts))
+        server.add("team/clips", clips, repo_type="dataset")
+        common = [
+            "--rank=4",
+            "--output_name=dog",
+            "--hub_model_id=tester/dog",
+            "--push_checkpoints_to_hub",
+            "--checkpoints_total_limit=1",
+            "--checkpointing_steps=1",
+            "--max_train_steps=2",
+            "--validation_prompt=a square",
+            "--report_to=none",
+        ]
+        for expert in ("low", "high"):
+            done = train(server, root, *common, f"--expert={expert}", f"--output_dir={expert}")
+            assert done.returncode == 0, done.stderr
+        yield SimpleNamespace(hub=server, root=root, files=server.files("tester/dog"))
+
+
+@pytest.mark.slow
+def test_experts_keep_each_others_files_and_checkpoints(experts_run):
+    expected = {".gitattributes", "README.md"}
+    for expert in ("high", "low"):
+        expected |= {
+            f"pytorch_lora_weights_{expert}_noise.safetensors",
+            f"dog_{expert}_noise.safetensors",
+            f"{expert}_noise/samples/step-000002-0.mp4",
+            f"{expert}_noise/curves.png",
+            f"{expert}_noise/training_settings.json",
+        }
+        branch = experts_run.hub.files("tester/dog", f"checkpoints-{expert}")
+        # A branch begins as a copy of main; of checkpoints it has the newest of its own run.
+        assert {name.split("/")[0] for name in branch if name.startswith("checkpoint")} == {"checkpoint-2"}
+        settings = json.loads(branch["checkpoint-2/settings.json"])["settings"]
+        assert settings["flags"]["expert"] == expert
+    assert set(experts_run.files) == expected
+
+
+@pytest.mark.slow
+def test_card_of_two_experts_has_the_code_that_loads_both(experts_run, tiny_experts, tmp_path, monkeypatch):
+    card = experts_run.files["README.md"].decode()
+    code = code_block(card)
+    assert 'weight_name="pytorch_lora_weights_high_noise.safetensors"' in code
+    assert 'weight_name="pytorch_lora_weights_low_noise.safetensors", load_into_transformer_2=True' in code
+    assert "`low_noise/` has the other's settings" in card
+    for link in re.findall(r"!\[.*?\]\((.*?)\)", card):
+        assert link in experts_run.files
+    # Run where base and weights go by the names in it.
+    for name, content in experts_run.files.items():
+        path = tmp_path / "tester/dog" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (tmp_path / "team").mkdir()
+    (tmp_path / "team/tiny-wan").symlink_to(tiny_experts)
+    monkeypatch.chdir(tmp_path)
+    loaded = {}
+    exec(compile(code, "README.md", "exec"), loaded)
+    for model in (loaded["pipe"].transformer, loaded["pipe"].transformer_2):
+        weights = get_peft_model_state_dict(model, adapter_name=next(iter(model.peft_config)))
+        assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
+
+
+@pytest.mark.slow
+def test_expert_resumes_from_its_own_branch(experts_run):
+    """And the other one's checkpoints are no error."""
+    flags = ["--rank=4", "--output_name=dog", "--hub_model_id=tester/dog", "--push_checkpoints_to_hub"]
+    flags += ["--expert=low", "--output_dir=again", "--resume_from_checkpoint=hub", "--max_train_steps=3"]
+    flags += ["--checkpointing_steps=1", "--report_to=none"]
+    done = train(experts_run.hub, experts_run.root, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "resumed again/checkpoint-2, step 2" in done.stderr
+    branch = experts_run.hub.files("tester/dog", "checkpoints-high")
+    assert {name.split("/")[0] for name in branch if name.startswith("checkpoint")} == {"checkpoint-2"}

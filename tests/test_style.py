@@ -31,12 +31,12 @@ DOOR = {
     "main",
 }
 # And what one example may take beside: a loss to wrap, the parser for the table of flags, other people's LoRA
-# files, rows for thumbnails
+# files, both experts of a pipeline, rows for thumbnails
 DOOR_OF = {
     "benchmark.py": {"compute_loss"},
     "flags.py": {"build_parser"},
-    "generate.py": {"find_lora", "read_lora"},
-    "visualize_ltd.py": {"open_dataset", "locate_clip"},
+    "generate.py": {"Wan", "expert_boundary", "find_lora", "read_lora"},
+    "visualize_ltd.py": {"eval_sigmas", "open_dataset", "locate_clip"},
 }
 
 

@@ -502,6 +502,27 @@ def test_sharded_weights_train_resume_and_publish_as_whole_ones(run, flags, tmp_
 
 
 @pytest.mark.slow
+def test_sharded_fine_tune_of_an_expert(flags, tiny_experts, tmp_path):
+    """One consolidated file, where the pipeline has that expert, and samples by both of them."""
+    kwargs = {"pretrained_model_name_or_path": tiny_experts, "expert": "low", "train_type": "full", "rank": None}
+    kwargs |= {"learning_rate": 1e-3, "validation_prompt": "a square", "validation_num_inference_steps": 4}
+    kwargs |= {"output_name": "wan"}
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    result = launch(flags(output_dir=whole, **kwargs), processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    result = launch_fsdp(flags(output_dir=sharded, **kwargs))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "2 ranks, each with" in result.stdout
+    file = "transformer_2/diffusion_pytorch_model.safetensors"
+    a, b = load_file(whole / file), load_file(sharded / file)
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-5)
+    assert (sharded / "wan_low_noise.safetensors").is_file()
+    assert (sharded / "low_noise/samples/step-000002-0.mp4").is_file()
+
+
+@pytest.mark.slow
 def test_sharded_bf16_base_under_a_float32_lora(flags, tmp_path):
     """As on GPUs: autocast, a bf16 base, adapters in float32; the losses of DDP in bf16."""
     kwargs = {"mixed_precision": "bf16", "max_train_steps": 2, "learning_rate": 1e-3}

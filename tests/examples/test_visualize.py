@@ -198,7 +198,7 @@ def test_report_knows_still_wild_and_cut(known_clips, tmp_path, monkeypatch, cap
 
 def test_report_shows_the_pictures_of_each_window(known_clips, tmp_path):
     flags = [f"--train_data_dir={known_clips}", f"--output_dir={tmp_path}", *NANO_FLAGS[:3], "--num_frames=9"]
-    args = visualize_ltd.parse_args(["report", *flags, "--clips_per_video=3"])
+    args = visualize_ltd.parse_args(["report", *flags, "--clips_per_video=3", "--fps=16"])
     windows = [SimpleNamespace(order=(0, 1, window)) for window in (0, 1, 2)]
     shown = visualize_ltd.read_pictures(args, windows, [8, 0, 8])
     frames = train_ltd.read_clip(str(known_clips / "cut.mp4"), (9, 96, 96), 16, 3)[0].permute(0, 1, 3, 4, 2).numpy()
@@ -225,6 +225,7 @@ def test_report_finds_the_pictures_of_a_stream(flags, clips, monkeypatch):
 def training_clips(*command_line) -> list:
     """The clips that train_ltd.py would train on."""
     args = train_ltd.parse_args([str(argument) for argument in command_line])
+    train_ltd.identify_wan(args)
     return train_ltd.prepare_data(args, train_ltd.build_accelerator(args), with_captions=False)[0]
 
 
