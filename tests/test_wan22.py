@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import av
+import generate
 import pytest
 import torch
 from conftest import HEIGHT, NUM_FRAMES, WIDTH, launch
@@ -445,3 +446,64 @@ def test_lora_of_the_published_models(flags, name):
 
 def layer_keys(adapted: dict) -> list[str]:
     return [name.replace(".default.", ".") for name in adapted]
+
+
+# --- examples/generate.py --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def generated(tiny_experts, tmp_path, monkeypatch):
+    """Function that generates one video and returns its frames."""
+    seen = []
+    sample = generate.sample
+    monkeypatch.setattr(generate, "sample", lambda *args: seen.append(sample(*args)) or seen[-1])
+
+    def call(name: str, *flags) -> torch.Tensor:
+        line = ["--preset=nano", f"--pretrained_model_name_or_path={tiny_experts}", "--prompt=a square"]
+        line += [f"--height={HEIGHT}", f"--width={WIDTH}", f"--num_frames={NUM_FRAMES}", "--num_inference_steps=4"]
+        generate.main(generate.parse_args([*line, f"--output_dir={tmp_path / name}", *map(str, flags)]))
+        return torch.tensor(seen[-1][0])
+
+    return call
+
+
+def test_generate_samples_with_both_experts_and_a_lora_each(run, tiny_experts, tmp_path, high, generated):
+    low = run(pretrained_model_name_or_path=tiny_experts, expert="low", output_dir=tmp_path / "low")
+    video = generated("tuned", f"--lora={high}", f"--lora_2={low}", "--lora_2_scale=0.5", "--guidance_scale_2=2")
+    record = json.loads((tmp_path / "tuned/generation.json").read_text())
+    assert record["settings"]["lora_2"][0]["scale"] == 0.5 and record["settings"]["guidance_scale_2"] == 2
+    seed = next(iter(record["videos"].values()))["seed"]
+
+    pipeline = WanPipeline.from_pretrained(tiny_experts)
+    pipeline.load_lora_weights(high, weight_name="pytorch_lora_weights_high_noise.safetensors", adapter_name="h")
+    pipeline.load_lora_weights(
+        low,
+        weight_name="pytorch_lora_weights_low_noise.safetensors",
+        adapter_name="l",
+        load_into_transformer_2=True,
+    )
+    pipeline.set_adapters(["h", "l"], [1.0, 0.5])
+    expected = pipeline(
+        "a square",
+        negative_prompt="",
+        height=HEIGHT,
+        width=WIDTH,
+        num_frames=NUM_FRAMES,
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        guidance_scale_2=2.0,
+        generator=torch.Generator().manual_seed(seed),
+    ).frames[0]
+    assert (video - torch.tensor(expected)).abs().max() < 1e-4
+    assert (video - generated("base")).abs().max() > 1e-3
+
+
+def test_generate_refuses_the_lora_of_the_other_expert(generated, high):
+    with pytest.raises(ValueError, match=r"--lora_2 .* is of the high expert, and the low one is to take it"):
+        generated("tuned", f"--lora_2={high}")
+
+
+def test_generate_refuses_a_second_expert_where_there_is_none(tiny_wan, tmp_path):
+    line = [f"--pretrained_model_name_or_path={tiny_wan}", "--prompt=x", f"--output_dir={tmp_path}", "--lora_2=a"]
+    with pytest.raises(ValueError, match=r"--lora_2: .* has one transformer alone"):
+        generate.main(generate.parse_args(line))
