@@ -467,11 +467,14 @@ def generated(tiny_experts, tmp_path, monkeypatch):
     return call
 
 
+SCALES = ("--lora_scale=40", "--lora_2_scale=20", "--guidance_scale_2=2")  # two steps alone change little
+
+
 def test_generate_samples_with_both_experts_and_a_lora_each(run, tiny_experts, tmp_path, high, generated):
     low = run(pretrained_model_name_or_path=tiny_experts, expert="low", output_dir=tmp_path / "low")
-    video = generated("tuned", f"--lora={high}", f"--lora_2={low}", "--lora_2_scale=0.5", "--guidance_scale_2=2")
+    video = generated("tuned", f"--lora={high}", f"--lora_2={low}", *SCALES)
     record = json.loads((tmp_path / "tuned/generation.json").read_text())
-    assert record["settings"]["lora_2"][0]["scale"] == 0.5 and record["settings"]["guidance_scale_2"] == 2
+    assert record["settings"]["lora_2"][0]["scale"] == 20 and record["settings"]["guidance_scale_2"] == 2
     seed = next(iter(record["videos"].values()))["seed"]
 
     pipeline = WanPipeline.from_pretrained(tiny_experts)
@@ -482,7 +485,7 @@ def test_generate_samples_with_both_experts_and_a_lora_each(run, tiny_experts, t
         adapter_name="l",
         load_into_transformer_2=True,
     )
-    pipeline.set_adapters(["h", "l"], [1.0, 0.5])
+    pipeline.set_adapters(["h", "l"], [40.0, 20.0])
     expected = pipeline(
         "a square",
         negative_prompt="",
