@@ -391,7 +391,7 @@ def test_non_finite_step_is_skipped_by_all_ranks(run, flags, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+@pytest.mark.parametrize("checkpointing", ["full", "selective", "offload"])
 def test_regional_compile_in_two_processes(run, flags, tmp_path, checkpointing):
     """With what the recipes ask for: blocks compiled, checkpointed, then wrapped by DDP."""
     kwargs = {"max_train_steps": 2, "logging_steps": 1, "gradient_checkpointing": checkpointing}
