@@ -462,8 +462,8 @@ def test_sharded_weights_train_resume_and_publish_as_whole_ones(run, flags, tmp_
     result = launch(flags(output_dir=whole, **kwargs), processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
     with HubServer(tmp_path / "hub") as hub:
-        push = {"push_to_hub": True, "hub_model_id": "tester/sharded"}
-        result = launch_fsdp(flags(output_dir=sharded, **kwargs, **push), env=hub.env())
+        other = {"push_to_hub": True, "hub_model_id": "tester/sharded", "gradient_checkpointing": "offload"}
+        result = launch_fsdp(flags(output_dir=sharded, **kwargs, **other), env=hub.env())
         assert result.returncode == 0, result.stderr[-3000:]
         published = hub.files("tester/sharded")
     shares = [float(share) for share in re.findall(r"2 ranks, each with ([\d.]+) of a parameter", result.stdout)]
