@@ -230,6 +230,30 @@ def test_offloaded_inputs_give_equal_gradients(flags, moves, kwargs):
     assert [tensor.data_ptr() for _, tensor, _ in moves[blocks:]] == saved[::-1]
 
 
+def test_offloaded_inputs_of_layers_in_4_bits(flags, monkeypatch, moves):
+    """By bitsandbytes' own layers on a CPU, which diffusers puts in on a GPU only."""
+    bnb = pytest.importorskip("bitsandbytes")
+    load = train_ltd.load_transformer
+
+    def load_in_4_bits(args, wan):
+        model = load(args, wan)
+        layers = [(name, m) for name, m in model.blocks.named_modules() if isinstance(m, torch.nn.Linear)]
+        for name, layer in layers:
+            quantized = bnb.nn.Linear4bit(layer.in_features, layer.out_features, quant_type="nf4")
+            quantized.load_state_dict(layer.state_dict())
+            model.blocks.set_submodule(name, quantized.requires_grad_(False).to("cpu"))
+            assert quantized.weight.quant_state.quant_type == "nf4"
+        return model
+
+    monkeypatch.setattr(train_ltd, "load_transformer", load_in_4_bits)
+    kwargs = {"mixed_precision": "bf16"}
+    full, offload = (
+        gradients(train_ltd.parse_args(flags(gradient_checkpointing=m, **kwargs)))[0] for m in ("full", "offload")
+    )
+    assert moves and any(g.any() for g in full.values())
+    assert_same(offload, full)
+
+
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
 @pytest.mark.parametrize("train_type", ["lora", "full"])
 def test_offloaded_run_and_its_resume_are_bit_identical(run, moves, tmp_path, train_type, mixed_precision):
