@@ -302,16 +302,30 @@ def test_cost_table():
     assert cost.cost_table(seconds=9.0, price=None).splitlines()[2].endswith("| - |")
 
 
-def test_cost_reads_a_measurement_of_the_papers_recipe_only(tmp_path):
+def test_cost_reads_a_full_fine_tune_of_the_papers_recipe_only(tmp_path):
     file = tmp_path / "run.json"
     step = {"results": {"train_ltd.py": {"clips_per_second": 0.25}}}
     run = {"model": "1.3b", "settings": {k: v for k, v in cost.SETTINGS.items() if k != "model"}, "step": step}
     file.write_text(json.dumps(run))
-    assert cost.seconds_per_clip(str(file)) == 4
+    assert cost.read_step(str(file)) == (4, "paper")
     run["settings"]["num_frames"] = 33
     file.write_text(json.dumps(run))
     with pytest.raises(ValueError, match="num_frames 33 instead of 81"):
-        cost.seconds_per_clip(str(file))
+        cost.read_step(str(file))
     with pytest.raises(ValueError, match="neither a file nor a number"):
-        cost.seconds_per_clip("no.json")
-    assert cost.seconds_per_clip("6.5") == 6.5
+        cost.read_step("no.json")
+    assert cost.read_step("6.5") == (6.5, "paper")
+
+
+def test_cost_of_a_lora_counts_both_experts(tmp_path):
+    file = tmp_path / "run.json"
+    rows = {}
+    for model in ("14b", "a14b"):
+        step = {"results": {"train_ltd.py": {"clips_per_second": 0.25}}}
+        file.write_text(json.dumps({"model": model, "settings": {"train_type": "lora"}, "step": step}))
+        seconds, recipe = cost.read_step(str(file))
+        rows[model] = cost.cost_table(seconds, 3.6, cost.RECIPES[recipe]).splitlines()[2:]
+    # 1,000 updates of 4 clips, 4 seconds each: 16,000 s
+    assert rows["14b"][0] == "| 1 | 4 | 1000 | 4.44 | 4.4 | 16.00 |"
+    assert rows["14b"][2] == "| 4 | 4 | 1000 | 1.11 | 4.4 | 16.00 |"
+    assert rows["a14b"][0] == "| 1 | 4 | 2000 | 8.89 | 8.9 | 32.00 |"
