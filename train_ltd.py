@@ -439,8 +439,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit needs bitsandbytes")
     add("--adam_weight_decay", type=non_negative_float, default=1e-2, help="decoupled weight decay")
     add("--max_grad_norm", type=non_negative_float, default=1.0, help="clip the gradient's norm; 0: never")
-    add("--gradient_checkpointing", nargs="?", const="full", choices=["none", "selective", "full"], default="full",
-        help="recompute activations (81 frames fit); selective keeps attention's, the costliest to recompute")
+    add("--gradient_checkpointing", nargs="?", const="full", choices=["none", "selective", "full", "offload"],
+        default="full", help="recompute activations (81 frames fit); selective keeps attention's, the costliest to"
+        " recompute; offload is full with the blocks' inputs in RAM (14B, 81 frames: 12.5 GiB)")
     add("--attention_backend", help="diffusers' name of a kernel, such as _native_cudnn (default: torch chooses)")
     add("--mixed_precision", choices=["no", "bf16"], help="default: bf16 on a GPU, where no is TF32; no on a CPU")
     add("--torch_compile", action=switch, default=False, help="compile the transformer's repeated block")
@@ -893,9 +894,64 @@ def load_transformer(args: argparse.Namespace, wan: Wan) -> WanTransformer3DMode
         transformer.enable_gradient_checkpointing(
             functools.partial(checkpoint, context_fn=context_fn, use_reentrant=False)
         )
+    elif args.gradient_checkpointing == "offload":
+        transformer.enable_gradient_checkpointing(checkpoint_in_ram)
     if args.attention_backend:
         transformer.set_attention_backend(args.attention_backend)
     return transformer.train().requires_grad_(args.train_type == "full")
+
+
+def checkpoint_in_ram(
+    block: torch.nn.Module,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    temb: torch.Tensor,
+    rotary_emb: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """Run a block of the transformer as full checkpointing does, with its input kept in RAM.
+
+    `hidden_states` are `(B, tokens, width)`, as is what is returned. It is the only input that every block has for
+    itself. What the blocks share goes in by name, since autograd, and so the hooks, get the inputs by position only.
+    """
+    with torch.autograd.graph.saved_tensors_hooks(copy_to_ram, copy_from_ram):
+        return checkpoint(
+            block,
+            hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            temb=temb,
+            rotary_emb=rotary_emb,
+            use_reentrant=False,
+        )
+
+
+@functools.cache
+def offload_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of a GPU that copies to RAM while the current one computes."""
+    return torch.cuda.Stream(device)
+
+
+def copy_to_ram(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.device]:
+    """Copy a tensor, of equal strides, to RAM; returns it with the device that `copy_from_ram` brings it back to.
+
+    A GPU goes on computing meanwhile, which takes pinned RAM.
+    """
+    in_ram = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    if not tensor.is_cuda:
+        return in_ram.copy_(tensor), tensor.device
+    stream = offload_stream(tensor.device)
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))  # until the tensor is computed
+    tensor.record_stream(stream)  # so that its memory is not reused before it is copied
+    with torch.cuda.stream(stream):
+        in_ram.copy_(tensor, non_blocking=True)
+    return in_ram, tensor.device
+
+
+def copy_from_ram(saved: tuple[torch.Tensor, torch.device]) -> torch.Tensor:
+    """Copy a tensor back to its device, on the stream that goes on with it."""
+    in_ram, device = saved
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(offload_stream(device))
+    return in_ram.to(device, non_blocking=True)
 
 
 def predict_flow(

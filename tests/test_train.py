@@ -391,7 +391,7 @@ def test_non_finite_step_is_skipped_by_all_ranks(run, flags, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+@pytest.mark.parametrize("checkpointing", ["full", "selective", "offload"])
 def test_regional_compile_in_two_processes(run, flags, tmp_path, checkpointing):
     """With what the recipes ask for: blocks compiled, checkpointed, then wrapped by DDP."""
     kwargs = {"max_train_steps": 2, "logging_steps": 1, "gradient_checkpointing": checkpointing}
@@ -462,8 +462,8 @@ def test_sharded_weights_train_resume_and_publish_as_whole_ones(run, flags, tmp_
     result = launch(flags(output_dir=whole, **kwargs), processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
     with HubServer(tmp_path / "hub") as hub:
-        push = {"push_to_hub": True, "hub_model_id": "tester/sharded"}
-        result = launch_fsdp(flags(output_dir=sharded, **kwargs, **push), env=hub.env())
+        other = {"push_to_hub": True, "hub_model_id": "tester/sharded", "gradient_checkpointing": "offload"}
+        result = launch_fsdp(flags(output_dir=sharded, **kwargs, **other), env=hub.env())
         assert result.returncode == 0, result.stderr[-3000:]
         published = hub.files("tester/sharded")
     shares = [float(share) for share in re.findall(r"2 ranks, each with ([\d.]+) of a parameter", result.stdout)]

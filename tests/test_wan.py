@@ -12,6 +12,7 @@ from conftest import launch
 from diffusers import WanPipeline, WanTransformer3DModel
 from helpers import LOOKS, assert_same, metrics, output_of, trained_output, weights
 from safetensors.torch import save_file
+from small_wan import PRESETS, build_small_wan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_ltd
@@ -174,12 +175,171 @@ def test_checkpointing_gives_equal_gradients_and_selective_runs_attention_once(f
 
 
 @pytest.mark.slow
-def test_selective_checkpointing_in_compiled_blocks(flags):
-    args = [train_ltd.parse_args(flags(gradient_checkpointing=m)) for m in ("none", "selective", "full")]
-    (wanted, _, calls), selective, full = (gradients(a, compiled=True) for a in args)
-    assert calls > 0 and (selective[2], full[2]) == (calls, 2 * calls)
+def test_checkpointing_in_compiled_blocks(flags):
+    args = [train_ltd.parse_args(flags(gradient_checkpointing=m)) for m in ("none", "selective", "full", "offload")]
+    (wanted, _, calls), selective, full, offload = (gradients(a, compiled=True) for a in args)
+    assert calls > 0 and (selective[2], full[2], offload[2]) == (calls, 2 * calls, 2 * calls)
+    assert_same(offload[0], full[0])
     for name, gradient in wanted.items():
         torch.testing.assert_close(selective[0][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+# --- Checkpointing with the blocks' inputs in RAM --------------------------------------------------------------------
+
+
+@pytest.fixture
+def moves(monkeypatch):
+    """What was copied to RAM and back, in order: `("out" or "back", tensor, its copy)`."""
+    seen = []
+
+    def watch(name: str, direction: str):
+        copy = getattr(train_ltd, name)
+
+        def function(value):
+            result = copy(value)
+            tensors = (value, result[0]) if direction == "out" else (value[0], result)
+            seen.append((direction, *tensors))
+            return result
+
+        monkeypatch.setattr(train_ltd, name, function)
+
+    watch("copy_to_ram", "out")
+    watch("copy_from_ram", "back")
+    return seen
+
+
+OFFLOADED = [
+    {"train_type": "lora"},
+    {"train_type": "full", "rank": None},
+    {"train_type": "lora", "mixed_precision": "bf16"},
+    {"train_type": "full", "rank": None, "mixed_precision": "bf16"},
+    {"train_type": "lora", "lora_dropout": 0.5},
+    pytest.param({"train_type": "lora", "mixed_precision": "bf16", "quantization": "int8"}, marks=needs_torchao),
+]
+
+
+@pytest.mark.parametrize("kwargs", OFFLOADED, ids=lambda kwargs: "-".join(str(v) for v in kwargs.values() if v))
+def test_offloaded_inputs_give_equal_gradients(flags, moves, kwargs):
+    """One copy a block and way, of its own input and of nothing that the blocks share; bit for bit as it was."""
+    args = [train_ltd.parse_args(flags(gradient_checkpointing=m, **kwargs)) for m in ("full", "offload")]
+    wanted = gradients(args[0])
+    assert moves == []
+    gradient, model, calls = gradients(args[1])
+    assert any(g.any() for g in wanted[0].values()) and calls == wanted[2] > 0
+    assert_same(gradient, wanted[0])
+
+    blocks, width = model.config.num_layers, model.config.num_attention_heads * model.config.attention_head_dim
+    moves[:] = [move for move in moves if move[1].numel()]  # torch 2.8 also saves an empty tensor of its own
+    assert [direction for direction, _, _ in moves] == ["out"] * blocks + ["back"] * blocks
+    for _, tensor, copied in moves[:blocks]:
+        assert tensor.shape == copied.shape == (2, 3 * 2 * 3, width) and torch.equal(tensor, copied)
+        assert tensor.dtype == copied.dtype == (torch.bfloat16 if args[1].mixed_precision == "bf16" else torch.float32)
+        assert tensor.stride() == copied.stride() and tensor.data_ptr() != copied.data_ptr()
+    saved = [copied.data_ptr() for _, _, copied in moves[:blocks]]
+    assert [tensor.data_ptr() for _, tensor, _ in moves[blocks:]] == saved[::-1]
+
+
+def test_offloaded_inputs_of_layers_in_4_bits(flags, monkeypatch, moves):
+    """By bitsandbytes' own layers on a CPU, which diffusers puts in on a GPU only."""
+    bnb = pytest.importorskip("bitsandbytes")
+    load = train_ltd.load_transformer
+
+    def load_in_4_bits(args, wan):
+        model = load(args, wan)
+        layers = [(name, m) for name, m in model.blocks.named_modules() if isinstance(m, torch.nn.Linear)]
+        for name, layer in layers:
+            quantized = bnb.nn.Linear4bit(layer.in_features, layer.out_features, quant_type="nf4")
+            quantized.load_state_dict(layer.state_dict())
+            model.blocks.set_submodule(name, quantized.requires_grad_(False).to("cpu"))
+            assert quantized.weight.quant_state.quant_type == "nf4"
+        return model
+
+    monkeypatch.setattr(train_ltd, "load_transformer", load_in_4_bits)
+    kwargs = {"mixed_precision": "bf16"}
+    full, offload = (
+        gradients(train_ltd.parse_args(flags(gradient_checkpointing=m, **kwargs)))[0] for m in ("full", "offload")
+    )
+    assert moves and any(g.any() for g in full.values())
+    assert_same(offload, full)
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+def test_offloaded_run_and_its_resume_are_bit_identical(run, moves, tmp_path, train_type, mixed_precision):
+    """To a run with full checkpointing, held-out errors included; a resumed run may change between the two."""
+    kwargs = {"train_type": train_type, "rank": 4 if train_type == "lora" else None, "max_train_steps": 4}
+    kwargs |= {"mixed_precision": mixed_precision, "checkpointing_steps": 2, "gradient_accumulation_steps": 2}
+    kwargs |= {"validation_fraction": 0.2, "eval_steps": 2}
+    straight = run(output_dir=tmp_path / "straight", gradient_checkpointing="full", **kwargs)
+    assert moves == []
+    offloaded = run(output_dir=tmp_path / "offloaded", gradient_checkpointing="offload", **kwargs)
+    steps = 4 * 2
+    assert sum(direction == "out" for direction, _, _ in moves) == steps * 2  # two blocks; none in a held-out error
+    assert_same(weights(offloaded, train_type), weights(straight, train_type))
+    for key in ("loss", "grad_norm", "val/mse"):
+        assert metrics(offloaded, key) == metrics(straight, key)
+    for origin, checkpointing in ((straight, "offload"), (offloaded, "full")):
+        resumed = tmp_path / f"resumed-{checkpointing}"
+        shutil.copytree(origin / "checkpoint-2", resumed / "checkpoint-2")
+        run(output_dir=resumed, resume_from_checkpoint="latest", gradient_checkpointing=checkpointing, **kwargs)
+        assert_same(weights(resumed, train_type), weights(straight, train_type))
+
+
+@pytest.fixture
+def deterministic_kernels():
+    """On a GPU attention's backward pass adds up in any order, unless it is told not to."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("deterministic_kernels")
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_offloaded_inputs_leave_the_gpu(flags, tmp_path, quantization):
+    """Equal gradients while their memory is written over at once, and a peak that is lower by most inputs."""
+    wan = tmp_path / "wan"
+    build_small_wan(wan, **PRESETS["tiny"] | {"num_layers": 12, "attention_head_dim": 128, "ffn_dim": 256})
+    kwargs = {"pretrained_model_name_or_path": wan, "mixed_precision": "bf16", "quantization": quantization}
+    results = {}
+    for checkpointing in ("full", "offload"):
+        args = train_ltd.parse_args(flags(gradient_checkpointing=checkpointing, **kwargs))
+        torch.manual_seed(0)
+        model = train_ltd.load_transformer(args, train_ltd.identify_wan(args))
+        train_ltd.add_lora(model, args)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        model.to("cuda")
+        latents, noise = torch.randn(2, 1, 16, 16, 64, 64, device="cuda").unbind()  # 16,384 tokens
+        batch = {"sigmas": torch.tensor([0.5], device="cuda")}
+        batch["prompt_embeds"] = torch.randn(1, 12, model.config.text_dim, device="cuda")
+        for _ in range(2):
+            model.zero_grad()
+            torch.cuda.reset_peak_memory_stats()
+            with torch.autocast("cuda", torch.bfloat16):
+                prediction = train_ltd.predict_flow(None, model, latents, batch)
+            F.mse_loss(prediction.float(), noise - latents).backward()
+        peak = torch.cuda.max_memory_allocated()
+        found = {n: p.grad.cpu() for n, p in model.named_parameters() if p.requires_grad}
+        results[checkpointing] = (found, peak, model.config.num_attention_heads * 128 * 2 * 16_384)
+        del model, prediction
+        torch.cuda.empty_cache()
+    (wanted, full, size), (gradient, offload, _) = results.values()
+    assert all(g.any() for g in wanted.values())
+    assert_same(gradient, wanted)
+    assert full - offload > 9 * size  # of twelve blocks' inputs
+
+
+@pytest.mark.slow
+def test_offloaded_inputs_in_two_processes(run, flags, tmp_path):
+    kwargs = {"max_train_steps": 2, "gradient_checkpointing": "offload"}
+    result = launch(flags(output_dir=tmp_path / "two", **kwargs), processes=2)
+    assert result.returncode == 0, result.stderr
+    assert "| hardware | 2 x" in (tmp_path / "two/README.md").read_text()
+    kwargs["gradient_checkpointing"] = "full"
+    alone = run(output_dir=tmp_path / "alone", gradient_accumulation_steps=2, **kwargs)
+    assert_same(weights(alone, "lora"), weights(tmp_path / "two", "lora"))
 
 
 # --- Attention -------------------------------------------------------------------------------------------------------

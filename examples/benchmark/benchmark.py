@@ -3,11 +3,13 @@
     python examples/benchmark/benchmark.py --model nano
     python examples/benchmark/benchmark.py --model 1.3b --train_type full --gradient_checkpointing none
     python examples/benchmark/benchmark.py --model 1.3b --sweep
+    python examples/benchmark/benchmark.py --model a14b --expert low
 
 Nothing is downloaded. Flags that are not listed below go to `train_ltd.py`, so any setting of a run can be measured;
-with `--config recipe.yaml` the clips have the recipe's size. What is timed is the script itself: its `main()` runs,
-with clocks around the library calls that it makes and around the loss that it is given, and is stopped after the last
-measured step. On a GPU each clock waits for the GPU.
+with `--config recipe.yaml` the clips have the recipe's size. Of `a14b` (Wan2.2-T2V-A14B) one expert is trained, the
+one for high noise unless `--expert` is given; `5b` is Wan2.2-TI2V-5B. What is timed is the script itself: its `main()`
+runs, with clocks around the library calls that it makes and around the loss that it is given, and is stopped after the
+last measured step. On a GPU each clock waits for the GPU.
 
 The parts (`--parts`):
     step   the script: forward, loss, backward, clipping, optimizer, data wait; useful FLOP/s, memory
@@ -59,7 +61,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # train_ltd.py is a script in the repository's root, and examples/ is folders of scripts: neither is a package.
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from small_wan import PRESETS, build_small_wan, smooth_videos
+from small_wan import FORMS, PRESETS, build_small_wan, smooth_videos
 from videos import write_video
 
 import train_ltd
@@ -71,14 +73,30 @@ SHAPES = {
     "nano": PRESETS["small"] | {"num_attention_heads": 6, "attention_head_dim": 32},
     "1.3b": PRESETS["1.3b"],
     "14b": PRESETS["1.3b"] | {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824},
+    "5b": {
+        **PRESETS["1.3b"],
+        **FORMS["5b"],
+        "base_dim": 160,
+        "decoder_base_dim": 256,
+        "dim_mult": (1, 2, 4, 4),
+        "num_attention_heads": 24,
+        "ffn_dim": 14336,
+    },
 }
-SIZES = {"nano": (33, 96, 96), "1.3b": (81, 480, 832), "14b": (81, 480, 832)}  # frames, height, width
+SHAPES["a14b"] = SHAPES["14b"]  # each of its two experts
+SIZES = {  # frames, height, width: what Wan's own configurations sample
+    "nano": (33, 96, 96),
+    "1.3b": (81, 480, 832),
+    "14b": (81, 480, 832),
+    "a14b": (81, 480, 832),
+    "5b": (121, 704, 1280),
+}
 NUM_CLIPS = 4
 TEXT_TOKENS = 512  # that Wan pads a caption to
 LTD_SHAPES = [(1, 16, 21, 60, 104), (1, 16, 21, 90, 160), (4, 16, 21, 60, 104)]  # 480p, 720p and four clips; 81 frames
 PARTS = ["step", "bare", "ltd", "cache", "start", "profile"]
 SWEEP = [
-    "gradient_checkpointing=none,selective,full",
+    "gradient_checkpointing=none,selective,full,offload",
     "attention_backend=native,_native_cudnn",
     "torch_compile=false,true",
     "train_batch_size=1,2",
@@ -122,6 +140,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def build_pipeline(args: argparse.Namespace) -> Path:
     """Build a pipeline folder with a random transformer and VAE of true shape; its text encoder has one layer only."""
+    if args.model == "a14b":
+        return build_experts(args)
     folder = Path(args.work_dir, f"wan-{args.model}")
     if folder.is_dir():
         return folder
@@ -138,7 +158,7 @@ def build_pipeline(args: argparse.Namespace) -> Path:
         if (NANO / "vae").is_dir():
             shutil.copytree(NANO / "vae", partial / "vae", dirs_exist_ok=True)
     device = torch.device("cpu")
-    if args.model == "14b" and torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 2**35:
+    if args.model in ("14b", "5b") and torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 2**35:
         device = DEVICE  # a CPU takes minutes to draw 14 billion numbers
     torch.set_default_dtype(dtype)
     with device:
@@ -146,6 +166,24 @@ def build_pipeline(args: argparse.Namespace) -> Path:
     torch.set_default_dtype(torch.float32)
     shutil.rmtree(partial / "transformer")
     transformer.save_pretrained(partial / "transformer")
+    return partial.rename(folder)
+
+
+def build_experts(args: argparse.Namespace) -> Path:
+    """Build a pipeline folder of two experts: links to the parts of 14B, whose shape both have, in place of 57 GB."""
+    folder = Path(args.work_dir, "wan-a14b")
+    if folder.is_dir():
+        return folder
+    whole = build_pipeline(argparse.Namespace(**vars(args) | {"model": "14b"}))
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for part in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer"):
+        (partial / part).symlink_to(Path("..", whole.name, part))
+    (partial / "transformer_2").symlink_to(Path("..", whole.name, "transformer"))
+    index = json.loads((whole / "model_index.json").read_text())
+    index |= FORMS["a14b"] | {"transformer_2": index["transformer"]}
+    (partial / "model_index.json").write_text(json.dumps(index, indent=2))
     return partial.rename(folder)
 
 
@@ -181,6 +219,8 @@ def script_flags(args: argparse.Namespace) -> list[str]:
         flags += [f"--num_frames={num_frames}", f"--height={height}", f"--width={width}"]
     if not is_given("--pretrained_model_name_or_path", args):
         flags.append(f"--pretrained_model_name_or_path={build_pipeline(args)}")
+    if args.model == "a14b" and not is_given("--expert", args):
+        flags.append("--expert=high")
     flags += args.train_flags
     flags += [
         f"--max_train_steps={args.warmup_steps + args.steps + 1}",  # it is stopped in the last of them
@@ -191,8 +231,15 @@ def script_flags(args: argparse.Namespace) -> list[str]:
         f"--cache_dir={args.work_dir}/cache",
         f"--train_data_dir={args.work_dir}",
     ]
-    clips = write_clips(args, train_ltd.parse_args(flags))
+    clips = write_clips(args, parse_settings(flags))
     return [*flags, f"--train_data_dir={clips}"]
+
+
+def parse_settings(flags: list[str]) -> argparse.Namespace:
+    """Read the script's command line, and let it settle what has its default from the model, such as the rate."""
+    settings = train_ltd.parse_args(flags)
+    train_ltd.identify_wan(settings)
+    return settings
 
 
 # --- Clocks ----------------------------------------------------------------------------------------------------------
@@ -447,7 +494,7 @@ def training_flops(settings: argparse.Namespace, latents_shape: tuple[int, ...])
             useful += flops
         if layer.weight.requires_grad:
             useful += flops
-    recomputed = {"none": 0.0, "selective": blocks - attention, "full": blocks}
+    recomputed = {"none": 0.0, "selective": blocks - attention, "full": blocks, "offload": blocks}
     hardware = useful + recomputed[settings.gradient_checkpointing]
     flops = {"forward": forward, "attention": attention, "useful": useful, "hardware": hardware}
     return {name: latents_shape[0] * value for name, value in flops.items()}
@@ -752,7 +799,7 @@ def environment() -> dict:
 def main(args: argparse.Namespace) -> None:
     """Measure the parts one after the other. Each is printed, and written to the file of results, once it is done."""
     flags = script_flags(args)
-    settings = train_ltd.parse_args(flags)
+    settings = parse_settings(flags)
     # Whatever may be a path of this machine is left out; the command above tells the model.
     published = {name: value for name, value in vars(settings).items() if os.sep not in str(value)}
     results = {"model": args.model, "environment": environment(), "settings": published}

@@ -1,23 +1,46 @@
-"""Time and cost of the paper's recipe on 1, 8 and 64 GPUs, from the measured time of a step on one.
+"""Time and cost of a training run, from the measured time of a step on one GPU.
 
     python examples/benchmark/benchmark.py --model 1.3b --train_type full
     python examples/benchmark/cost.py outputs/benchmark/1.3b.json --price_per_gpu_hour 2.50
     python examples/benchmark/cost.py 6.5
+    python examples/benchmark/benchmark.py --model a14b --num_frames 33
+    python examples/benchmark/cost.py outputs/benchmark/a14b.json --price_per_gpu_hour 2.50
 
-The recipe is section 3.1 of the LTD paper (https://huggingface.co/papers/2601.20504): 2 epochs over 3,860 clips of 81
-frames of 832x480, batch 16. That batch has no work for more than 16 GPUs, so 64 of them take one clip each, which is
-another batch than the paper's. The table holds training only, without caching, and assumes that nothing is lost to
-communication: measure a few steps on your machines before you rent them for long.
+A full fine-tune of 1.3B is taken for the paper's recipe, section 3.1 of https://huggingface.co/papers/2601.20504: 2
+epochs over 3,860 clips of 81 frames of 832x480, batch 16, on 1, 8 and 64 GPUs. That batch has no work for more than 16
+GPUs, so 64 of them take one clip each, which is another batch than the paper's. A LoRA is taken for a recipe of
+examples/recipes: 1,000 updates of 4 clips, on 1, 2 and 4 GPUs, and twice that for Wan2.2-T2V-A14B, whose two experts
+are two runs. `--recipe` says which of them a plain number of seconds is for.
+
+The table holds training only, without caching, and assumes that nothing is lost to communication: measure a few steps
+on your machines before you rent them for long.
 """
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
-CLIPS = 3860
-EPOCHS = 2
-BATCH = 16
+# What the paper's recipe must have been measured with
 SETTINGS = {"model": "1.3b", "train_type": "full", "num_frames": 81, "height": 480, "width": 832}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long is trained, and on how many GPUs."""
+
+    clips: int
+    epochs: int
+    batch: int  # clips an update
+    gpus: tuple[int, ...]
+    runs: int = 1
+
+
+RECIPES = {
+    "paper": Recipe(clips=3860, epochs=2, batch=16, gpus=(1, 8, 64)),
+    "lora": Recipe(clips=4, epochs=1000, batch=4, gpus=(1, 2, 4)),
+    "lora_a14b": Recipe(clips=4, epochs=1000, batch=4, gpus=(1, 2, 4), runs=2),
+}
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -26,36 +49,41 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("step", help="JSON of benchmark.py, or the seconds that one clip takes on one GPU")
     parser.add_argument("--price_per_gpu_hour", type=float, help="in your currency")
+    parser.add_argument("--recipe", choices=RECIPES, help="default: the measured one, or the paper's for a number")
     return parser.parse_args(input_args)
 
 
-def seconds_per_clip(step: str) -> float:
-    """Read what a clip takes from a measurement of `benchmark.py`, or from a number.
+def read_step(step: str) -> tuple[float, str]:
+    """Read the seconds that a clip takes, and the recipe, from a measurement of `benchmark.py` or from a number.
 
-    Raises `ValueError` when `step` is neither a file nor a number, or was measured with another recipe.
+    Raises `ValueError` when `step` is neither a file nor a number, or is a full fine-tune that is not the paper's.
     """
     if not Path(step).is_file():
         try:
-            return float(step)
+            return float(step), "paper"
         except ValueError:
             raise ValueError(f"{step} is neither a file nor a number of seconds") from None
     run = json.loads(Path(step).read_text())
     measured = run.get("settings", {}) | {"model": run["model"]}
+    seconds = 1 / run["step"]["results"]["train_ltd.py"]["clips_per_second"]
+    if measured.get("train_type") == "lora":
+        recipe = "lora_a14b" if run["model"] == "a14b" else "lora"
+        return seconds, recipe
     mismatches = []
     for name, value in SETTINGS.items():
         if measured.get(name) != value:
             mismatches.append(f"{name} {measured.get(name)} instead of {value}")
     if mismatches:
         raise ValueError(f"{step} was not measured with the paper's recipe: {', '.join(mismatches)}")
-    return 1 / run["step"]["results"]["train_ltd.py"]["clips_per_second"]
+    return seconds, "paper"
 
 
-def cost_table(seconds: float, price: float | None) -> str:
+def cost_table(seconds: float, price: float | None, recipe: Recipe = RECIPES["paper"]) -> str:
     """Write a Markdown table from seconds a clip and the price of a GPU hour, if it is known."""
     lines = ["| GPUs | clips an update | updates | hours | GPU hours | cost |", "|---|---|---|---|---|---|"]
-    for gpus in (1, 8, 64):
-        batch = max(BATCH, gpus)
-        updates = EPOCHS * (CLIPS // batch)
+    for gpus in recipe.gpus:
+        batch = max(recipe.batch, gpus)
+        updates = recipe.runs * recipe.epochs * (recipe.clips // batch)
         hours = updates * batch / gpus * seconds / 3600
         cost = "-"
         if price is not None:
@@ -66,4 +94,5 @@ def cost_table(seconds: float, price: float | None) -> str:
 
 if __name__ == "__main__":
     args = parse_args()
-    print(cost_table(seconds_per_clip(args.step), args.price_per_gpu_hour))
+    measured_seconds, measured_recipe = read_step(args.step)
+    print(cost_table(measured_seconds, args.price_per_gpu_hour, RECIPES[args.recipe or measured_recipe]))

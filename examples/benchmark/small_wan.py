@@ -11,6 +11,9 @@ says nothing about other videos. The transformer and the text encoder stay rando
 
 `--preset 1.3b` has the true shape of Wan2.1-T2V-1.3B with random weights (about 6 GB), to try memory, speed, saving
 and resuming on a GPU without a download.
+
+`--form a14b` makes a pipeline of two experts, as Wan2.2-T2V-A14B is one; `--form 5b` one with the VAE of 48 channels
+and 16x16 pixels and the timestep a token of Wan2.2-TI2V-5B. Sizes are the preset's.
 """
 
 import argparse
@@ -76,6 +79,12 @@ PRESETS = {
         "rope_max_seq_len": 1024,
     },
 }
+# What makes another model of the family of a preset; the shifts are those of the published pipelines
+FORMS = {
+    "wan2.1": {},
+    "a14b": {"boundary_ratio": 0.875},
+    "5b": {"z_dim": 48, "dim_mult": (1, 1, 2, 2), "patch_size": 2, "expand_timesteps": True, "flow_shift": 5.0},
+}
 # Of the demo on real clips
 HEIGHT = 96
 WIDTH = 160
@@ -92,7 +101,8 @@ def parse_args(input_args=None):
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True, help="Folder of the new pipeline.")
-    parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--preset", choices=PRESETS, default="small", help="Sizes of the models.")
+    parser.add_argument("--form", choices=FORMS, default="wan2.1", help="Model of the family to build like.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train_vae_data", help="Folder of clips with a metadata.jsonl to fit the VAE to.")
     parser.add_argument("--vae_steps", type=int, default=800, help="Steps of that fit.")
@@ -150,6 +160,7 @@ def build_small_wan(
     path,
     *,
     base_dim=16,
+    decoder_base_dim=None,
     z_dim=16,
     dim_mult=(1, 2, 4, 4),
     num_res_blocks=1,
@@ -161,6 +172,9 @@ def build_small_wan(
     ffn_dim=512,
     freq_dim=256,
     rope_max_seq_len=128,
+    boundary_ratio=None,
+    expand_timesteps=False,
+    flow_shift=3.0,
     seed=0,
     vae_videos=None,
     vae_steps=800,
@@ -169,9 +183,14 @@ def build_small_wan(
 
     Args:
         path (`str` or `Path`): The folder; `WanPipeline.from_pretrained(path)` loads it.
-        base_dim, z_dim, dim_mult, num_res_blocks, patch_size: The VAE, always 8x in space and 4x in time.
+        base_dim, decoder_base_dim, z_dim, dim_mult, num_res_blocks, patch_size: The VAE, always 4x in time. With a
+            `patch_size` it is of Wan2.2's kind: on patches of pixels, with residual branches around its stages.
         text_dim (`int`): Width of the text encoder, hence of the prompt embeddings.
         num_layers, num_attention_heads, attention_head_dim, ffn_dim, freq_dim, rope_max_seq_len: The transformer.
+        boundary_ratio (`float`, *optional*): Share of the noise from which on `transformer` samples; below it
+            `transformer_2` does, which has weights of its own.
+        expand_timesteps (`bool`): Whether the pipeline gives each token a timestep.
+        flow_shift (`float`): Of the pipeline's scheduler.
         seed (`int`): Same seed, same weights. The caller's random state is left alone.
         vae_videos (`list[torch.Tensor]`, *optional*): Videos `(3, F, H, W)` in [-1, 1] to fit the VAE to.
         vae_steps (`int`): Steps of that fit.
@@ -183,6 +202,7 @@ def build_small_wan(
         channels = 3 * (patch_size or 1) ** 2
         vae = AutoencoderKLWan(
             base_dim=base_dim,
+            decoder_base_dim=decoder_base_dim,
             z_dim=z_dim,
             dim_mult=list(dim_mult),
             num_res_blocks=num_res_blocks,
@@ -191,6 +211,7 @@ def build_small_wan(
             patch_size=patch_size,
             in_channels=channels,
             out_channels=channels,
+            scale_factor_spatial=2 ** (len(dim_mult) - 1) * (patch_size or 1),
         ).eval()
         if vae_videos:
             fit_vae(vae, vae_videos, vae_steps)
@@ -208,8 +229,21 @@ def build_small_wan(
             freq_dim=freq_dim,
             rope_max_seq_len=rope_max_seq_len,
         )
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer).save_pretrained(path)
+        transformer_2 = None
+        if boundary_ratio:
+            transformer_2 = WanTransformer3DModel.from_config(transformer.config)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
+    pipeline = WanPipeline(
+        tokenizer,
+        text_encoder,
+        vae,
+        scheduler,
+        transformer,
+        transformer_2,
+        boundary_ratio=boundary_ratio,
+        expand_timesteps=expand_timesteps,
+    )
+    pipeline.save_pretrained(path)
 
 
 def read_videos(folder):
@@ -340,9 +374,8 @@ def main(args):
     videos = None
     if args.train_vae_data:
         videos = read_videos(args.train_vae_data)
-    build_small_wan(
-        args.output_dir, **PRESETS[args.preset], seed=args.seed, vae_videos=videos, vae_steps=args.vae_steps
-    )
+    shape = PRESETS[args.preset] | FORMS[args.form]
+    build_small_wan(args.output_dir, **shape, seed=args.seed, vae_videos=videos, vae_steps=args.vae_steps)
     print(f"Saved {Path(args.output_dir)}")
     if videos:
         vae = AutoencoderKLWan.from_pretrained(args.output_dir, subfolder="vae")

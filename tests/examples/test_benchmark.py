@@ -1,6 +1,7 @@
 """examples/benchmark: benchmark.py and cost.py: what they count, not how fast it is."""
 
 import gc
+import inspect
 import itertools
 import json
 
@@ -9,8 +10,9 @@ import cost
 import pytest
 import small_wan
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.training_utils import free_memory
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,7 +31,7 @@ def random_batch(text_dim):
     return {"latents": latents, "noise": noise, "sigmas": sigmas, "prompt_embeds": prompt_embeds}
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full", "offload"])
 @pytest.mark.parametrize("train_type", ["full", "lora"])
 def test_flop_formula_is_what_torch_counts(flags, tmp_path, train_type, checkpointing):
     settings = settings_for(flags, tmp_path, train_type=train_type, gradient_checkpointing=checkpointing)
@@ -57,24 +59,28 @@ def test_flop_formula_is_what_torch_counts(flags, tmp_path, train_type, checkpoi
 
 
 @pytest.mark.parametrize(
-    ("model", "size", "parameters", "forward", "attention", "full", "lora"),
+    ("model", "latents", "parameters", "forward", "attention", "full", "lora"),
     [  # counts of parameters as published with the weights; teraFLOPs worked out by hand, without adapters
-        ("1.3b", (21, 60, 104), 1_418_996_800, 283, 0.71, 849, 767),
-        ("1.3b", (9, 60, 104), 1_418_996_800, 73, 0.52, 219, 183),
-        ("14b", (21, 60, 104), 14_288_491_584, 1678, 0.53, 5035, 4249),
-        ("14b", (21, 90, 160), 14_288_491_584, 6523, 0.72, 19570, 17760),
+        ("1.3b", (16, 21, 60, 104), 1_418_996_800, 283, 0.71, 849, 767),
+        ("1.3b", (16, 9, 60, 104), 1_418_996_800, 73, 0.52, 219, 183),
+        ("14b", (16, 21, 60, 104), 14_288_491_584, 1678, 0.53, 5035, 4249),
+        ("14b", (16, 21, 90, 160), 14_288_491_584, 6523, 0.72, 19570, 17760),
+        ("a14b", (16, 21, 60, 104), 14_288_491_584, 1678, 0.53, 5035, 4249),
+        ("5b", (48, 31, 44, 80), 4_999_787_712, 517, 0.54, 1550, 1312),
+        ("5b", (48, 13, 44, 80), 4_999_787_712, 150, 0.33, 450, 350),
     ],
 )
-def test_shapes_are_those_of_wan(flags, tmp_path, model, size, parameters, forward, attention, full, lora):
-    shape = {k: v for k, v in benchmark.SHAPES[model].items() if k not in ("base_dim", "dim_mult", "num_res_blocks")}
+def test_shapes_are_those_of_wan(flags, tmp_path, model, latents, parameters, forward, attention, full, lora):
+    named = inspect.signature(WanTransformer3DModel.__init__).parameters
+    shape = {name: value for name, value in benchmark.SHAPES[model].items() if name in named and name != "patch_size"}
     with torch.device("meta"):
-        transformer = WanTransformer3DModel(**shape)
+        transformer = WanTransformer3DModel(in_channels=latents[0], out_channels=latents[0], **shape)
     assert transformer.num_parameters() == parameters
     transformer.save_config(tmp_path / "wan/transformer")
     for train_type, useful in (("full", full), ("lora", lora)):
         path = tmp_path / "wan"
         settings = settings_for(flags, tmp_path, pretrained_model_name_or_path=path, train_type=train_type, rank=1)
-        flops = benchmark.training_flops(settings, (1, 16, *size))
+        flops = benchmark.training_flops(settings, (1, *latents))
         assert flops["forward"] / 1e12 == pytest.approx(forward, rel=0.005)
         assert flops["attention"] / flops["forward"] == pytest.approx(attention, abs=0.01)
         assert flops["useful"] / 1e12 == pytest.approx(useful, rel=0.005)
@@ -238,6 +244,40 @@ def test_nano_pipeline_has_its_shape_and_is_built_once(tmp_path):
     assert (folder / "model_index.json").stat().st_mtime_ns == changed
 
 
+def test_experts_are_one_transformer_on_disk_and_two_in_the_stock_pipeline(tmp_path, monkeypatch):
+    monkeypatch.setitem(benchmark.SHAPES, "14b", small_wan.PRESETS["tiny"])
+    args = benchmark.parse_args([f"--work_dir={tmp_path}", "--model=a14b"])
+    folder = benchmark.build_pipeline(args)
+    assert (folder / "transformer").samefile(folder / "transformer_2") and args.model == "a14b"
+    pipeline = WanPipeline.from_pretrained(folder)
+    assert pipeline.config.boundary_ratio == 0.875 and pipeline.transformer is not pipeline.transformer_2
+    used = []
+    for model in (pipeline.transformer, pipeline.transformer_2):
+        assert model.config.num_layers == 2
+        model.register_forward_pre_hook(lambda model, args: used.append(model))
+    video = pipeline("a cat", height=32, width=48, num_frames=5, num_inference_steps=5).frames[0]
+    assert video.shape == (5, 32, 48, 3)
+    assert {id(model) for model in used} == {id(pipeline.transformer), id(pipeline.transformer_2)}
+    assert benchmark.build_pipeline(args) == folder
+
+
+def test_true_shape_of_the_5b_is_the_published_one(tmp_path, monkeypatch):
+    """What is built for it, with the sizes alone cut down."""
+    shape = benchmark.SHAPES["5b"]
+    assert (shape["base_dim"], shape["decoder_base_dim"], shape["dim_mult"]) == (160, 256, (1, 2, 4, 4))
+    small = small_wan.PRESETS["tiny"] | {"base_dim": 4, "decoder_base_dim": 8, "num_layers": 3}
+    monkeypatch.setitem(benchmark.SHAPES, "5b", shape | small)
+    folder = benchmark.build_pipeline(benchmark.parse_args([f"--work_dir={tmp_path}", "--model=5b"]))
+    pipeline = WanPipeline.from_pretrained(folder)
+    assert pipeline.config.expand_timesteps and pipeline.vae_scale_factor_spatial == 16
+    assert pipeline.transformer.config.in_channels == pipeline.vae.config.z_dim == 48
+    assert pipeline.transformer.config.num_layers == 3
+    weights = load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    frames, height, width = benchmark.SIZES["5b"]
+    assert (frames - 1) % 4 == height % 32 == width % 32 == 0
+
+
 def test_clips_that_a_vae_is_fitted_to_are_read_whole(clips):
     videos = small_wan.read_videos(clips)
     assert [video.shape for video in videos] == [(3, 21, small_wan.HEIGHT, small_wan.WIDTH)] * 7  # of 24 frames
@@ -262,16 +302,30 @@ def test_cost_table():
     assert cost.cost_table(seconds=9.0, price=None).splitlines()[2].endswith("| - |")
 
 
-def test_cost_reads_a_measurement_of_the_papers_recipe_only(tmp_path):
+def test_cost_reads_a_full_fine_tune_of_the_papers_recipe_only(tmp_path):
     file = tmp_path / "run.json"
     step = {"results": {"train_ltd.py": {"clips_per_second": 0.25}}}
     run = {"model": "1.3b", "settings": {k: v for k, v in cost.SETTINGS.items() if k != "model"}, "step": step}
     file.write_text(json.dumps(run))
-    assert cost.seconds_per_clip(str(file)) == 4
+    assert cost.read_step(str(file)) == (4, "paper")
     run["settings"]["num_frames"] = 33
     file.write_text(json.dumps(run))
     with pytest.raises(ValueError, match="num_frames 33 instead of 81"):
-        cost.seconds_per_clip(str(file))
+        cost.read_step(str(file))
     with pytest.raises(ValueError, match="neither a file nor a number"):
-        cost.seconds_per_clip("no.json")
-    assert cost.seconds_per_clip("6.5") == 6.5
+        cost.read_step("no.json")
+    assert cost.read_step("6.5") == (6.5, "paper")
+
+
+def test_cost_of_a_lora_counts_both_experts(tmp_path):
+    file = tmp_path / "run.json"
+    rows = {}
+    for model in ("14b", "a14b"):
+        step = {"results": {"train_ltd.py": {"clips_per_second": 0.25}}}
+        file.write_text(json.dumps({"model": model, "settings": {"train_type": "lora"}, "step": step}))
+        seconds, recipe = cost.read_step(str(file))
+        rows[model] = cost.cost_table(seconds, 3.6, cost.RECIPES[recipe]).splitlines()[2:]
+    # 1,000 updates of 4 clips, 4 seconds each: 16,000 s
+    assert rows["14b"][0] == "| 1 | 4 | 1000 | 4.44 | 4.4 | 16.00 |"
+    assert rows["14b"][2] == "| 4 | 4 | 1000 | 1.11 | 4.4 | 16.00 |"
+    assert rows["a14b"][0] == "| 1 | 4 | 2000 | 8.89 | 8.9 | 32.00 |"

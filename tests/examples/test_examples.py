@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -18,13 +19,16 @@ ACTIONS = {a.dest: a for a in train_ltd.build_parser()._actions}
 
 
 def test_all_recipes_are_there():
-    names = {"paper_full", "lora_1.3b", "lora_14b", "nano", "nano_base", "real_clips"}
+    names = {"paper_full", "lora_1.3b", "lora_14b", "lora_14b_24gb", "nano", "nano_base", "real_clips"}
     assert names == {path.stem for path in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
-def test_every_key_of_a_recipe_is_a_flag_and_takes_effect(path, clips):
+def test_every_key_of_a_recipe_is_a_flag_and_takes_effect(path, clips, monkeypatch):
     recipe = yaml.safe_load(path.read_text())
+    if recipe.get("quantization") == "nf4":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # without a GPU it is refused
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     args = train_ltd.parse_args(["--config", str(path), "--train_data_dir", str(clips)])
     assert recipe
     for key, value in recipe.items():
