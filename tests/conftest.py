@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -31,7 +30,7 @@ from transformers import UMT5EncoderModel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "benchmark")]
 
-from small_wan import PRESETS, build_small_wan
+from small_wan import FORMS, PRESETS, build_small_wan
 
 import train_ltd
 
@@ -58,16 +57,10 @@ def tiny_wan(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_experts(tiny_wan, tmp_path_factory) -> Path:
+def tiny_experts(tmp_path_factory) -> Path:
     """A pipeline with two experts, in the form of Wan2.2 T2V-A14B."""
     path = tmp_path_factory.mktemp("models") / "tiny-experts"
-    build_small_wan(path, **PRESETS["tiny"], seed=1)
-    (path / "transformer").rename(path / "transformer_2")
-    for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
-        shutil.copytree(tiny_wan / part, path / part, dirs_exist_ok=True)
-    index = json.loads((path / "model_index.json").read_text())
-    index |= {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
-    (path / "model_index.json").write_text(json.dumps(index))
+    build_small_wan(path, **PRESETS["tiny"], **FORMS["a14b"])
     return path
 
 
@@ -75,12 +68,7 @@ def tiny_experts(tiny_wan, tmp_path_factory) -> Path:
 def tiny_5b(tmp_path_factory) -> Path:
     """A pipeline in the form of Wan2.2 TI2V-5B: a VAE of 48 channels and 16 x 16 pixels, a timestep a token."""
     path = tmp_path_factory.mktemp("models") / "tiny-5b"
-    build_small_wan(path, **PRESETS["tiny"] | {"base_dim": 4, "z_dim": 48, "patch_size": 2})
-    for file, change in (
-        ("model_index.json", {"expand_timesteps": True}),
-        ("vae/config.json", {"scale_factor_spatial": 16}),
-    ):
-        (path / file).write_text(json.dumps(json.loads((path / file).read_text()) | change))
+    build_small_wan(path, **PRESETS["tiny"], **FORMS["5b"])
     return path
 
 
