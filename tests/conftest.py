@@ -60,7 +60,7 @@ def tiny_wan(tmp_path_factory) -> Path:
 def tiny_experts(tmp_path_factory) -> Path:
     """A pipeline with two experts, in the form of Wan2.2 T2V-A14B."""
     path = tmp_path_factory.mktemp("models") / "tiny-experts"
-    build_small_wan(path, **PRESETS["tiny"], **FORMS["a14b"])
+    build_small_wan(path, **PRESETS["tiny"] | FORMS["a14b"])
     return path
 
 
@@ -68,7 +68,7 @@ def tiny_experts(tmp_path_factory) -> Path:
 def tiny_5b(tmp_path_factory) -> Path:
     """A pipeline in the form of Wan2.2 TI2V-5B: a VAE of 48 channels and 16 x 16 pixels, a timestep a token."""
     path = tmp_path_factory.mktemp("models") / "tiny-5b"
-    build_small_wan(path, **PRESETS["tiny"], **FORMS["5b"])
+    build_small_wan(path, **PRESETS["tiny"] | FORMS["5b"])
     return path
 
 
