@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,7 +127,8 @@ def test_long_captions_are_warned_about(prepare, log, tmp_path):
 def test_only_safetensors(run, clips, tmp_path):
     run(cache_dtype="float16", max_train_steps=1)
     files = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
-    assert files and {p.suffix for p in files} == {".safetensors"}
+    assert {p.suffix for p in files if p.parent.name in ("latents", "text")} == {".safetensors"}
+    assert {p.parent.name for p in files} <= {"latents", "text", "identities"}
 
 
 def test_warm_start_loads_no_model(prepare, no_models, log, originals, tmp_path):
@@ -373,8 +375,8 @@ def test_the_cache_travels(prepare, no_models, log, clips, tiny_wan, tmp_path):
         return {k: root / v for k, v in (folders | {"output_dir": "run"}).items()}
 
     cold = prepare(**places(here))
-    assert all(str(tmp_path).encode() not in data for data in entries(here / "cache").values())
-    assert {p.suffix for p in (here / "cache").rglob("*") if p.is_file()} == {".safetensors"}
+    files = [path for path in (here / "cache").rglob("*") if path.is_file()]
+    assert files and all(str(tmp_path).encode() not in path.read_bytes() for path in files)
     here.rename(there)
     no_models()
     warm = prepare(**places(there))
@@ -516,6 +518,14 @@ def test_hub_dataset_and_streaming(flags, originals, expected_latents, tmp_path)
 
 
 ENTRIES = 10_000
+PLAIN = train_ltd.ClipFacts(
+    crop_fraction=0.0,
+    enlargement=1.0,
+    orientation_differs=False,
+    repeated_fraction=0.0,
+    interlaced=False,
+    hdr=False,
+)
 
 
 def resident() -> int:
@@ -536,7 +546,7 @@ def test_many_entries_start_without_their_latents_and_in_little_memory(prepare, 
     (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with monkeypatch.context() as patch:
         latents = torch.randn(16, 21, HEIGHT // 8, WIDTH // 8)
-        patch.setattr(train_ltd, "read_clip", lambda *args: (frames, 0.0, False))
+        patch.setattr(train_ltd, "read_clip", lambda *args: (frames, PLAIN))
         patch.setattr(train_ltd, "encode_clip", lambda vae, clip: {"latents": latents})
         prepare(train_data_dir=data)
     assert len(list((tmp_path / "cache/latents").iterdir())) == ENTRIES
@@ -625,8 +635,7 @@ def made_up_clip(name: str, gaps: list[float]) -> train_ltd.Clip:
         gaps=gaps,
         mean=0.0,
         std=1.0,
-        crop_fraction=0.0,
-        orientation_differs=False,
+        **asdict(PLAIN),
     )
 
 

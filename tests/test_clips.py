@@ -43,7 +43,7 @@ import train_ltd
 
 
 def read(path, num_frames=NUM_FRAMES, height=HEIGHT, width=WIDTH, fps=16, clips_per_video=1):
-    """Read the clips of one file: frames `(clips, F, 3, H, W)`, crop share, turned."""
+    """Read the clips of one file: frames `(clips, F, 3, H, W)`, and what they were before."""
     return train_ltd.read_clip(str(path), (num_frames, height, width), fps, clips_per_video)
 
 
@@ -67,14 +67,14 @@ def test_constant_rates(tmp_path, suffix, source_fps):
     path = write_numbered(tmp_path / f"a.{suffix}", math.ceil(source_fps) + 5, source_fps, codec=codec)
     times = [n / source_fps for n in range(math.ceil(source_fps) + 5)]
     wanted = [Fraction(k, 16) for k in range(17)]
-    frames, cropped, turned = read(path, num_frames=17)
+    frames, facts = read(path, num_frames=17)
     assert frames.shape == (1, 17, 3, HEIGHT, WIDTH) and frames.dtype == torch.uint8
     got = numbers_of(frames[0])
     assert got[0] == 0
     for number, at in zip(got, wanted, strict=True):
         early = on_display(times, at)  # a frame less than 2 ms ahead (15 at 29.97 fps, at 0.5005 s) may stand for now
         assert number in {early, early if at in times else on_display(times, at + Fraction(2, 1000))}
-    assert (cropped, turned) == (0, False)
+    assert (facts.crop_fraction, facts.orientation_differs) == (0, False)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "webm"])
@@ -141,12 +141,12 @@ def test_rotation(tmp_path, degrees):
     ffmpeg("-display_rotation", degrees, "-i", tmp_path / "a.mp4", "-c", "copy", tmp_path / "turned.mp4")
     size = (48, 32) if degrees % 180 else (32, 48)
     expected = ffmpeg_frames(tmp_path / "turned.mp4", *size)
-    frames, _, turned = read(tmp_path / "turned.mp4", height=size[0], width=size[1])
+    frames, facts = read(tmp_path / "turned.mp4", height=size[0], width=size[1])
     plain = read(tmp_path / "a.mp4")[0][0]
     assert (frames[0].float() - expected.float()).abs().mean() < 2
     assert frames[0].shape != plain.shape or (frames[0].float() - plain.float()).abs().mean() > 20
-    assert not turned
-    assert read(tmp_path / "turned.mp4")[2] == bool(degrees % 180)  # a portrait clip in a landscape crop
+    assert not facts.orientation_differs
+    assert read(tmp_path / "turned.mp4")[1].orientation_differs == bool(degrees % 180)  # a portrait clip in a landscape crop
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
@@ -182,7 +182,7 @@ def ramp(height: int, width: int) -> np.ndarray:
 def test_cover_and_centre_crop(tmp_path, size):
     """Where in the source the corners of the result come from, and the share that is lost."""
     Image.fromarray(ramp(*size)).save(tmp_path / "a.png")
-    frames, cropped, turned = read(tmp_path / "a.png", num_frames=1)
+    frames, facts = read(tmp_path / "a.png", num_frames=1)
     frame = frames[0, 0].float()
     assert frame.shape == (3, HEIGHT, WIDTH)
     scale = max(HEIGHT / size[0], WIDTH / size[1])
@@ -194,8 +194,8 @@ def test_cover_and_centre_crop(tmp_path, size):
         inside = slice(2, -2)  # at the border bicubic sees its own edge
         pixel = 200 / (size[axis] * scale)  # half a pixel may go to rounding, and one level to 8 bits
         assert (profile - expected)[inside].abs().max() < 0.8 * pixel + 1.5
-    assert cropped == pytest.approx(1 - kept[0] * kept[1], abs=1e-6)
-    assert turned == (size[0] > size[1])
+    assert facts.crop_fraction == pytest.approx(1 - kept[0] * kept[1], abs=1e-6)
+    assert facts.orientation_differs == (size[0] > size[1])
 
 
 def test_antialiasing(tmp_path):
@@ -291,12 +291,12 @@ def images():
 def test_images(tmp_path, name):
     picture = images()[name]
     picture.save(tmp_path / name, **({"quality": 95} if name.lower().endswith(("jpg", "jpeg")) else {}))
-    frames, cropped, _ = read(tmp_path / name, num_frames=1)
+    frames, facts = read(tmp_path / name, num_frames=1)
     assert frames.shape == (1, 1, 3, HEIGHT, WIDTH)
     assert numbers_of(frames[0]) == [4711]
     middle = frames[0, 0, :, 4:12, 2:4].float().mean()  # the first block is white: 4711 is odd
     assert middle == pytest.approx(255 if name == "bilevel.png" else 215, abs=6)
-    assert cropped == 0
+    assert facts.crop_fraction == 0
 
 
 def test_one_frame_of_a_video(tmp_path):
@@ -736,7 +736,7 @@ def test_split_that_does_not_exist(prepare, originals, tmp_path, source):
 
 
 def first_picture(path) -> np.ndarray:
-    return next(train_ltd.frames_at(str(path), np.zeros(1)))
+    return next(train_ltd.frames_at(str(path), np.zeros(1))).pixels
 
 
 def corners(height: int = 40, width: int = 64) -> np.ndarray:
@@ -781,10 +781,10 @@ def test_pixels_that_are_not_square(tmp_path, aspect, shape):
     ffmpeg("-i", tmp_path / "plain.mkv", "-vf", f"setsar={aspect}", tmp_path / "clip.mp4")
     shown = first_picture(tmp_path / "clip.mp4")
     assert shown.shape[:2] == shape
-    _, crop_fraction, _ = read(tmp_path / "clip.mp4")
+    _, facts = read(tmp_path / "clip.mp4")
     scale = max(HEIGHT / shape[0], WIDTH / shape[1])
     kept = HEIGHT * WIDTH / (scale**2 * shape[0] * shape[1])
-    assert crop_fraction == pytest.approx(1 - kept, abs=1e-6)
+    assert facts.crop_fraction == pytest.approx(1 - kept, abs=1e-6)
     assert (
         abs(shown[:20, : shape[1] // 2 - 4].mean() - 30) < 4 and abs(shown[24:, shape[1] // 2 + 4 :].mean() - 210) < 4
     )
