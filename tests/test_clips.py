@@ -146,7 +146,9 @@ def test_rotation(tmp_path, degrees):
     assert (frames[0].float() - expected.float()).abs().mean() < 2
     assert frames[0].shape != plain.shape or (frames[0].float() - plain.float()).abs().mean() > 20
     assert not facts.orientation_differs
-    assert read(tmp_path / "turned.mp4")[1].orientation_differs == bool(degrees % 180)  # a portrait clip in a landscape crop
+    assert read(tmp_path / "turned.mp4")[1].orientation_differs == bool(
+        degrees % 180
+    )  # a portrait clip in a landscape crop
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
