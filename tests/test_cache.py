@@ -238,7 +238,7 @@ def flip_middle(path: Path) -> None:
 
 @pytest.fixture
 def hash_of(flags, tmp_path, monkeypatch):
-    """Function that identifies a file; its second element tells how many files were read for it since the last time."""
+    """Function that identifies a file: its hash, and how many files were read for it."""
     args = train_ltd.parse_args(flags())
     reads = []
     digest = hashlib.file_digest
