@@ -167,7 +167,7 @@ TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": 
 MEDIA_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".gif", ".png", ".jpg", ".jpeg", ".webp"}
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 ARCHIVES = ("zip://", "tar://", "gzip://")
-PICTURE_FORMATS = "_pipe"  # end of FFmpeg's names of the formats of pictures
+STILL_FORMATS = "_pipe"  # end of FFmpeg's names of the formats of pictures
 HDR_TRANSFERS = (16, 18)  # PQ and HLG, as ITU-T H.273 numbers them
 # EXIF orientation -> `matrix` of `displayed_picture`
 EXIF_MATRICES = {
@@ -1253,7 +1253,8 @@ def frames_at(source: str | bytes, times: np.ndarray) -> Iterator[Picture]:
     number = 0
     with open_video(source) as container:
         stream = video_stream(container)
-        matrix = exif_matrix(source) if container.format.name.endswith(PICTURE_FORMATS) else None
+        is_still = container.format.name.endswith(STILL_FORMATS)
+        matrix = exif_matrix(source) if is_still else None
         for index, frame in enumerate(itertools.chain(container.decode(stream), [None])):
             if frame is not None and frame.is_corrupt:
                 raise ClipError("damaged: the decoder marks frames as corrupt")
@@ -1268,8 +1269,9 @@ def frames_at(source: str | bytes, times: np.ndarray) -> Iterator[Picture]:
                 end = float(presented) - origin
             while shown is not None and number < len(times) and times[number] < end - TIME_TOLERANCE:
                 pixels = displayed_picture(shown, stream, matrix or display_matrix(shown))
+                interlaced = shown.interlaced_frame and not is_still  # the lines of a PNG are of one moment
                 hdr = stream.codec_context.color_trc in HDR_TRANSFERS
-                yield Picture(pixels, index - 1, shown.interlaced_frame, hdr)
+                yield Picture(pixels, index - 1, interlaced, hdr)
                 number += 1
             if frame is None or number == len(times):
                 return

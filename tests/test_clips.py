@@ -5,7 +5,9 @@ import json
 import math
 import os
 import re
+import struct
 import zipfile
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -1139,6 +1141,8 @@ def transfer(name: str) -> list:
     return ["-vf", f"setparams=color_trc={name}", "-c:v", "libx264"]
 
 
+# Of each of the seven passes over a PNG: the first line and column, and the steps down and to the right
+ADAM7 = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
 CONCERNS = {
     "plain.mp4": None,
     "faster.mp4": None,
@@ -1175,6 +1179,25 @@ def test_clips_that_need_a_look_are_named(prepare, log, tmp_path):
     facts = {clip.name: clip for clip in clips}
     assert facts["slow.mp4"].repeated_fraction == pytest.approx(1 / 9)
     assert facts["small.mp4"].enlargement == pytest.approx(1.6)
+
+
+def test_an_interlaced_png_is_no_interlaced_video(tmp_path):
+    """Its lines come in another order, and all are of one moment. PIL writes none: all of this one is black."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    lines = b""
+    for top, left, down, right in ADAM7:
+        width = len(range(left, WIDTH, right))
+        lines += (bytes(1) + bytes(3 * width)) * len(range(top, HEIGHT, down))
+    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, 2, 0, 0, 1)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    with av.open(str(tmp_path / "a.png")) as container:
+        assert next(container.decode(video=0)).interlaced_frame
+    frames, facts = read(tmp_path / "a.png", num_frames=1)
+    assert not frames.any() and not facts.interlaced
 
 
 @pytest.mark.parametrize(("fps", "repeated"), [(8, 4), (12, 2), (16, 0), (30, 0)])
