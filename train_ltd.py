@@ -29,6 +29,7 @@ import csv
 import ctypes
 import difflib
 import functools
+import glob
 import hashlib
 import html
 import importlib.util
@@ -165,7 +166,8 @@ TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": 
 MEDIA_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".gif", ".png", ".jpg", ".jpeg", ".webp"}
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 ARCHIVES = ("zip://", "tar://", "gzip://")
-PICTURE_FORMATS = ("_pipe", "image2")  # ends of FFmpeg's names of the formats of pictures
+STILL_FORMATS = "_pipe"  # end of FFmpeg's names of the formats of pictures
+HDR_TRANSFERS = (16, 18)  # PQ and HLG, as ITU-T H.273 numbers them
 # EXIF orientation -> `matrix` of `displayed_picture`
 EXIF_MATRICES = {
     1: (1, 0, 0, 1),
@@ -179,11 +181,13 @@ EXIF_MATRICES = {
 }
 TIME_TOLERANCE = 1e-3  # seconds; Matroska rounds presentation times to milliseconds
 MAX_PIXELS = 2**26  # of a picture, twice those of 8K: decoding more is refused
+MAX_REMOTE_BYTES = 2**30  # of a clip that is read into memory, on the Hub or in an archive
 MAX_SECONDS = 6 * 3600  # of a video of which more than its start is asked for
+SETTLING_SECONDS = 2  # until a file's times tell its states apart: FAT counts in steps of two seconds
 MAX_CHARACTERS = 10_000  # of a caption; the text encoder reads 512 tokens
 
 # Cache and statistics
-CACHE_FORMAT = 2  # part of every entry's key: raise it when what is cached changes
+CACHE_FORMAT = 3  # part of every entry's key: raise it when what is cached changes
 HUB_CACHES = (huggingface_hub.constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
 # What an entry says of its clip, beside the big tensors
 STATISTICS = (
@@ -194,12 +198,17 @@ STATISTICS = (
     "mean",
     "std",
     "crop_fraction",
+    "enlargement",
     "orientation_differs",
+    "repeated_fraction",
+    "interlaced",
+    "hdr",
     "windows",  # how many clips the video has
 )
 DAMAGE = (SafetensorError, ValueError, KeyError, TypeError)  # what reading a damaged cache entry raises
 STATS_WINDOW = 3  # the window of the LTD statistics, whatever --ltd_window, so that runs stay comparable
 MOTION_QUANTILES = (0.5, 0.9)  # of the dataset's LTD: voxels below the first are "static", above the second "motion"
+MAX_ENLARGEMENT = 1.5  # of a picture, before it is warned about
 CUT_RATIO = 4.0  # a gap this many times the clip's median gap is taken for a hard cut
 
 # Training
@@ -979,6 +988,27 @@ class Bucket(NamedTuple):
     width: int
 
 
+@dataclass(frozen=True)
+class ClipFacts:
+    """What a clip was before it was brought to size and rate. It is stored in the cache, for warnings."""
+
+    crop_fraction: float  # share of the picture that the crop throws away
+    enlargement: float  # how many times larger its pictures became
+    orientation_differs: bool  # a portrait video meets a landscape crop, or the other way round
+    repeated_fraction: float  # share of the frames that repeat the one before: the video has fewer than `--fps`
+    interlaced: bool
+    hdr: bool  # its brightness is coded as PQ or HLG
+
+
+class Picture(NamedTuple):
+    """A picture as a player shows it, and what is to be known of the frame that it comes from."""
+
+    pixels: np.ndarray  # (H, W, 3) uint8
+    frame: int  # number of the frame in the video
+    interlaced: bool
+    hdr: bool
+
+
 class ClipError(ValueError):
     """A clip cannot be used, and why. `num_frames` is how many frames there were, when they were too few."""
 
@@ -990,8 +1020,9 @@ class ClipError(ValueError):
 def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset | datasets.IterableDataset, Path]:
     """Open a split of `--train_data_dir` or `--dataset_name`.
 
-    Returns the rows with undecoded `video` and `text`, and the folder that relative paths start from. Raises
-    `ValueError` for a split or a column that is not there.
+    Returns the rows with undecoded `video` and `text`, and the folder that relative paths start from. A row that
+    cannot be used may have a `reason`. Raises `ValueError` for a split or a column that is not there, and for a folder
+    whose name `datasets` would take for a pattern.
     """
     root = Path(args.train_data_dir or args.dataset_name)
     folder = root
@@ -1022,11 +1053,24 @@ def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset
                 columns = next(csv.reader(file), [])
             options["features"] = datasets.Features({column: datasets.Value("string") for column in columns})
             options["keep_default_na"] = False
-        dataset = datasets.load_dataset(TABLE_BUILDERS[table.suffix], data_files=str(table), split="train", **options)
+        # Named by its contents: `datasets` remembers a table by its time alone. Its name may look like a pattern.
+        dataset = datasets.load_dataset(
+            TABLE_BUILDERS[table.suffix],
+            name=content_hash(str(table), args),
+            data_files=glob.escape(str(table)),
+            split="train",
+            **options,
+        )
         folder = table.parent
     elif pairs:
         return pair_clips_with_captions(media, folder), folder
     else:
+        real_name = os.path.realpath(folder)
+        if folder.is_dir() and glob.escape(real_name) != real_name:
+            raise ValueError(
+                f"--train_data_dir {real_name}: `datasets` takes [ ] * ? in a folder's name for a pattern. Rename the "
+                "folder, or list its clips in a metadata.jsonl"
+            )
         dataset = datasets.load_dataset(
             str(folder) if folder.is_dir() else args.dataset_name,
             args.dataset_config_name,
@@ -1089,19 +1133,51 @@ def find_media(folder: Path, args: argparse.Namespace) -> list[Path]:
 
 
 def pair_clips_with_captions(clips: list[Path], folder: Path) -> datasets.Dataset:
-    """Read the community's layout: each of the `clips` in a folder beside a text file of the same name."""
+    """Read the community's layout: each of the `clips` in a folder beside a text file of the same name.
+
+    The rows have a `reason` why the clip cannot be used, or `None`. Raises `ValueError` for a caption that is not
+    UTF-8.
+    """
     rows = []
     for clip in clips:
-        caption = clip.with_suffix(".txt")
-        try:
-            text = caption.read_text(encoding="utf-8-sig")
-        except FileNotFoundError:
-            logger.warning(f"{caption.name} is missing: the caption of its clip is empty")
-            text = ""
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{caption} is not UTF-8 ({error}); save it as UTF-8") from error
-        rows.append({"video": str(clip.relative_to(folder)), "text": text})
+        path = str(clip.relative_to(folder))
+        name = printable(path)
+        text = ""
+        reason = None
+        if name != path:
+            reason = "its name is not UTF-8: rename it"
+        else:
+            try:
+                text = read_caption_file(clip.with_suffix(".txt"))
+            except ClipError as error:
+                reason = str(error)
+        rows.append({"video": name, "text": text, "reason": reason})
     return datasets.Dataset.from_list(rows)
+
+
+def printable(name: str) -> str:
+    r"""Write the bytes of a name that are not UTF-8 as `\udcff`, for such a name fits in no table and no log."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def read_caption_file(path: Path) -> str:
+    """Read a caption, which is empty where there is no file.
+
+    Raises `ClipError` for what is no file, such as a pipe, from which reading might never end, and `ValueError` for
+    one that is not UTF-8.
+    """
+    if not path.exists():
+        logger.warning(f"{path.name} is missing: the caption of its clip is empty")
+        return ""
+    if not path.is_file():
+        raise ClipError(f"its caption {path.name} is no regular file")
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read(MAX_CHARACTERS + 1)  # one more, so that `read_captions` says that it was cut
+    except OSError as error:
+        raise ClipError(f"its caption cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
 
 
 def locate_clip(value: str | dict | bytes | None, folder: Path, args: argparse.Namespace) -> str | bytes:
@@ -1127,48 +1203,84 @@ def locate_clip(value: str | dict | bytes | None, folder: Path, args: argparse.N
         known = all(archive.startswith(ARCHIVES) for archive in archives)
         if not (on_hub and known and target.startswith("hf://")):
             raise ClipError("leads out of the dataset's folder")
-        try:
-            with fsspec.open(value, "rb") as file:
-                return file.read()
-        except Exception as error:  # of any file system and archive that there is
-            raise ClipError(f"cannot be read: {error}") from error
+        return read_remote(value)
     # By its words: a link inside the folder is the user's own, and may lead anywhere.
     path = Path(os.path.abspath(folder / value))
     if not any(path.is_relative_to(os.path.abspath(root)) for root in (folder, *HUB_CACHES)):
         raise ClipError("leads out of the dataset's folder")
-    if not path.is_file():
+    if not path.exists():
         raise ClipError("file not found")
+    if not path.is_file():
+        raise ClipError("no regular file")  # reading a pipe or a device might never end
     if not path.stat().st_size:
         raise ClipError("file is empty")
     return str(path)
 
 
-def content_hash(source: str | bytes, sample: int = 2**16) -> str:
-    """Identify a file wherever it lies, by its size and the bytes at its head, middle and tail."""
-    with open_source(source) as file:
-        size = file.seek(0, os.SEEK_END)
-        parts = [str(size).encode()]
-        for start in (0, size // 2, max(0, size - sample)):
-            file.seek(start)
-            parts.append(file.read(sample))
-    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+def read_remote(url: str) -> bytes:
+    """Read a file on the Hub, or a member of an archive there, into memory. Raises `ClipError`, also above a size."""
+    try:
+        with fsspec.open(url, "rb") as file:
+            size = getattr(file, "size", None)  # which some archives do not know beforehand
+            data = b""
+            if size is None or size <= MAX_REMOTE_BYTES:
+                data = file.read(MAX_REMOTE_BYTES + 1)
+                size = len(data)
+    except Exception as error:  # of any file system and archive that there is
+        raise ClipError(f"cannot be read: {error}") from error
+    if size > MAX_REMOTE_BYTES:
+        raise ClipError(f"larger than {MAX_REMOTE_BYTES // 2**20} MiB, which is too much to read into memory")
+    return data
+
+
+def content_hash(source: str | bytes, args: argparse.Namespace) -> str:
+    """Identify a file by all of its contents, wherever it lies.
+
+    The hash of a path is remembered in the cache folder, so that a start reads no file for it that is as it was. A
+    record is named by the path and the state of the file, and never changes: any number of ranks and runs may write
+    it.
+    """
+    new_hash = functools.partial(hashlib.blake2b, digest_size=16)
+    if isinstance(source, bytes):
+        return new_hash(source).hexdigest()
+    state = file_state(os.stat(source))
+    record = Path(args.cache_dir, "identities", cache_key(os.path.abspath(source), state))
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        identity = record.read_text(encoding="ascii")
+        if len(identity) == 2 * new_hash().digest_size:  # a killed run may leave an empty record
+            return identity
+    with open(source, "rb") as file:
+        identity = hashlib.file_digest(file, new_hash).hexdigest()
+        status = os.fstat(file.fileno())
+    # A file that was written a moment ago may be written once more within one tick of the file system's clock.
+    settled = time.time() - status.st_ctime > SETTLING_SECONDS
+    if settled and file_state(status) == state:
+        with contextlib.suppress(OSError):  # a cache that may only be read is of use all the same
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(identity, encoding="ascii")
+    return identity
+
+
+def file_state(status: os.stat_result) -> list[int]:
+    """Return what changes when a file does: `cp -p` and `rsync -t` restore its times, but for that of the inode."""
+    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def open_source(source: str | bytes) -> io.IOBase:
-    """Open a path, or bytes, for reading."""
+    """Open a path, or bytes, for reading, and under no name: FFmpeg takes `%d` in one for a sequence of pictures."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    return open(source, "rb")
+    return open(os.open(source, os.O_RDONLY), "rb")
 
 
 def read_clip(
     source: str | bytes, bucket: Bucket | tuple[int, int, int], fps: float, clips_per_video: int = 1
-) -> tuple[torch.Tensor, float, bool]:
+) -> tuple[torch.Tensor, ClipFacts]:
     """Decode a clip from the start of a video, or an image; or several clips, evenly spread over the video.
 
-    `bucket` is the size in frames, height and width. Returns frames `(clips, F, 3, H, W)` uint8, the share of the
-    picture that the crop throws away, and whether a portrait video meets a landscape crop or the other way round.
-    Raises `ClipError` without a video stream or with too few frames, and `av.FFmpegError` for what cannot be decoded.
+    `bucket` is the size in frames, height and width. Returns frames `(clips, F, 3, H, W)` uint8 and what the clips
+    were before. Raises `ClipError` without a video stream or with too few frames, and `av.FFmpegError` for what cannot
+    be decoded.
     """
     bucket = Bucket(*bucket)
     starts = np.zeros(1)
@@ -1179,10 +1291,16 @@ def read_clip(
         starts = np.linspace(0, max(0, seconds - span), count)
     times = np.add.outer(starts, np.arange(bucket.frames) / fps).ravel()
     frames = []
+    numbers = []  # of the frames in the video
+    interlaced = False
+    hdr = False
     height, width = 0, 0
     for picture in frames_at(source, times):
-        height, width = picture.shape[:2]
-        frames.append(resize_and_crop(picture, bucket.height, bucket.width))
+        height, width = picture.pixels.shape[:2]
+        frames.append(resize_and_crop(picture.pixels, bucket.height, bucket.width))
+        numbers.append(picture.frame)
+        interlaced = interlaced or picture.interlaced
+        hdr = hdr or picture.hdr
     if len(frames) < bucket.frames:
         raise ClipError(f"too short: {len(frames)} frames at {fps:g} fps, {bucket.frames} needed", len(frames))
 
@@ -1190,26 +1308,37 @@ def read_clip(
     frames = torch.stack(frames[: count * bucket.frames]).unflatten(0, (count, bucket.frames))
     scale = max(bucket.height / height, bucket.width / width)
     kept_area = (bucket.height / scale) * (bucket.width / scale)
-    crop_fraction = max(0.0, 1 - kept_area / (height * width))
-    orientation_differs = (height - width) * (bucket.height - bucket.width) < 0
-    return frames, crop_fraction, orientation_differs
+    repeated = sum(before == after for before, after in itertools.pairwise(numbers))
+    facts = ClipFacts(
+        crop_fraction=max(0.0, 1 - kept_area / (height * width)),
+        enlargement=scale,
+        orientation_differs=(height - width) * (bucket.height - bucket.width) < 0,
+        repeated_fraction=repeated / len(numbers),
+        interlaced=interlaced,
+        hdr=hdr,
+    )
+    return frames, facts
 
 
-def open_video(source: str | bytes) -> av.container.InputContainer:
-    """Open a path, or bytes, for decoding. A title that is not UTF-8 is no reason to refuse a clip."""
-    return av.open(io.BytesIO(source) if isinstance(source, bytes) else source, metadata_errors="ignore")
+@contextlib.contextmanager
+def open_video(source: str | bytes) -> Iterator[av.container.InputContainer]:
+    """Open a path, or bytes, for decoding, and nothing else: a playlist may name any file of this machine."""
+    options = {"max_pixels": str(MAX_PIXELS), "protocol_whitelist": "none"}  # by which other files are opened
+    with open_source(source) as file:
+        # A title that is not UTF-8 is no reason to refuse a clip.
+        with av.open(file, metadata_errors="ignore", options=options) as container:
+            yield container
 
 
 def video_stream(container: av.container.InputContainer) -> av.VideoStream:
     """Return the first video stream that is not the cover of a sound file. Raises `ClipError` when there is none."""
-    if container.format.name in ("hls", "dash", "concat", "imf"):  # their entries may lead anywhere
-        raise ClipError("a playlist is no video")
     for stream in container.streams.video:
         if stream.disposition & av.stream.Disposition.attached_pic:
             continue
         if stream.codec_context is None:
             raise ClipError("its codec is unknown")
         check_pixels(stream.width, stream.height)
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # whatever size the stream changes to
         stream.thread_type = "AUTO"
         return stream
     raise ClipError("no video stream")
@@ -1238,8 +1367,8 @@ def video_seconds(source: str | bytes) -> float:
         return float((max(ends) - min(starts)) * stream.time_base)
 
 
-def frames_at(source: str | bytes, times: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the pictures `(H, W, 3)` uint8 on display at ascending times, in seconds after the first picture.
+def frames_at(source: str | bytes, times: np.ndarray) -> Iterator[Picture]:
+    """Yield the pictures on display at ascending times, in seconds after the first picture.
 
     They are as a player shows them: upright, with square pixels. Ends with the video, whether or not all times have
     come. Raises `ClipError` for a frame that the decoder marks as corrupt, or that is too large.
@@ -1251,7 +1380,8 @@ def frames_at(source: str | bytes, times: np.ndarray) -> Iterator[np.ndarray]:
     number = 0
     with open_video(source) as container:
         stream = video_stream(container)
-        matrix = exif_matrix(source) if container.format.name.endswith(PICTURE_FORMATS) else None
+        is_still = container.format.name.endswith(STILL_FORMATS)
+        matrix = exif_matrix(source) if is_still else None
         for index, frame in enumerate(itertools.chain(container.decode(stream), [None])):
             if frame is not None and frame.is_corrupt:
                 raise ClipError("damaged: the decoder marks frames as corrupt")
@@ -1265,7 +1395,10 @@ def frames_at(source: str | bytes, times: np.ndarray) -> Iterator[np.ndarray]:
                     origin = float(presented)
                 end = float(presented) - origin
             while shown is not None and number < len(times) and times[number] < end - TIME_TOLERANCE:
-                yield displayed_picture(shown, stream, matrix or display_matrix(shown))
+                pixels = displayed_picture(shown, stream, matrix or display_matrix(shown))
+                interlaced = shown.interlaced_frame and not is_still  # the lines of a PNG are of one moment
+                hdr = stream.codec_context.color_trc in HDR_TRANSFERS
+                yield Picture(pixels, index - 1, interlaced, hdr)
                 number += 1
             if frame is None or number == len(times):
                 return
@@ -1339,7 +1472,7 @@ def resize_and_crop(picture: np.ndarray, height: int, width: int) -> torch.Tenso
 
 # --- 4. Cache: frames -> latents, captions -> prompt_embeds ----------------------------------------------------------
 @dataclass(frozen=True)
-class Clip:
+class Clip(ClipFacts):
     """A clip as training knows it: a window of a video, or an image. Its large tensors are in the cache."""
 
     order: tuple[int, int, int]  # shard, row and window: sorts clips as the dataset has them
@@ -1354,8 +1487,6 @@ class Clip:
     gaps: list[float]  # mean distance of each latent frame to the next
     mean: float  # of the latents, as is `std`
     std: float
-    crop_fraction: float  # share of the picture that the crop throws away
-    orientation_differs: bool  # a portrait video meets a landscape crop, or the other way round
 
     def largest_jump(self) -> tuple[float, int]:
         """Find the largest gap as a multiple of their median, and the latent frame before it.
@@ -1384,8 +1515,7 @@ class Video:
     identity: str = ""
     statistics: list[dict] = field(default_factory=list)  # of its clips, when they are in the cache
     frames: torch.Tensor | None = None  # (clips, F, 3, H, W) uint8, when they are not
-    crop_fraction: float = 0.0
-    orientation_differs: bool = False
+    facts: ClipFacts | None = None  # of the frames
     reason: str | None = None  # why it cannot be used
     num_frames: int | None = None  # how many frames there were, when they were too few
 
@@ -1396,7 +1526,10 @@ def cache_key(*parts) -> str:
 
 
 def model_identity(args: argparse.Namespace, *subfolders: str) -> str:
-    """Return what the cache knows a component by: Hub id and commit, or the contents of a local folder."""
+    """Return what the cache knows a component by: Hub id and commit, or the contents of a local folder.
+
+    The first start reads a local model's files for it; later ones remember.
+    """
     path = args.pretrained_model_name_or_path
     if not os.path.isdir(path):
         _, commit = WanPipeline.load_config(path, revision=args.revision, return_commit_hash=True)
@@ -1405,7 +1538,7 @@ def model_identity(args: argparse.Namespace, *subfolders: str) -> str:
     for subfolder in subfolders:
         for file in sorted(Path(path, subfolder).glob("*")):
             if file.is_file():
-                hashes.append((file.name, content_hash(str(file))))
+                hashes.append((file.name, content_hash(str(file), args)))
     return cache_key(hashes)
 
 
@@ -1521,20 +1654,21 @@ class ClipReader(torch.utils.data.IterableDataset):
         name = value.get("path") if isinstance(value, dict) else value
         if not isinstance(name, str):
             name = f"row {order}"
+        name = printable(name)
         video = Video(order, name, read_captions(row["text"], name, self.args))
         try:
+            if row.get("reason"):
+                raise ClipError(row["reason"])
             source = locate_clip(value, self.folder, self.args)
-            video.identity = content_hash(source)
+            video.identity = content_hash(source, self.args)
             video.statistics = self.cached_statistics(video.identity)
             if not video.statistics:
-                video.frames, video.crop_fraction, video.orientation_differs = read_clip(
-                    source, self.bucket, self.args.fps, self.args.clips_per_video
-                )
+                video.frames, video.facts = read_clip(source, self.bucket, self.args.fps, self.args.clips_per_video)
         except ClipError as error:
             video.reason = str(error)
             video.num_frames = error.num_frames
         except (OSError, av.FFmpegError) as error:
-            video.reason = f"cannot be read: {error}"
+            video.reason = f"cannot be read: {error.strerror or error}"
         return video
 
     def entry_path(self, identity: str, window: int) -> str:
@@ -1602,8 +1736,8 @@ def encode_video(vae: AutoencoderKLWan, video: Video, reader: ClipReader, args: 
             video.reason = "the VAE returned values that are not finite"
             return
         entry = latent_statistics(tensors["latents"])
-        entry["crop_fraction"] = torch.tensor(video.crop_fraction)
-        entry["orientation_differs"] = torch.tensor(video.orientation_differs)
+        for name, value in asdict(video.facts).items():
+            entry[name] = torch.tensor(value)
         entry["windows"] = torch.tensor(len(video.frames))
         for name, tensor in tensors.items():
             entry[name] = tensor.to(getattr(torch, args.cache_dtype))
@@ -1790,12 +1924,23 @@ def summarize(args: argparse.Namespace, clips: list[Clip]) -> None:
     logger.info(f"latents: mean {mean:.3f}, std {std:.3f}")
     logger.info(f"LTD: mean {np.mean(ltd):.3f}; over clips (0, 10, 50, 90, 100 %) {quantiles}")
     logger.info(f"LTD: over latent frames {per_frame}")
-    turned = [clip.name for clip in clips if clip.orientation_differs]
-    if turned:
-        logger.warning(f"portrait clips in a landscape crop, or the other way round: {', '.join(turned)}")
+    portrait = [clip.name for clip in clips if clip.orientation_differs]
+    slow = [clip.name for clip in clips if clip.repeated_fraction > 0]
+    enlarged = [clip.name for clip in clips if clip.enlargement > MAX_ENLARGEMENT]
+    interlaced = [clip.name for clip in clips if clip.interlaced]
+    hdr = [clip.name for clip in clips if clip.hdr]
     cuts = [clip.name for clip in clips if clip.cut_is_suspected()]
-    if cuts:
-        logger.warning(f"a hard cut is suspected, cut these clips into shots: {', '.join(cuts)}")
+    concerns = {
+        "portrait clips in a landscape crop, or the other way round": portrait,
+        f"below --fps {args.fps:g}, so that frames are repeated, which looks like stop-and-go to LTD": slow,
+        f"pictures are enlarged more than {MAX_ENLARGEMENT:g} times": enlarged,
+        "interlaced, deinterlace these clips": interlaced,
+        "HDR (PQ or HLG) is trained as it is coded, with dull colors; convert these clips to SDR": hdr,
+        "a hard cut is suspected, cut these clips into shots": cuts,
+    }
+    for concern, names in concerns.items():
+        if names:
+            logger.warning(f"{concern}: {', '.join(names)}")
     if not 0.02 < std < 50 or abs(mean) > 10:
         raise ValueError(f"latents of mean {mean:.3g} and std {std:.3g} cannot be right; is this the model's own VAE?")
     if abs(mean) > 0.5 or not 0.5 < std < 1.5:
@@ -3674,8 +3819,10 @@ def base_identity(args: argparse.Namespace) -> str:
     if not path:
         return model_identity(args, subfolder)
     if os.path.isfile(path):
-        return content_hash(path)
-    transformer = argparse.Namespace(pretrained_model_name_or_path=path, revision=None, variant=None)
+        return content_hash(path, args)
+    transformer = argparse.Namespace(
+        pretrained_model_name_or_path=path, revision=None, variant=None, cache_dir=args.cache_dir
+    )
     return model_identity(transformer, transformer_subfolder(path, subfolder) or ".")
 
 

@@ -151,7 +151,7 @@ CORPUS = {
     "one_frame.mp4": (lambda path, good: write_numbered(path, 1), "too short"),
     "still.png": (lambda path, good: Image.fromarray(numbered(3)).save(path), "too short"),
     "missing.mp4": (lambda path, good: None, "not found"),
-    "folder.mp4": (lambda path, good: path.mkdir(), "not found|cannot be read"),
+    "folder.mp4": (lambda path, good: path.mkdir(), "no regular file"),
     "dead_link.mp4": (lambda path, good: path.symlink_to("nowhere.mp4"), "not found"),
     "good.mp4": (lambda path, good: path.write_bytes(good.read_bytes()), None),
     "mp4_inside.avi": (lambda path, good: path.write_bytes(good.read_bytes()), None),
@@ -246,9 +246,9 @@ CAPTIONS = ["a red square", 'she says: "go, go"', "ein Bär läuft 🐻", "the l
 
 
 def cache_files(args) -> dict[str, bytes]:
-    """Relative path -> content of every file in the cache."""
+    """Relative path -> content of every entry of the cache."""
     folder = Path(args.cache_dir)
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.safetensors")}
 
 
 def alike(clips: list) -> list:

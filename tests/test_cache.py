@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import hashlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, HEIGHT, NUM_FRAMES, ROOT, WIDTH, launch, launcher, wait_for
+from conftest import CPU, HEIGHT, HOUR, NUM_FRAMES, ROOT, WIDTH, launch, launcher, wait_for
 from corpus import (
     NAMES,
     alike,
@@ -126,7 +128,8 @@ def test_long_captions_are_warned_about(prepare, log, tmp_path):
 def test_only_safetensors(run, clips, tmp_path):
     run(cache_dtype="float16", max_train_steps=1)
     files = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
-    assert files and {p.suffix for p in files} == {".safetensors"}
+    assert {p.suffix for p in files if p.parent.name in ("latents", "text")} == {".safetensors"}
+    assert {p.parent.name for p in files} <= {"latents", "text", "identities"}
 
 
 def test_warm_start_loads_no_model(prepare, no_models, log, originals, tmp_path):
@@ -216,6 +219,133 @@ def test_another_model_has_its_own_cache(prepare, log, tiny_wan, originals, tmp_
         save_file({key: value * 1.01 for key, value in weights.items()}, path, {"format": "pt"})
         prepare(**data, pretrained_model_name_or_path=model)
         assert encode_counts(log()) == counts
+
+
+# --- What a file is known by -----------------------------------------------------------------------------------------
+
+
+def flip_middle(path: Path) -> None:
+    """Change one byte at 3/8 of a file, and neither its size nor its time, as `cp -p` or `rsync -t` may do."""
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    data[3 * len(data) // 8] ^= 1
+    path.write_bytes(data)
+    while path.stat().st_ctime_ns == before.st_ctime_ns:  # the clock of a file system ticks a few times a second
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+@pytest.fixture
+def hash_of(flags, tmp_path, monkeypatch):
+    """Function that identifies a file: its hash, and how many files were read for it."""
+    args = train_ltd.parse_args(flags())
+    reads = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *rest: reads.append(1) or digest(*rest))
+
+    def function(path):
+        reads.clear()
+        return train_ltd.content_hash(str(path), args), len(reads)
+
+    return function
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """Files that a test has just written count as settled."""
+    monkeypatch.setattr(train_ltd, "SETTLING_SECONDS", -1)
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+def test_uncompressed_clips_of_one_size_are_different(prepare, tmp_path):
+    """Their first, middle and last 64 KiB agree: a square moves over black in between, each time elsewhere."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(3):
+        frames = np.zeros((33, 64, 96, 3), np.uint8)
+        for frame in range(6, 11):
+            frames[frame, 8 + 16 * number : 20 + 16 * number, 4 * frame : 4 * frame + 12] = 255
+        write_video(folder / f"{number}.avi", list(frames), codec="rawvideo", pix_fmt="bgr24")
+    write_metadata(folder, [{"file_name": f"{number}.avi", "text": "a"} for number in range(3)])
+    data = [(folder / f"{number}.avi").read_bytes() for number in range(3)]
+    middle = len(data[0]) // 2
+    for start in (0, middle, len(data[0]) - 2**16):
+        assert len({part[start : start + 2**16] for part in data}) == 1
+    clips, _, _, args = prepare(train_data_dir=folder, num_frames=33)
+    assert len({clip.identity for clip in clips}) == len({clip.path for clip in clips}) == 3
+    latents = [load_file(Path(args.cache_dir, clip.path))["latents"] for clip in clips]
+    assert not torch.equal(latents[0], latents[1]) and not torch.equal(latents[1], latents[2])
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_file_is_read_once_for_its_hash(hash_of, tmp_path):
+    """And once more when it has changed, though its size and its time have not."""
+    path = tmp_path / "weights.bin"
+    path.write_bytes(np.random.default_rng(0).bytes(10**6))
+    first, reads = hash_of(path)
+    assert reads == 1 and len(first) == 32
+    assert hash_of(path) == (first, 0)
+    flip_middle(path)
+    second, reads = hash_of(path)
+    assert reads == 1 and second != first
+    assert hash_of(path) == (second, 0)
+    copy = tmp_path / "copy.bin"
+    copy.write_bytes(path.read_bytes())
+    assert hash_of(copy) == (second, 1)
+    assert train_ltd.content_hash(path.read_bytes(), None) == second
+
+
+def test_a_file_that_was_just_written_is_not_remembered(hash_of, monkeypatch, tmp_path):
+    """It could change again within one tick of the clock."""
+    monkeypatch.setattr(train_ltd, "SETTLING_SECONDS", HOUR)
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"a clip")
+    first, _ = hash_of(path)
+    assert hash_of(path) == (first, 1)
+    assert not (tmp_path / "cache/identities").exists()
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_hash_that_cannot_be_remembered(hash_of, tmp_path):
+    """A record cut short by a kill is written anew; a cache that takes none is used without."""
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"a clip")
+    first, _ = hash_of(path)
+    (record,) = (tmp_path / "cache/identities").iterdir()
+    record.write_text("")
+    assert hash_of(path) == (first, 1)
+    assert hash_of(path) == (first, 0)
+    shutil.rmtree(tmp_path / "cache/identities")
+    (tmp_path / "cache/identities").write_text("no folder, so that no record can be written")
+    assert hash_of(path) == (first, 1)
+
+
+@pytest.mark.usefixtures("settled")
+def test_weights_that_differ_in_one_byte_are_another_base(flags, tiny_wan, tmp_path):
+    model = shutil.copytree(tiny_wan, tmp_path / "model")
+    args = train_ltd.parse_args(flags(pretrained_model_name_or_path=model))
+    before = train_ltd.base_identity(args)
+    assert train_ltd.base_identity(args) == before
+    (path,) = (model / "transformer").glob("*.safetensors")
+    flip_middle(path)
+    assert train_ltd.base_identity(args) != before
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+def test_a_table_that_changed_without_its_time_is_read_again(prepare, originals, tmp_path, name):
+    folder = tmp_path / "data"
+    kwargs = metadata_folder(originals, folder, name)
+    clips, *_ = prepare(**kwargs)
+    assert clips[0].captions == ["a red square"]
+    time = (folder / name).stat().st_mtime_ns
+    rows = with_key("file_name")
+    rows[0]["text"] = "a new square"
+    write_metadata(folder, rows, name)
+    os.utime(folder / name, ns=(time, time))
+    clips, *_ = prepare(**kwargs)
+    assert clips[0].captions == ["a new square"]
 
 
 @pytest.mark.usefixtures("one_text_encoder")
@@ -373,8 +503,8 @@ def test_the_cache_travels(prepare, no_models, log, clips, tiny_wan, tmp_path):
         return {k: root / v for k, v in (folders | {"output_dir": "run"}).items()}
 
     cold = prepare(**places(here))
-    assert all(str(tmp_path).encode() not in data for data in entries(here / "cache").values())
-    assert {p.suffix for p in (here / "cache").rglob("*") if p.is_file()} == {".safetensors"}
+    files = [path for path in (here / "cache").rglob("*") if path.is_file()]
+    assert files and all(str(tmp_path).encode() not in path.read_bytes() for path in files)
     here.rename(there)
     no_models()
     warm = prepare(**places(there))
@@ -516,6 +646,14 @@ def test_hub_dataset_and_streaming(flags, originals, expected_latents, tmp_path)
 
 
 ENTRIES = 10_000
+PLAIN = train_ltd.ClipFacts(
+    crop_fraction=0.0,
+    enlargement=1.0,
+    orientation_differs=False,
+    repeated_fraction=0.0,
+    interlaced=False,
+    hdr=False,
+)
 
 
 def resident() -> int:
@@ -536,7 +674,7 @@ def test_many_entries_start_without_their_latents_and_in_little_memory(prepare, 
     (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with monkeypatch.context() as patch:
         latents = torch.randn(16, 21, HEIGHT // 8, WIDTH // 8)
-        patch.setattr(train_ltd, "read_clip", lambda *args: (frames, 0.0, False))
+        patch.setattr(train_ltd, "read_clip", lambda *args: (frames, PLAIN))
         patch.setattr(train_ltd, "encode_clip", lambda vae, clip: {"latents": latents})
         prepare(train_data_dir=data)
     assert len(list((tmp_path / "cache/latents").iterdir())) == ENTRIES
@@ -625,8 +763,7 @@ def made_up_clip(name: str, gaps: list[float]) -> train_ltd.Clip:
         gaps=gaps,
         mean=0.0,
         std=1.0,
-        crop_fraction=0.0,
-        orientation_differs=False,
+        **asdict(PLAIN),
     )
 
 

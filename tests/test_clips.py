@@ -3,7 +3,11 @@
 import io
 import json
 import math
+import os
 import re
+import struct
+import zipfile
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -43,7 +47,7 @@ import train_ltd
 
 
 def read(path, num_frames=NUM_FRAMES, height=HEIGHT, width=WIDTH, fps=16, clips_per_video=1):
-    """Read the clips of one file: frames `(clips, F, 3, H, W)`, crop share, turned."""
+    """Read the clips of one file: frames `(clips, F, 3, H, W)`, and what they were before."""
     return train_ltd.read_clip(str(path), (num_frames, height, width), fps, clips_per_video)
 
 
@@ -67,14 +71,14 @@ def test_constant_rates(tmp_path, suffix, source_fps):
     path = write_numbered(tmp_path / f"a.{suffix}", math.ceil(source_fps) + 5, source_fps, codec=codec)
     times = [n / source_fps for n in range(math.ceil(source_fps) + 5)]
     wanted = [Fraction(k, 16) for k in range(17)]
-    frames, cropped, turned = read(path, num_frames=17)
+    frames, facts = read(path, num_frames=17)
     assert frames.shape == (1, 17, 3, HEIGHT, WIDTH) and frames.dtype == torch.uint8
     got = numbers_of(frames[0])
     assert got[0] == 0
     for number, at in zip(got, wanted, strict=True):
         early = on_display(times, at)  # a frame less than 2 ms ahead (15 at 29.97 fps, at 0.5005 s) may stand for now
         assert number in {early, early if at in times else on_display(times, at + Fraction(2, 1000))}
-    assert (cropped, turned) == (0, False)
+    assert (facts.crop_fraction, facts.orientation_differs) == (0, False)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "webm"])
@@ -141,12 +145,14 @@ def test_rotation(tmp_path, degrees):
     ffmpeg("-display_rotation", degrees, "-i", tmp_path / "a.mp4", "-c", "copy", tmp_path / "turned.mp4")
     size = (48, 32) if degrees % 180 else (32, 48)
     expected = ffmpeg_frames(tmp_path / "turned.mp4", *size)
-    frames, _, turned = read(tmp_path / "turned.mp4", height=size[0], width=size[1])
+    frames, facts = read(tmp_path / "turned.mp4", height=size[0], width=size[1])
     plain = read(tmp_path / "a.mp4")[0][0]
     assert (frames[0].float() - expected.float()).abs().mean() < 2
     assert frames[0].shape != plain.shape or (frames[0].float() - plain.float()).abs().mean() > 20
-    assert not turned
-    assert read(tmp_path / "turned.mp4")[2] == bool(degrees % 180)  # a portrait clip in a landscape crop
+    assert not facts.orientation_differs
+    assert read(tmp_path / "turned.mp4")[1].orientation_differs == bool(
+        degrees % 180
+    )  # a portrait clip in a landscape crop
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
@@ -182,7 +188,7 @@ def ramp(height: int, width: int) -> np.ndarray:
 def test_cover_and_centre_crop(tmp_path, size):
     """Where in the source the corners of the result come from, and the share that is lost."""
     Image.fromarray(ramp(*size)).save(tmp_path / "a.png")
-    frames, cropped, turned = read(tmp_path / "a.png", num_frames=1)
+    frames, facts = read(tmp_path / "a.png", num_frames=1)
     frame = frames[0, 0].float()
     assert frame.shape == (3, HEIGHT, WIDTH)
     scale = max(HEIGHT / size[0], WIDTH / size[1])
@@ -194,8 +200,8 @@ def test_cover_and_centre_crop(tmp_path, size):
         inside = slice(2, -2)  # at the border bicubic sees its own edge
         pixel = 200 / (size[axis] * scale)  # half a pixel may go to rounding, and one level to 8 bits
         assert (profile - expected)[inside].abs().max() < 0.8 * pixel + 1.5
-    assert cropped == pytest.approx(1 - kept[0] * kept[1], abs=1e-6)
-    assert turned == (size[0] > size[1])
+    assert facts.crop_fraction == pytest.approx(1 - kept[0] * kept[1], abs=1e-6)
+    assert facts.orientation_differs == (size[0] > size[1])
 
 
 def test_antialiasing(tmp_path):
@@ -291,12 +297,12 @@ def images():
 def test_images(tmp_path, name):
     picture = images()[name]
     picture.save(tmp_path / name, **({"quality": 95} if name.lower().endswith(("jpg", "jpeg")) else {}))
-    frames, cropped, _ = read(tmp_path / name, num_frames=1)
+    frames, facts = read(tmp_path / name, num_frames=1)
     assert frames.shape == (1, 1, 3, HEIGHT, WIDTH)
     assert numbers_of(frames[0]) == [4711]
     middle = frames[0, 0, :, 4:12, 2:4].float().mean()  # the first block is white: 4711 is odd
     assert middle == pytest.approx(255 if name == "bilevel.png" else 215, abs=6)
-    assert cropped == 0
+    assert facts.crop_fraction == 0
 
 
 def test_one_frame_of_a_video(tmp_path):
@@ -736,7 +742,7 @@ def test_split_that_does_not_exist(prepare, originals, tmp_path, source):
 
 
 def first_picture(path) -> np.ndarray:
-    return next(train_ltd.frames_at(str(path), np.zeros(1)))
+    return next(train_ltd.frames_at(str(path), np.zeros(1))).pixels
 
 
 def corners(height: int = 40, width: int = 64) -> np.ndarray:
@@ -781,10 +787,10 @@ def test_pixels_that_are_not_square(tmp_path, aspect, shape):
     ffmpeg("-i", tmp_path / "plain.mkv", "-vf", f"setsar={aspect}", tmp_path / "clip.mp4")
     shown = first_picture(tmp_path / "clip.mp4")
     assert shown.shape[:2] == shape
-    _, crop_fraction, _ = read(tmp_path / "clip.mp4")
+    _, facts = read(tmp_path / "clip.mp4")
     scale = max(HEIGHT / shape[0], WIDTH / shape[1])
     kept = HEIGHT * WIDTH / (scale**2 * shape[0] * shape[1])
-    assert crop_fraction == pytest.approx(1 - kept, abs=1e-6)
+    assert facts.crop_fraction == pytest.approx(1 - kept, abs=1e-6)
     assert (
         abs(shown[:20, : shape[1] // 2 - 4].mean() - 30) < 4 and abs(shown[24:, shape[1] // 2 + 4 :].mean() - 210) < 4
     )
@@ -935,3 +941,269 @@ def test_pictures_beside_videos_are_no_reason_for_one_frame(prepare, originals, 
     with pytest.raises(ValueError, match="1 are pictures beside videos") as error:
         prepare(train_data_dir=folder)
     assert "--num_frames 1 " not in str(error.value)
+
+
+# --- Names are names -------------------------------------------------------------------------------------------------
+
+
+def embedded_shards(originals, folder):
+    return embedded(originals, folder, plain=False)
+
+
+@pytest.mark.parametrize("name", ["clips [ab]", "clips ?", "cl*", "clips %d", "{clips,a}"])
+@pytest.mark.parametrize("layout", ["metadata.jsonl", "pairs", "csv"])
+def test_a_folder_is_called_what_it_is_called(flags, originals, tmp_path, name, layout):
+    """Beside one that the name would match as a pattern, with other captions."""
+    make_videos(tmp_path / "clips a", 1)
+    write_metadata(tmp_path / "clips a", [{"file_name": "clip0.mp4", "text": "of the other folder"}])
+    write_metadata(tmp_path / "clips a", [{"video": "clip0.mp4", "text": "of the other folder"}], "clips.csv")
+    args = train_ltd.parse_args(flags(**SOURCES[layout](originals, tmp_path / name)))
+    dataset, where = train_ltd.open_dataset(args, "train")
+    assert [row["text"].strip() for row in dataset] == CAPTIONS
+    assert {Path(train_ltd.locate_clip(row["video"], where, args)).parts[-2 - (layout == "csv")] for row in dataset}
+    assert all((tmp_path / name) in Path(where, row["video"]).parents for row in dataset)
+
+
+@pytest.mark.parametrize("name", ["clips [ab]", "clips ?", "cl*"])
+def test_a_folder_of_shards_that_datasets_would_take_for_a_pattern(flags, originals, tmp_path, name):
+    """It read another folder's files once."""
+    embedded_shards(originals, tmp_path / "clips a")
+    (tmp_path / "clips a").rename(tmp_path / name)
+    args = train_ltd.parse_args(flags(train_data_dir=tmp_path / name))
+    with pytest.raises(ValueError, match=r"takes \[ \] \* \? in a folder's name for a pattern\. Rename the folder"):
+        train_ltd.open_dataset(args, "train")
+
+
+@pytest.mark.parametrize(
+    "name", ["clip%d.mp4", "clip%03d.gif", "a%d.png", "a%02d.jpg", "a*.png", "a?.webp", "[a].png"]
+)
+def test_a_file_is_called_what_it_is_called(tmp_path, name):
+    """Beside those that the name would match as a pattern."""
+    for other in ("clip1.mp4", "clip001.gif", "a1.png", "a01.jpg", "ab.png", "ab.webp", "a.png"):
+        if Path(other).suffix == Path(name).suffix:
+            write_picture_or_video(tmp_path / other, 1)
+    write_picture_or_video(tmp_path / name, 4711)
+    assert numbers_of(read(tmp_path / name, num_frames=1)[0][0]) == [4711]
+
+
+def write_picture_or_video(path: Path, number: int) -> None:
+    if path.suffix == ".mp4":
+        write_numbered(path, 2, first=number)
+    else:
+        image = Image.fromarray(numbered(number))
+        with open(path, "wb") as file:
+            image.save(file, {".jpg": "jpeg"}.get(path.suffix, path.suffix[1:]))
+
+
+# --- One clip is skipped, and the run goes on ------------------------------------------------------------------------
+
+
+def skipped_reasons(flags, folder) -> tuple[list[str], dict[str, str]]:
+    """The names of the clips of a folder that are read, and the reasons of the others."""
+    args = train_ltd.parse_args(flags(train_data_dir=folder))
+    clips, skipped = train_ltd.cache_clips(args, train_ltd.build_accelerator(args), "train")
+    return [clip.name for clip in clips], {video.name: video.reason for video in skipped}
+
+
+@pytest.fixture
+def one_pair(originals, tmp_path) -> Path:
+    """A folder with a clip and its caption."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "good.mp4").write_bytes((originals / NAMES[0]).read_bytes())
+    (folder / "good.txt").write_text("a good clip")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+@pytest.mark.parametrize("suffix", [".txt", ".mp4"])
+def test_what_is_no_file_is_not_read(flags, one_pair, kind, suffix):
+    """Reading a pipe or a device might never end."""
+    for other in {".txt", ".mp4"} - {suffix}:
+        (one_pair / f"bad{other}").write_bytes((one_pair / f"good{other}").read_bytes())
+    path = one_pair / f"bad{suffix}"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    reason = "its caption bad.txt is no regular file" if suffix == ".txt" else "no regular file"
+    if suffix == ".mp4" and kind == "folder":  # which is looked into for clips, and holds none
+        assert skipped_reasons(flags, one_pair) == (["good.mp4"], {})
+    else:
+        assert skipped_reasons(flags, one_pair) == (["good.mp4"], {"bad.mp4": reason})
+
+
+def test_an_endless_caption_file_is_read_in_part(flags, one_pair, log):
+    with open(one_pair / "good.txt", "w") as file:
+        file.truncate(2**40)  # of zeros, which take no space
+    assert skipped_reasons(flags, one_pair)[0] == ["good.mp4"]
+    assert [m for m in log("WARNING") if "good.mp4: caption cut to 10000 characters" in m]
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+def test_a_name_that_is_not_utf8(prepare, one_pair):
+    """It is one clip skipped, and its name can be read in `skipped.jsonl`."""
+    for suffix in (".mp4", ".txt"):
+        Path(os.fsdecode(os.fsencode(one_pair) + b"/caf\xe9" + suffix.encode())).write_bytes(
+            (one_pair / f"good{suffix}").read_bytes()
+        )
+    clips, _, _, args = prepare(train_data_dir=one_pair, max_skipped=0.5)
+    assert [clip.name for clip in clips] == ["good.mp4"]
+    (line,) = Path(args.output_dir, "skipped.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(line) == {"file": r"caf\udce9.mp4", "reason": "its name is not UTF-8: rename it"}
+
+
+def test_a_stream_that_grows_after_its_header(tmp_path, monkeypatch):
+    """The decoder itself refuses the larger pictures, so that they take no memory."""
+    parts = []
+    for height, width in ((32, 48), (240, 320)):
+        raw = tmp_path / f"{height}.h264"
+        write_video(tmp_path / "part.mp4", moving_square(0, 20, height, width), options={"bf": "0"})
+        ffmpeg("-i", tmp_path / "part.mp4", "-c", "copy", "-bsf:v", "h264_mp4toannexb", raw)
+        parts.append(raw.read_bytes())
+    (tmp_path / "both.h264").write_bytes(b"".join(parts))
+    path = tmp_path / "grows.mkv"
+    ffmpeg("-r", 16, "-probesize", 1000, "-i", tmp_path / "both.h264", "-c", "copy", path)
+    with av.open(str(path)) as container:
+        assert (container.streams.video[0].width, container.streams.video[0].height) == (48, 32)
+    assert read(path, num_frames=37)[0].shape[1] == 37
+    monkeypatch.setattr(train_ltd, "MAX_PIXELS", 100 * 100)
+    assert read(path, num_frames=17)[0].shape[1] == 17
+    with pytest.raises(av.FFmpegError):
+        read(path, num_frames=37)
+
+
+@pytest.mark.parametrize(("packed", "says"), [(True, 5000), (False, 5000), (True, 10)])
+def test_what_is_read_into_memory_has_a_limit(monkeypatch, tmp_path, packed, says):
+    """A member of an archive is refused by its size, whether or not the archive tells it."""
+    opened = []
+    data = b"x" * 5000
+
+    class File(io.BytesIO):
+        def read(self, size=-1):
+            opened.append(size)
+            return super().read(size)
+
+    def open_remote(url, mode):
+        file = File(data)
+        if packed:
+            file.size = says
+        return file
+
+    monkeypatch.setattr(train_ltd.fsspec, "open", open_remote)
+    name, args = Path("somebody/clips"), train_ltd.parse_args(["--dataset_name=somebody/clips", "--report_to=none"])
+    url = "zip://a.mp4::hf://datasets/somebody/clips/all.zip"
+    assert train_ltd.locate_clip(url, name, args) == data
+    opened.clear()
+    monkeypatch.setattr(train_ltd, "MAX_REMOTE_BYTES", 4999)
+    with pytest.raises(train_ltd.ClipError, match="larger than 0 MiB"):
+        train_ltd.locate_clip(url, name, args)
+    assert opened == ([] if packed and says > 4999 else [5000])
+
+
+def test_a_real_archive_tells_the_size_of_a_member(monkeypatch, tmp_path):
+    with zipfile.ZipFile(tmp_path / "all.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.mp4", bytes(10**6))
+        archive.writestr("small.mp4", b"small")
+    real = train_ltd.fsspec.open
+
+    def open_local(url, *rest, **options):
+        return real(url.replace("hf://datasets/a/b", f"file://{tmp_path}"), *rest, **options)
+
+    monkeypatch.setattr(train_ltd.fsspec, "open", open_local)
+    monkeypatch.setattr(train_ltd, "MAX_REMOTE_BYTES", 10**5)
+    name, args = Path("somebody/clips"), train_ltd.parse_args(["--dataset_name=somebody/clips", "--report_to=none"])
+    assert train_ltd.locate_clip("zip://small.mp4::hf://datasets/a/b/all.zip", name, args) == b"small"
+    with pytest.raises(train_ltd.ClipError, match="larger than"):
+        train_ltd.locate_clip("zip://bomb.mp4::hf://datasets/a/b/all.zip", name, args)
+
+
+@pytest.mark.parametrize("name", ["private.mp4", "{folder}/private.ts"])
+def test_what_a_file_refers_to_is_not_opened(monkeypatch, tmp_path, name):
+    """The file that is checked is the only one that is opened."""
+    monkeypatch.chdir(tmp_path)  # FFmpeg looks here for what an unnamed file refers to
+    write_video(tmp_path / "private.mp4", moving_square(5, frames=20))
+    write_video(tmp_path / "private.ts", moving_square(5, frames=20))
+    name = name.format(folder=tmp_path)
+    (tmp_path / "concat.mp4").write_text(f"ffconcat version 1.0\nfile {name}\n")
+    (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{name}\n#EXT-X-ENDLIST\n")
+    for playlist in ("concat.mp4", "list.m3u8"):
+        with pytest.raises(av.FFmpegError):
+            read(tmp_path / playlist)
+
+
+# --- Warnings, with names --------------------------------------------------------------------------------------------
+
+
+def transfer(name: str) -> list:
+    return ["-vf", f"setparams=color_trc={name}", "-c:v", "libx264"]
+
+
+# Of each of the seven passes over a PNG: the first line and column, and the steps down and to the right
+ADAM7 = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+CONCERNS = {
+    "plain.mp4": None,
+    "faster.mp4": None,
+    "slow.mp4": "below --fps 16",
+    "small.mp4": "enlarged more than 1.5 times",
+    "interlaced.mpg": "interlaced",
+    "pq.mp4": "HDR",
+    "hlg.mkv": "HDR",
+}
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+def test_clips_that_need_a_look_are_named(prepare, log, tmp_path):
+    """Each warning names its clips and no other, from the cache as well."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_numbered(folder / "plain.mp4", 20)
+    write_numbered(folder / "faster.mp4", 40, 30)
+    write_numbered(folder / "slow.mp4", 20, 15)
+    write_video(folder / "small.mp4", moving_square(1, 20, 20, 30))
+    ffmpeg("-i", folder / "plain.mp4", "-vf", "setfield=tff", "-c:v", "mpeg2video", "-r", 25, "-flags", "+ilme+ildct",
+           folder / "interlaced.mpg")  # fmt: skip
+    ffmpeg("-i", folder / "plain.mp4", *transfer("smpte2084"), folder / "pq.mp4")
+    ffmpeg("-i", folder / "plain.mp4", *transfer("arib-std-b67"), folder / "hlg.mkv")
+    write_metadata(folder, [{"file_name": name, "text": "a"} for name in CONCERNS])
+    for _ in ("encoded", "cached"):
+        before = len(log("WARNING"))
+        clips, *_ = prepare(train_data_dir=folder)
+        warnings = log("WARNING")[before:]
+        for name, concern in CONCERNS.items():
+            said = [warning for warning in warnings if name in warning]
+            assert len(said) == (concern is not None)
+            assert concern is None or concern in said[0]
+    facts = {clip.name: clip for clip in clips}
+    assert facts["slow.mp4"].repeated_fraction == pytest.approx(1 / 9)
+    assert facts["small.mp4"].enlargement == pytest.approx(1.6)
+
+
+def test_an_interlaced_png_is_no_interlaced_video(tmp_path):
+    """Its lines come in another order, and all are of one moment. PIL writes none: all of this one is black."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    lines = b""
+    for top, left, down, right in ADAM7:
+        width = len(range(left, WIDTH, right))
+        lines += (bytes(1) + bytes(3 * width)) * len(range(top, HEIGHT, down))
+    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, 2, 0, 0, 1)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    with av.open(str(tmp_path / "a.png")) as container:
+        assert next(container.decode(video=0)).interlaced_frame
+    frames, facts = read(tmp_path / "a.png", num_frames=1)
+    assert not frames.any() and not facts.interlaced
+
+
+@pytest.mark.parametrize(("fps", "repeated"), [(8, 4), (12, 2), (16, 0), (30, 0)])
+def test_repeated_frames_are_counted(tmp_path, fps, repeated):
+    """Of nine frames at 16 a second: 0 0 1 1 2 2 3 3 4 at 8, 0 0 1 2 3 3 4 5 6 at 12."""
+    write_numbered(tmp_path / "a.mp4", 2 * fps, fps)
+    frames, facts = read(tmp_path / "a.mp4")
+    assert facts.repeated_fraction == repeated / 9
+    assert 9 - len(set(numbers_of(frames[0]))) == repeated

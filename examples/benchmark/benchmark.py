@@ -647,7 +647,7 @@ def measure_stages(settings: argparse.Namespace) -> dict:
     largest = 0.0
     for clip in sorted(Path(settings.train_data_dir).glob("*.mp4")):
         with watch.measure("decode"):
-            clips, _, _ = train_ltd.read_clip(str(clip), size, settings.fps)
+            clips, _ = train_ltd.read_clip(str(clip), size, settings.fps)
         with watch.measure("VAE float32"):
             latents = train_ltd.encode_clip(vae, clips[0])["latents"]
         with watch.measure("VAE bfloat16"):

@@ -253,7 +253,7 @@ def read_videos(folder):
         path = Path(folder, json.loads(line)["file_name"])
         header = describe_video(path)
         usable = (header["frames"] - 1) // 4 * 4 + 1
-        clips, _, _ = train_ltd.read_clip(str(path), (usable, HEIGHT, WIDTH), float(header["fps"]))
+        clips, _ = train_ltd.read_clip(str(path), (usable, HEIGHT, WIDTH), float(header["fps"]))
         videos.append(clips[0].transpose(0, 1) / 127.5 - 1)
     return videos
 

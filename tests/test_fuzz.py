@@ -1,0 +1,124 @@
+"""Thousands of damaged files: each is read or skipped with a reason, none ends the run, hangs it or fills the memory.
+
+    LTD_FUZZ_FILES=2000 python -m pytest -m slow tests/test_fuzz.py -s
+
+runs as many as the figures in the closing notes; the suite itself is content with fewer.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CPU, HOUR, ROOT
+from corpus import ffmpeg, moving_square, write_metadata, write_video
+from PIL import Image
+
+FILES = int(os.environ.get("LTD_FUZZ_FILES", 200))
+MEMORY = 2 * 2**30  # bytes
+SEED = 14
+# Reads the table that its arguments name, and says what came of it and how much memory that took at most
+SCRIPT = """
+import faulthandler, json, sys, time
+import torch
+import train_ltd
+
+faulthandler.enable()
+torch.set_num_threads(1)
+args = train_ltd.parse_args(sys.argv[1:])
+start = time.perf_counter()
+clips, skipped = train_ltd.cache_clips(args, train_ltd.build_accelerator(args), "train")
+seconds = time.perf_counter() - start
+status = open("/proc/self/status").read()
+print(json.dumps({
+    "read": [clip.name for clip in clips],
+    "skipped": {video.name: video.reason for video in skipped},
+    "seconds": seconds,
+    "peak_kib": int(status.split("VmHWM:")[1].split()[0]),
+}))
+"""
+
+
+def whole_files(folder: Path) -> list[Path]:
+    """Write one undamaged file a format, with B-frames, sound and several key frames where there are such."""
+    frames = moving_square(3, 40, 48, 64)
+    base = write_video(folder / "a.mp4", frames, options={"g": "12"})
+    sound = ["-f", "lavfi", "-i", "sine=duration=2"]
+    ffmpeg("-i", base, *sound, "-c:v", "copy", "-c:a", "aac", "-shortest", folder / "sound.mp4")
+    ffmpeg("-i", base, *sound, "-c:v", "libvpx-vp9", "-c:a", "libopus", "-shortest", folder / "b.mkv")
+    ffmpeg("-i", base, "-c", "copy", folder / "c.mkv")
+    ffmpeg("-i", base, "-c:v", "mpeg4", folder / "d.avi")
+    ffmpeg("-i", base, "-c:v", "mjpeg", folder / "e.avi")
+    pictures = [Image.fromarray(frame) for frame in frames]
+    pictures[0].save(folder / "f.gif", save_all=True, append_images=pictures[1:], duration=60)
+    pictures[0].save(folder / "g.png")
+    pictures[0].save(folder / "h.png", save_all=True, append_images=pictures[1:20], duration=60)
+    pictures[0].save(folder / "i.webp", lossless=True)
+    pictures[0].save(folder / "j.webp", quality=80)
+    return sorted(folder.iterdir())
+
+
+def mutate(data: bytes, random: np.random.Generator) -> bytes:
+    """Damage a file in one of six ways, as often as not in its first bytes, which rule the most."""
+    changed = bytearray(data)
+    reach = len(changed) if random.random() < 0.5 else min(len(changed), 1024)
+    for _ in range(random.integers(1, 4)):
+        place = int(random.integers(0, min(reach, len(changed))))
+        length = int(random.integers(1, 64))
+        kind = random.integers(6)
+        if kind == 0:
+            changed[place] ^= 1 << int(random.integers(8))
+        elif kind == 1:
+            changed[place : place + length] = random.bytes(length)
+        elif kind == 2:  # sizes and counts
+            changed[place : place + 4] = bytes([random.choice([0, 127, 255])]) * 4
+        elif kind == 3:
+            del changed[place : place + length]
+        elif kind == 4:
+            changed[place:place] = changed[place : place + length] * int(random.integers(1, 20))
+        elif len(changed) > 64:
+            del changed[int(random.integers(32, len(changed))) :]
+    return bytes(changed)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("num_frames", [9, 1], ids=["videos", "images"])
+def test_damaged_files(flags, tmp_path, num_frames):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    originals = whole_files(whole)
+    random = np.random.default_rng(SEED + num_frames)
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = []
+    for number in range(FILES // 2):
+        original = originals[number % len(originals)]
+        name = f"{number:05d}{original.suffix}"
+        (data / name).write_bytes(mutate(original.read_bytes(), random))
+        rows.append({"file_name": name, "text": "a"})
+    write_metadata(data, rows)
+    line = flags(train_data_dir=data, num_frames=num_frames, clips_per_video=2, dataloader_num_workers=0)
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *line],
+        env=os.environ | CPU,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HOUR,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    outcome = json.loads(result.stdout.splitlines()[-1])
+    read = {re.sub(r"#\d+$", "", name) for name in outcome["read"]}
+    skipped = outcome["skipped"]
+    reasons = sorted({re.sub(r"\d+", "N", reason) for reason in skipped.values()})
+    print(f"\n{len(rows)} files: {len(read)} read, {len(skipped)} skipped, {outcome['seconds']:.0f} s, "
+          f"peak {outcome['peak_kib'] / 2**10:.0f} MiB; reasons: {reasons}")  # fmt: skip
+    assert read.isdisjoint(skipped) and len(read) + len(skipped) == len(rows)
+    assert all(skipped.values())
+    assert len(read) > len(rows) / 10 and len(skipped) > len(rows) / 10  # else it tries nothing
+    assert outcome["peak_kib"] * 2**10 < MEMORY
