@@ -50,7 +50,7 @@ import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -197,6 +197,8 @@ STATISTICS = (
     "gaps",
     "mean",
     "std",
+    "height",
+    "width",
     "crop_fraction",
     "enlargement",
     "orientation_differs",
@@ -245,6 +247,7 @@ CARD_SETTINGS = (
     "width",
     "height",
     "num_frames",
+    "sizes",
     "fps",
     "loss",
     "ltd_window",
@@ -310,7 +313,7 @@ INEXACT_SETTINGS = (
 # What it may change with effect
 LASTING_SETTINGS = ("learning_rate", "max_train_steps", "num_train_epochs")
 DECAYING_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial")
-LIST_FLAGS = ("lora_target_modules", "validation_prompt")  # those that hold several values
+LIST_FLAGS = ("dataset_name", "train_data_dir", "sizes", "lora_target_modules", "validation_prompt")  # several values
 # Flags of earlier versions, and what took their place
 REMOVED_FLAGS = {
     "min_ltd": "filter the table by `examples/visualize_ltd.py report --write_metadata kept.jsonl --min_ltd ...`",
@@ -320,7 +323,15 @@ REMOVED_FLAGS = {
     "skip_vae_check": "leave it out, there is no such check any more",
 }
 # Not for the card, and free to change when a run is resumed
-LOCAL_SETTINGS = ("output_dir", "output_name", "cache_dir", "config", "resume_from_checkpoint", "train_data_dir")
+LOCAL_SETTINGS = (
+    "output_dir",
+    "output_name",
+    "cache_dir",
+    "config",
+    "resume_from_checkpoint",
+    "train_data_dir",
+    "sources",
+)
 CITATION = """@article{wu2026ltd, title={Latent Temporal Discrepancy as Motion Prior}, year={2026},
   author={Wu, Meiqi and Song, Bingze and Lin, Ruimin and Zhu, Chen and Feng, Xiaokun and Wu, Jiahong and others},
   journal={arXiv preprint arXiv:2601.20504}}"""
@@ -375,6 +386,34 @@ def share(text: str) -> float:
     return value
 
 
+def size(text: str) -> str:
+    """Check that a size is written as `WxHxF`, for argparse."""
+    if not re.fullmatch(r"\d+x\d+x\d+", text):
+        raise argparse.ArgumentTypeError(f"must be width x height x frames, such as 832x480x81, got {text}")
+    return text
+
+
+class Bucket(NamedTuple):
+    """The size of a clip in frames and pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}x{self.frames}"
+
+
+class Source(NamedTuple):
+    """Where clips come from, with what a recipe may say of each of several sources."""
+
+    path: str | None = None  # a --train_data_dir
+    name: str | None = None  # a --dataset_name
+    repeats: int = 1  # how many samples an epoch has of each clip, each with noise of its own
+    caption_column: str | None = None  # in place of the flag, as is the next
+    video_column: str | None = None
+
+
 # fmt: off
 
 def build_parser() -> argparse.ArgumentParser:
@@ -401,13 +440,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lora_target_modules", nargs="+", action="extend", help="modules (default: of attention and feed-forward)")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset_name", help="dataset on the Hub with a video column and a caption column")
+    add("--dataset_name", action="append",
+        help="dataset on the Hub with a video column and a caption column; repeatable")
     add("--dataset_config_name", help="configuration of it")
     add("--dataset_revision", help="branch, tag or commit of it")
     add("--dataset_split", default="train", help="split to train on")
     add("--max_train_samples", type=positive_int, help="use only the first so many rows, for a trial")
     add("--streaming", action=switch, default=False, help="cache a Hub dataset without downloading it first")
-    add("--train_data_dir", help="folder with metadata.jsonl/csv/parquet or clip.mp4 + clip.txt pairs, or such a file")
+    add("--train_data_dir", action="append",
+        help="folder with metadata.jsonl/csv/parquet or clip.mp4 + clip.txt pairs, or such a file; repeatable (a"
+        " recipe's `sources` have columns and repeats of their own)")
     add("--video_column", default="video", help="column of the clips: paths, embedded bytes, or a Video feature")
     add("--caption_column", default="text", help="captions: a string, or a list of which one is drawn per epoch")
     add("--trigger_word", help="put before every caption and validation prompt; the card's instance_prompt")
@@ -416,6 +458,9 @@ def build_parser() -> argparse.ArgumentParser:
         " Wan's own configurations)")
     add("--width", type=int, help="pixels, a multiple of the same")
     add("--num_frames", type=int, help="frames of a clip, 4k+1; 1 trains on images")
+    add("--sizes", nargs="+", action="extend", type=size, metavar="WxHxF",
+        help="several sizes in place of these, such as 832x480x81 480x832x81 832x480x1: a clip takes the nearest"
+        " aspect, then the longest that it fills, a picture one frame; samples take the first")
     add("--fps", type=positive_float, help="frames a second that clips are sampled at")
     add("--clips_per_video", type=positive_int, default=1, help="windows of a long video, evenly spread; 1: its start")
     add("--max_skipped", type=share, default=0.1, help="stop when more than this share of the videos is unusable")
@@ -507,9 +552,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         for name in LIST_FLAGS:
             if getattr(args, name):
                 recipe.pop(name, None)  # argparse would add the command line's to them
+        if args.train_data_dir or args.dataset_name:
+            for name in ("train_data_dir", "dataset_name", "sources"):
+                recipe.pop(name, None)
         parser.set_defaults(**recipe)
         args = parser.parse_args(command_line)
 
+    settle_sources(args)
     full = args.train_type == "full"
     if args.learning_rate is None:
         args.learning_rate = 2e-5 if full else 1e-4
@@ -531,6 +580,57 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def settle_sources(args: argparse.Namespace) -> None:
+    """Gather where clips come from in `args.sources`; if it is one, `train_data_dir` or `dataset_name` has it too."""
+    sources = list(getattr(args, "sources", []))
+    sources += [Source(path=path) for path in args.train_data_dir or []]
+    sources += [Source(name=name) for name in args.dataset_name or []]
+    args.sources = sources
+    only = sources[0] if len(sources) == 1 else Source()
+    args.train_data_dir = only.path
+    args.dataset_name = only.name
+
+
+def of_source(args: argparse.Namespace, source: Source) -> argparse.Namespace:
+    """Return a copy of the arguments that reads one source."""
+    own = argparse.Namespace(**vars(args))
+    own.train_data_dir = source.path
+    own.dataset_name = source.name
+    own.caption_column = source.caption_column or args.caption_column
+    own.video_column = source.video_column or args.video_column
+    return own
+
+
+def training_buckets(args: argparse.Namespace) -> list[Bucket]:
+    """Return the sizes that clips may take."""
+    if not args.sizes:
+        return [Bucket(args.num_frames, args.height, args.width)]
+    buckets = []
+    for text in args.sizes:
+        width, height, frames = text.split("x")
+        buckets.append(Bucket(int(frames), int(height), int(width)))
+    return buckets
+
+
+def read_sources(items: list, path: str) -> list[Source]:
+    """Read a recipe's list of sources. Raises `ValueError` for a key or a value that they do not take."""
+    sources = []
+    for item in items if isinstance(items, list) else [items]:
+        if not isinstance(item, dict) or not set(item) <= set(Source._fields) or ("path" in item) == ("name" in item):
+            raise ValueError(
+                f"--config {path}: each of `sources` is a mapping with a `path` or a `name`, and if you like "
+                f"`repeats`, `caption_column`, `video_column`; got {item}"
+            )
+        values = dict(item)
+        if "repeats" in values:
+            try:
+                values["repeats"] = positive_int(values["repeats"])
+            except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
+                raise ValueError(f"--config {path}: `repeats` of {item} must be a whole number above 0") from error
+        sources.append(Source(**values))
+    return sources
+
+
 def read_recipe(path: str, parser: argparse.ArgumentParser) -> dict:
     """Read a YAML file of `flag: value` lines.
 
@@ -548,6 +648,9 @@ def read_recipe(path: str, parser: argparse.ArgumentParser) -> dict:
     for name, text in recipe.items():
         if name in REMOVED_FLAGS:
             raise ValueError(f"--config {path}: `{name}` is gone: {REMOVED_FLAGS[name]}")
+        if name == "sources":
+            values[name] = read_sources(text, path)
+            continue
         if name not in actions:
             nearest = difflib.get_close_matches(name, actions, n=1, cutoff=0)[0]
             raise ValueError(f"--config {path}: there is no flag `{name}`; the nearest is `{nearest}`")
@@ -601,11 +704,22 @@ def check_args(args: argparse.Namespace) -> None:
         problems.append("--quantization and adamw8bit go with one GPU or DDP, not with FSDP")
 
     # Clips
-    if bool(args.dataset_name) == bool(args.train_data_dir):
-        problems.append("give one of --dataset_name and --train_data_dir")
-    if args.train_data_dir and not os.path.exists(args.train_data_dir):
-        problems.append(f"--train_data_dir {args.train_data_dir} does not exist")
-    if args.streaming and not args.dataset_name:
+    if not args.sources:
+        problems.append("give the clips, by --train_data_dir or --dataset_name")
+    for source in args.sources:
+        if source.path and not os.path.exists(source.path):
+            problems.append(f"--train_data_dir {source.path} does not exist")
+    places = [source.path or source.name for source in args.sources]
+    for place in sorted(set(places)):
+        if places.count(place) > 1:
+            problems.append(f"{place} is given more than once; to train on it more often, give `repeats` in a recipe")
+    if args.sizes:
+        for name in ("height", "width", "num_frames"):
+            if getattr(args, name) is not None:
+                problems.append(f"give --sizes or --{name}, not both")
+        if len(set(args.sizes)) < len(args.sizes):
+            problems.append("--sizes has a size twice")
+    if args.streaming and any(source.path for source in args.sources):
         problems.append("--streaming goes with --dataset_name; a local folder needs none")
     if args.validation_fraction in (0, 1):
         problems.append(f"--validation_fraction must be in (0, 1), got {args.validation_fraction}")
@@ -789,12 +903,8 @@ def expert_boundary(index: dict) -> float | None:
 
 def settle_defaults(args: argparse.Namespace, wan: Wan) -> None:
     """Fill in what the flags leave to the model, and narrow the noise levels to those of the expert."""
-    defaults = {
-        "num_frames": wan.defaults.frames,
-        "height": wan.defaults.height,
-        "width": wan.defaults.width,
-        "fps": wan.fps,
-    }
+    first = training_buckets(args)[0] if args.sizes else wan.defaults
+    defaults = {"num_frames": first.frames, "height": first.height, "width": first.width, "fps": wan.fps}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -805,17 +915,21 @@ def settle_defaults(args: argparse.Namespace, wan: Wan) -> None:
 
 def check_size(args: argparse.Namespace, wan: Wan) -> None:
     """Refuse a size that the model cannot make, with the nearest that it can. Raises `ValueError`."""
-    for name in ("height", "width"):
-        value = getattr(args, name)
-        nearest = max(1, round(value / wan.size_multiple)) * wan.size_multiple
-        if value != nearest:
-            raise ValueError(f"--{name} must be a multiple of {wan.size_multiple}, got {value}; try {nearest}")
-    nearest = max(0, round((args.num_frames - 1) / wan.frame_multiple)) * wan.frame_multiple + 1
-    if args.num_frames != nearest:
-        raise ValueError(
-            f"--num_frames must be {wan.frame_multiple}k+1, for the VAE would drop the rest; got {args.num_frames}, "
-            f"try {nearest}"
-        )
+    for bucket in training_buckets(args):
+        of_list = f" of --sizes {bucket}" if args.sizes else ""
+        for name in ("height", "width"):
+            value = getattr(bucket, name)
+            nearest = max(1, round(value / wan.size_multiple)) * wan.size_multiple
+            if value != nearest:
+                raise ValueError(
+                    f"--{name}{of_list} must be a multiple of {wan.size_multiple}, got {value}; try {nearest}"
+                )
+        nearest = max(0, round((bucket.frames - 1) / wan.frame_multiple)) * wan.frame_multiple + 1
+        if bucket.frames != nearest:
+            raise ValueError(
+                f"--num_frames{of_list} must be {wan.frame_multiple}k+1, for the VAE would drop the rest; got "
+                f"{bucket.frames}, try {nearest}"
+            )
 
 
 def transformer_subfolder(path: str, subfolder: str) -> str | None:
@@ -980,18 +1094,12 @@ def predict_flow(
 
 
 # --- 3. Clips: dataset -> clips -> frames ----------------------------------------------------------------------------
-class Bucket(NamedTuple):
-    """The size of a clip in frames and pixels."""
-
-    frames: int
-    height: int
-    width: int
-
-
 @dataclass(frozen=True)
 class ClipFacts:
     """What a clip was before it was brought to size and rate. It is stored in the cache, for warnings."""
 
+    height: int  # of the picture as it is shown, in pixels, as is `width`
+    width: int
     crop_fraction: float  # share of the picture that the crop throws away
     enlargement: float  # how many times larger its pictures became
     orientation_differs: bool  # a portrait video meets a landscape crop, or the other way round
@@ -1005,6 +1113,7 @@ class Picture(NamedTuple):
 
     pixels: np.ndarray  # (H, W, 3) uint8
     frame: int  # number of the frame in the video
+    still: bool  # the file is a picture, and no video
     interlaced: bool
     hdr: bool
 
@@ -1310,6 +1419,8 @@ def read_clip(
     kept_area = (bucket.height / scale) * (bucket.width / scale)
     repeated = sum(before == after for before, after in itertools.pairwise(numbers))
     facts = ClipFacts(
+        height=height,
+        width=width,
         crop_fraction=max(0.0, 1 - kept_area / (height * width)),
         enlargement=scale,
         orientation_differs=(height - width) * (bucket.height - bucket.width) < 0,
@@ -1318,6 +1429,26 @@ def read_clip(
         hdr=hdr,
     )
     return frames, facts
+
+
+def choose_buckets(picture: Picture, buckets: list[Bucket]) -> list[Bucket]:
+    """Return the sizes for a clip, whose first picture this is: those of the nearest aspect, the longest first.
+
+    A still takes one frame, and a video never does. Raises `ClipError` when no size is left.
+    """
+    fitting = [bucket for bucket in buckets if (bucket.frames == 1) == picture.still]
+    if not fitting and picture.still:
+        raise ClipError("a picture, and --sizes has none of one frame", num_frames=1)
+    if not fitting:
+        raise ClipError("a video, and --sizes has pictures alone")
+    height, width = picture.pixels.shape[:2]
+    distances = [abs(math.log(bucket.width / bucket.height * height / width)) for bucket in fitting]
+    nearest = [
+        bucket
+        for bucket, distance in zip(fitting, distances, strict=True)
+        if math.isclose(distance, min(distances), abs_tol=1e-9)
+    ]
+    return sorted(nearest, reverse=True)
 
 
 @contextlib.contextmanager
@@ -1398,7 +1529,7 @@ def frames_at(source: str | bytes, times: np.ndarray) -> Iterator[Picture]:
                 pixels = displayed_picture(shown, stream, matrix or display_matrix(shown))
                 interlaced = shown.interlaced_frame and not is_still  # the lines of a PNG are of one moment
                 hdr = stream.codec_context.color_trc in HDR_TRANSFERS
-                yield Picture(pixels, index - 1, interlaced, hdr)
+                yield Picture(pixels, index - 1, is_still, interlaced, hdr)
                 number += 1
             if frame is None or number == len(times):
                 return
@@ -1480,6 +1611,7 @@ class Clip(ClipFacts):
     captions: list[str]
     identity: str  # hash of the video's contents, which its copies and windows share
     path: str  # of its entry, in the cache folder
+    bucket: Bucket  # its size in training
     encoded: bool  # by this start; else it was in the cache already
     ltd: float  # mean over voxels, of LTD with the window STATS_WINDOW, as all that follows
     ltd_per_frame: list[float]
@@ -1487,6 +1619,7 @@ class Clip(ClipFacts):
     gaps: list[float]  # mean distance of each latent frame to the next
     mean: float  # of the latents, as is `std`
     std: float
+    source: int = 0  # number of the source that it comes from
 
     def largest_jump(self) -> tuple[float, int]:
         """Find the largest gap as a multiple of their median, and the latent frame before it.
@@ -1515,6 +1648,7 @@ class Video:
     identity: str = ""
     statistics: list[dict] = field(default_factory=list)  # of its clips, when they are in the cache
     frames: torch.Tensor | None = None  # (clips, F, 3, H, W) uint8, when they are not
+    bucket: Bucket | None = None
     facts: ClipFacts | None = None  # of the frames
     reason: str | None = None  # why it cannot be used
     num_frames: int | None = None  # how many frames there were, when they were too few
@@ -1612,15 +1746,8 @@ class ClipReader(torch.utils.data.IterableDataset):
         self.world = accelerator.num_processes
         self.dataset, self.folder = open_dataset(args, split)
         self.streaming = isinstance(self.dataset, datasets.IterableDataset)
-        self.bucket = Bucket(args.num_frames, args.height, args.width)
-        self.key = cache_key(
-            CACHE_FORMAT,
-            model_identity(args, "vae"),
-            self.bucket,
-            args.fps,
-            args.clips_per_video,
-            args.cache_dtype,
-        )
+        self.buckets = training_buckets(args)
+        self.vae_identity = model_identity(args, "vae")
 
     def count(self) -> int | None:
         """Return how many rows this rank reads; `None` for a stream."""
@@ -1661,9 +1788,10 @@ class ClipReader(torch.utils.data.IterableDataset):
                 raise ClipError(row["reason"])
             source = locate_clip(value, self.folder, self.args)
             video.identity = content_hash(source, self.args)
-            video.statistics = self.cached_statistics(video.identity)
-            if not video.statistics:
-                video.frames, video.facts = read_clip(source, self.bucket, self.args.fps, self.args.clips_per_video)
+            if len(self.buckets) == 1:
+                self.read_as(self.buckets[0], source, video)
+            else:
+                self.read_by_size(source, video)
         except ClipError as error:
             video.reason = str(error)
             video.num_frames = error.num_frames
@@ -1671,16 +1799,56 @@ class ClipReader(torch.utils.data.IterableDataset):
             video.reason = f"cannot be read: {error.strerror or error}"
         return video
 
-    def entry_path(self, identity: str, window: int) -> str:
-        """Name the cache entry of a clip, relative to the cache folder."""
-        return f"latents/{cache_key(self.key, identity, window)}.safetensors"
+    def read_as(self, bucket: Bucket, source: str | bytes, video: Video) -> None:
+        """Fill in a video's clips of this size, from the cache or decoded."""
+        video.bucket = bucket
+        video.statistics = self.cached_statistics(video)
+        if not video.statistics:
+            video.frames, video.facts = read_clip(source, bucket, self.args.fps, self.args.clips_per_video)
 
-    def cached_statistics(self, identity: str) -> list[dict]:
+    def read_by_size(self, source: str | bytes, video: Video) -> None:
+        """Fill in a video's clips of the best size of several. Raises `ClipError` when it fills none.
+
+        Which that is depends on the first picture, and on how many frames can be decoded: what a header says of their
+        number is an estimate. What was chosen before is remembered, so that a warm start decodes nothing.
+        """
+        record = Path(self.args.cache_dir, "sizes", cache_key(self.buckets, self.args.fps, video.identity))
+        with contextlib.suppress(OSError, ValueError):
+            self.read_as(self.buckets[int(record.read_text(encoding="ascii"))], source, video)
+            return
+        too_short = ClipError("no picture")
+        for picture in frames_at(source, np.zeros(1)):
+            for bucket in choose_buckets(picture, self.buckets):
+                try:
+                    self.read_as(bucket, source, video)
+                except ClipError as error:
+                    if error.num_frames is None:
+                        raise
+                    too_short = error
+                    continue
+                record.parent.mkdir(parents=True, exist_ok=True)
+                record.write_text(str(self.buckets.index(bucket)), encoding="ascii")
+                return
+        raise too_short
+
+    def entry_path(self, video: Video, window: int) -> str:
+        """Name the cache entry of a clip, relative to the cache folder. Its own size counts, and not the list."""
+        key = cache_key(
+            CACHE_FORMAT,
+            self.vae_identity,
+            video.bucket,
+            self.args.fps,
+            self.args.clips_per_video,
+            self.args.cache_dtype,
+        )
+        return f"latents/{cache_key(key, video.identity, window)}.safetensors"
+
+    def cached_statistics(self, video: Video) -> list[dict]:
         """Load the statistics of all clips of a video; none when one of them is not in the cache."""
         statistics = []
         windows = 1  # how many there are stands in the first entry
         while len(statistics) < windows:
-            entry = load_statistics(Path(self.args.cache_dir, self.entry_path(identity, len(statistics))))
+            entry = load_statistics(Path(self.args.cache_dir, self.entry_path(video, len(statistics))))
             if entry is None:
                 return []
             windows = entry.pop("windows")
@@ -1743,7 +1911,7 @@ def encode_video(vae: AutoencoderKLWan, video: Video, reader: ClipReader, args: 
             entry[name] = tensor.to(getattr(torch, args.cache_dtype))
         entries.append(entry)
     for window, entry in enumerate(entries):
-        save_entry(entry, Path(args.cache_dir, reader.entry_path(video.identity, window)))
+        save_entry(entry, Path(args.cache_dir, reader.entry_path(video, window)))
         statistics = {name: entry[name].tolist() for name in STATISTICS}
         del statistics["windows"]
         video.statistics.append(statistics)
@@ -1778,7 +1946,8 @@ def cache_clips(args: argparse.Namespace, accelerator: Accelerator, split: str) 
                 name=f"{video.name}#{window}" if len(video.statistics) > 1 else video.name,
                 captions=video.captions,
                 identity=video.identity,
-                path=reader.entry_path(video.identity, window),
+                path=reader.entry_path(video, window),
+                bucket=video.bucket,
                 encoded=encodes,
                 **statistics,
             )
@@ -1829,37 +1998,54 @@ def cache_captions(args: argparse.Namespace, accelerator: Accelerator, captions:
     return files
 
 
-def usable_clips(args: argparse.Namespace, accelerator: Accelerator, split: str) -> list[Clip]:
-    """Return the clips of a split, and list the videos that cannot be used in `skipped.jsonl`.
+def usable_clips(args: argparse.Namespace, accelerator: Accelerator, split: str) -> list[list[Clip]]:
+    """Return the clips of a split of each source, and list the videos that cannot be used in `skipped.jsonl`.
 
     Raises `ValueError` when those are more than `--max_skipped` allows.
     """
-    clips, skipped = cache_clips(args, accelerator, split)
-    if not clips and not skipped:
-        raise ValueError(f"there is no video in the split {split} of {args.train_data_dir or args.dataset_name}")
-    count = len({clip.order[:2] for clip in clips}) + len(skipped)
-    if skipped and accelerator.is_main_process:
-        logger.warning(f"{len(skipped)} of {count} videos were skipped; see skipped.jsonl")
-        with open(Path(args.output_dir, "skipped.jsonl"), "a", encoding="utf-8") as file:
-            for video in skipped:
-                line = json.dumps({"file": video.name, "reason": video.reason}, ensure_ascii=False)
-                file.write(line + "\n")
-    if not clips or len(skipped) > args.max_skipped * count:
-        examples = "; ".join(f"{video.name}: {video.reason}" for video in skipped[:3])
-        message = f"{len(skipped)} of {count} videos cannot be used ({examples}; all in skipped.jsonl). "
-        pictures = [video for video in skipped if video.num_frames == 1]
-        if clips and pictures:
-            message += f"{len(pictures)} are pictures beside videos, which are trained apart from each other. "
-        lengths = [args.num_frames] * (count - len(skipped))
-        for video in skipped:
-            if not (clips and video in pictures):
-                lengths.append(video.num_frames or 0)
-        lengths.sort(reverse=True)
-        length_of_most = lengths[math.ceil(0.9 * len(lengths)) - 1] if lengths else 0
-        if 0 < length_of_most < args.num_frames:
-            message += f"--num_frames {(length_of_most - 1) // 4 * 4 + 1} would keep 90 % of them. "
-        raise ValueError(f"{message}Repair them, or raise --max_skipped {args.max_skipped:g}.")
-    return clips
+    clips_of_sources = []
+    for number, source in enumerate(args.sources):
+        place = source.path or source.name
+        clips, skipped = cache_clips(of_source(args, source), accelerator, split)
+        if not clips and not skipped:
+            raise ValueError(f"there is no video in the split {split} of {place}")
+        count = len({clip.order[:2] for clip in clips}) + len(skipped)
+        if skipped and accelerator.is_main_process:
+            logger.warning(f"{len(skipped)} of {count} videos of {place} were skipped; see skipped.jsonl")
+            with open(Path(args.output_dir, "skipped.jsonl"), "a", encoding="utf-8") as file:
+                for video in skipped:
+                    line = json.dumps({"file": video.name, "reason": video.reason}, ensure_ascii=False)
+                    file.write(line + "\n")
+        if not clips or len(skipped) > args.max_skipped * count:
+            raise ValueError(skipped_message(skipped, count, args))
+        clips_of_sources.append([replace(clip, source=number) for clip in clips])
+    return clips_of_sources
+
+
+def skipped_message(skipped: list[Video], count: int, args: argparse.Namespace) -> str:
+    """Say why too many of a source's `count` videos cannot be used, and what would help."""
+    examples = "; ".join(f"{video.name}: {video.reason}" for video in skipped[:3])
+    message = f"{len(skipped)} of {count} videos cannot be used ({examples}; all in skipped.jsonl). "
+    buckets = training_buckets(args)
+    pictures = [video for video in skipped if video.num_frames == 1]
+    beside_videos = len(pictures) < count and buckets[0].frames > 1
+    if pictures and beside_videos:
+        message += (
+            f"{len(pictures)} are pictures beside videos, which take a size of one frame, such as "
+            f"--sizes {buckets[0]} {buckets[0]._replace(frames=1)}. "
+        )
+    shortest = min(bucket.frames for bucket in buckets)
+    lengths = [shortest] * (count - len(skipped))
+    for video in skipped:
+        if not (beside_videos and video in pictures):
+            lengths.append(video.num_frames or 0)
+    lengths.sort(reverse=True)
+    length_of_most = lengths[math.ceil(0.9 * len(lengths)) - 1] if lengths else 0
+    if 0 < length_of_most < shortest:
+        num_frames = (length_of_most - 1) // 4 * 4 + 1
+        flag = f"--sizes with one of {num_frames} frames" if args.sizes else f"--num_frames {num_frames}"
+        message += f"{flag} would keep 90 % of them. "
+    return f"{message}Repair them, or raise --max_skipped {args.max_skipped:g}."
 
 
 def prepare_data(
@@ -1867,17 +2053,23 @@ def prepare_data(
 ) -> tuple[list[Clip], list[Clip], dict[str, str]]:
     """Return the training clips, the held-out clips and the file of every caption's embedding, all of them cached.
 
-    `identify_wan` comes before it, and settles the clips' size and rate in `args`.
-    Without `with_captions` no text encoder is loaded, and there are no files. Raises `ValueError` when too few videos
-    can be used, or none is left to train on.
+    `identify_wan` comes before it, and settles the clips' size and rate in `args`. Without `with_captions` no text
+    encoder is loaded, and there are no files. Raises `ValueError` when too few videos can be used, or none is left to
+    train on.
     """
     Path(args.output_dir, "skipped.jsonl").unlink(missing_ok=True)
-    clips = usable_clips(args, accelerator, args.dataset_split)
-    held_out = []
+    clips_of_sources = usable_clips(args, accelerator, args.dataset_split)
+    held_out_of_sources = []
     if args.validation_fraction:
-        clips, held_out = hold_out(clips, args)
+        parts = [hold_out(clips, args) for clips in clips_of_sources]
+        clips_of_sources = [training for training, _ in parts]
+        held_out_of_sources = [held_out for _, held_out in parts]
     elif args.validation_split:
-        held_out = usable_clips(args, accelerator, args.validation_split)
+        held_out_of_sources = usable_clips(args, accelerator, args.validation_split)
+    clips = list(itertools.chain(*clips_of_sources))
+    # In turn, since the first --max_eval_clips of them are measured.
+    in_turn = itertools.chain(*itertools.zip_longest(*held_out_of_sources))
+    held_out = [clip for clip in in_turn if clip is not None]
     both = clips + held_out
     size = sum(Path(args.cache_dir, clip.path).stat().st_size for clip in both)
     encoded = sum(clip.encoded for clip in both)
@@ -1917,13 +2109,28 @@ def summarize(args: argparse.Namespace, clips: list[Clip]) -> None:
     std = math.sqrt(np.mean([clip.std**2 for clip in clips]))
     ltd = [clip.ltd for clip in clips]
     quantiles = " ".join(f"{value:.3f}" for value in np.quantile(ltd, [0, 0.1, 0.5, 0.9, 1]))
-    per_frame = " ".join(f"{value:.3f}" for value in np.mean([clip.ltd_per_frame for clip in clips], axis=0))
-    crop_fraction = np.mean([clip.crop_fraction for clip in clips])
     logger.info(f"captions: {len(captions)}, {captions.count(with_trigger(args, ''))} of them empty")
-    logger.info(f"crop: {crop_fraction:.0%} of the picture is thrown away")
+    for bucket in training_buckets(args):
+        own = [clip for clip in clips if clip.bucket == bucket]
+        if not own:
+            logger.warning(f"--sizes {bucket}: no clip takes this size")
+            continue
+        crop_fraction = np.mean([clip.crop_fraction for clip in own])
+        enlargement = np.mean([clip.enlargement for clip in own])
+        per_frame = " ".join(f"{value:.3f}" for value in np.mean([clip.ltd_per_frame for clip in own], axis=0))
+        logger.info(
+            f"{bucket}: {len(own)} clips; {crop_fraction:.0%} of the picture is cropped away, the rest is enlarged "
+            f"{enlargement:.2f} times; LTD over latent frames {per_frame}"
+        )
+    if len(args.sources) > 1:
+        for number, source in enumerate(args.sources):
+            own = [clip.ltd for clip in clips if clip.source == number]
+            logger.info(
+                f"{source.path or source.name}: {len(own)} clips, {source.repeats} times an epoch; LTD mean "
+                f"{np.mean(own):.3f}"
+            )
     logger.info(f"latents: mean {mean:.3f}, std {std:.3f}")
     logger.info(f"LTD: mean {np.mean(ltd):.3f}; over clips (0, 10, 50, 90, 100 %) {quantiles}")
-    logger.info(f"LTD: over latent frames {per_frame}")
     portrait = [clip.name for clip in clips if clip.orientation_differs]
     slow = [clip.name for clip in clips if clip.repeated_fraction > 0]
     enlarged = [clip.name for clip in clips if clip.enlargement > MAX_ENLARGEMENT]
@@ -2012,9 +2219,16 @@ class LatentDataset(torch.utils.data.Dataset):
 
     def motion_bounds(self, device: torch.device) -> torch.Tensor:
         """Return the LTD below which a voxel is static and that above which it is in motion, `(2,)` float32."""
-        # Clips have equally many voxels, so their quantiles pool into the dataset's.
-        quantiles = [clip.ltd_quantiles for clip in self.clips]
-        return torch.tensor(np.quantile(quantiles, MOTION_QUANTILES), dtype=torch.float32, device=device)
+        clips = [clip for clip in self.clips if clip.bucket.frames > 1] or self.clips  # pictures have no motion
+        quantiles = np.array([clip.ltd_quantiles for clip in clips])
+        voxels = np.array([len(clip.ltd_per_frame) * clip.bucket.height * clip.bucket.width for clip in clips])
+        if len(set(voxels.tolist())) == 1:
+            # Clips have equally many voxels, so their quantiles pool into the dataset's.
+            bounds = np.quantile(quantiles, MOTION_QUANTILES)
+        else:
+            weights = voxels.repeat(quantiles.shape[1])
+            bounds = np.quantile(quantiles.ravel(), MOTION_QUANTILES, weights=weights, method="inverted_cdf")
+        return torch.tensor(bounds, dtype=torch.float32, device=device)
 
     def load_fixed(self, index: int) -> dict[str, torch.Tensor]:
         """Load a clip with its first caption and always the same noise, to measure held-out errors."""
@@ -2026,6 +2240,40 @@ class LatentDataset(torch.utils.data.Dataset):
         """Load a cached caption as the stock pipeline pads it, with zeros: `(512, D)` float32."""
         prompt_embeds = load_entry(self.args, self.captions[caption])["prompt_embeds"]
         return F.pad(prompt_embeds, (0, 0, 0, MAX_SEQUENCE_LENGTH - len(prompt_embeds)))
+
+
+class BucketSampler(torch.utils.data.Sampler):
+    """Orders an epoch so that the samples of each update have one size, and none comes twice.
+
+    The order depends on the seed and the epoch alone, whatever the number of ranks and the batch size. What does not
+    fill an update is left out, other samples in each epoch. With one size it is torch's `RandomSampler`.
+    """
+
+    def __init__(self, clips: list[Clip], samples_per_update: int, seed: int):
+        self.buckets = [clip.bucket for clip in clips]
+        self.samples_per_update = samples_per_update
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration be that of `epoch`; accelerate calls it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        updates = 0
+        for bucket in set(self.buckets):
+            updates += self.buckets.count(bucket) // self.samples_per_update
+        return updates * self.samples_per_update
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        waiting = {bucket: [] for bucket in self.buckets}
+        for index in torch.randperm(len(self.buckets), generator=generator).tolist():
+            samples = waiting[self.buckets[index]]
+            samples.append(index)
+            if len(samples) == self.samples_per_update:
+                yield from samples
+                samples.clear()
 
 
 # --- 6. Loss ---------------------------------------------------------------------------------------------------------
@@ -3025,8 +3273,8 @@ def evaluate(
     return sorted(gather_object(rows), key=lambda row: (row["clip"], row["sigma"]))
 
 
-def held_out_metrics(rows: list[dict]) -> dict[str, float]:
-    """Average the rows of `evaluate`: the error in all, of moving and static voxels, and at each sigma."""
+def held_out_metrics(rows: list[dict], clips: list[Clip], args: argparse.Namespace) -> dict[str, float]:
+    """Average the rows of `evaluate`: the error in all, of moving and static voxels, at each sigma, of each source."""
     columns = {}
     for name in rows[0]:
         if name not in ("clip", "sigma"):
@@ -3035,6 +3283,11 @@ def held_out_metrics(rows: list[dict]) -> dict[str, float]:
     for sigma in sorted({row["sigma"] for row in rows}):
         errors = torch.stack([row["mse"] for row in rows if row["sigma"] == sigma])
         metrics[f"val/mse_sigma_{sigma:.4g}"] = errors.double().mean().item()
+    sources = sorted({clips[row["clip"]].source for row in rows})
+    for number in sources if len(sources) > 1 else []:
+        errors = torch.stack([row["mse"] for row in rows if clips[row["clip"]].source == number])
+        source = args.sources[number]
+        metrics[f"val/mse_{Path(source.path or source.name).name}"] = errors.double().mean().item()
     return metrics
 
 
@@ -3165,7 +3418,7 @@ def validate(run: "Run", args: argparse.Namespace) -> None:
     with averaged_weights(run.transformer, run.ema):
         if evaluates:
             rows = evaluate(run.wan, run.transformer, run.held_out, run.motion_bounds, run.accelerator, args)
-            metrics = held_out_metrics(rows)
+            metrics = held_out_metrics(rows, run.held_out.clips, args)
             log_metrics(run.accelerator, metrics, step, args)
             logger.info(f"step {step}: held-out mse {metrics['val/mse']:.4f}")
         if samples and not stop_is_asked(run):
@@ -3324,14 +3577,14 @@ def card_data(args: argparse.Namespace, model_name: str, samples: list[str], sco
     widget = []
     for prompt, sample in zip(args.validation_prompt, samples, strict=True):
         widget.append({"text": prompt, "output": {"url": sample}})
-    dataset = hub_id(args.dataset_name)
+    on_hub = [source.name for source in args.sources if hub_id(source.name)]
     return ModelCardData(
         base_model=bases if len(bases) > 1 else next(iter(bases), None),
         base_model_relation=relation,
         library_name="diffusers",
         pipeline_tag="text-to-video",
         license=args.license,
-        datasets=[dataset] if dataset else None,
+        datasets=on_hub or None,
         instance_prompt=args.trigger_word if lora else None,
         tags=tags,
         widget=widget or None,
@@ -3577,7 +3830,7 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_plugin=accumulation,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed, non_blocking=True),
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, "logs")),
         step_scheduler_with_optimizer=False,  # the schedule counts updates, whatever the number of processes
@@ -3712,16 +3965,22 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
     """Prepare data, model, optimizer and schedule. Raises `ValueError` when the clips are too few for one update."""
     # Data
     clips, held_out, captions = prepare_data(args, accelerator)
-    dataset = LatentDataset(clips, captions, args)
+    samples = []
+    for clip in clips:
+        samples += [clip] * args.sources[clip.source].repeats
+    dataset = LatentDataset(samples, captions, args)
     per_update = samples_per_update(args, accelerator)
-    updates_per_epoch = len(dataset) // per_update
-    if not updates_per_epoch:
-        raise ValueError(
-            f"{len(dataset)} clips are fewer than the {per_update} of one update; lower --train_batch_size "
-            f"{args.train_batch_size}, --gradient_accumulation_steps or the processes"
-        )
-    # An epoch is cut to whole updates, so that no sample counts twice.
-    sampler = torch.utils.data.RandomSampler(dataset, num_samples=updates_per_epoch * per_update)
+    sampler = BucketSampler(samples, per_update, args.seed)
+    for bucket in set(sampler.buckets):
+        count = sampler.buckets.count(bucket)
+        if count < per_update:
+            of_size = f" of {bucket}" if args.sizes else ""
+            more = ", take the size off --sizes, or give its clips `repeats` in a recipe" if args.sizes else ""
+            raise ValueError(
+                f"{count} clips{of_size} are fewer than the {per_update} of one update; lower --train_batch_size "
+                f"{args.train_batch_size}, --gradient_accumulation_steps or the processes{more}"
+            )
+    updates_per_epoch = len(sampler) // per_update
     dataloader = torch.utils.data.DataLoader(
         dataset,
         batch_size=args.train_batch_size,
@@ -3783,7 +4042,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
     settings = {
         "flags": published_settings(args),
         "base": base_identity(args),
-        "data": cache_key([(clip.identity, clip.captions) for clip in clips]),
+        "data": cache_key([(clip.identity, clip.captions) for clip in samples]),
         "samples_per_update": per_update,
         "fsdp": accelerator.is_fsdp2,
         "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers, peft)},
@@ -3829,18 +4088,22 @@ def base_identity(args: argparse.Namespace) -> str:
 def run_facts(run: Run, args: argparse.Namespace) -> dict:
     """Collect what the log and the card say of a run."""
     accelerator = run.accelerator
-    clips = run.dataset.clips
+    samples = run.dataset.clips
+    clips = {(clip.source, clip.order): clip for clip in samples}.values()
     transformer = accelerator.unwrap_model(run.transformer)
-    shape = load_entry(args, clips[0].path)["latents"].shape  # (C, F, H, W)
-    tokens = math.prod(shape[1:]) // math.prod(transformer.config.patch_size)
+    shapes = []
+    for clip in {clip.bucket: clip for clip in samples}.values():
+        shape = load_entry(args, clip.path)["latents"].shape  # (C, F, H, W)
+        tokens = math.prod(shape[1:]) // math.prod(transformer.config.patch_size)
+        shapes.append(f"{tuple(shape)}, {tokens:,} tokens per clip")
     trainable = sum(parameter.numel() for parameter in trainable_parameters(transformer))
     device = f"{platform.machine()} CPU"
     if accelerator.device.type == "cuda":
         device = torch.cuda.get_device_name()
     return {
-        "clips": f"{len(clips)}, and {len(run.held_out)} held out",
+        "clips": f"{len(clips)}, and {len(run.held_out)} held out; {len(samples)} samples an epoch",
         "captions": sum(len(clip.captions) for clip in clips),
-        "latents": f"{tuple(shape)}, {tokens:,} tokens per clip",
+        "latents": "; ".join(shapes),
         "updates": f"{run.max_steps} of {run.samples_per_update} clips, {run.updates_per_epoch} an epoch",
         "trainable parameters": f"{trainable:,}",
         "hardware": f"{accelerator.num_processes} x {device}",
@@ -4022,6 +4285,10 @@ def main(args: argparse.Namespace, compute_loss: Callable = compute_loss) -> Non
             logger.warning(f"stopped at step {run.state.step}; to go on, add --resume_from_checkpoint latest")
             end(run, args)
             sys.exit(EXIT_STOPPED)
+
+        if args.torch_compile:
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            logger.info(f"compiled graphs: {graphs}, for {len(training_buckets(args))} sizes")
 
         # 4. Weights, card, Hub
         run.facts["hardware"] += f", {run.hours():.2f} h"

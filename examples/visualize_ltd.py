@@ -127,6 +127,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         rest.append(f"--train_data_dir={path}")  # the clip is all the data there is
         rest.append(f"--validation_prompt={own.prompt}")  # which cleans it, and puts the trigger word before it
     args = train_ltd.parse_args(rest)
+    if len(args.sources) > 1:
+        parser.error("give one --train_data_dir or --dataset_name; look at several sources one by one")
     vars(args).update(vars(own))
     return args
 
@@ -518,7 +520,6 @@ def describe(clip) -> dict:
 def read_pictures(args: argparse.Namespace, clips: Iterable, indices: Iterable[int]) -> list[np.ndarray]:
     """Read for each clip the picture of that index, as training sees it: `(H, W, 3)` uint8."""
     dataset, folder = train_ltd.open_dataset(args, args.dataset_split)
-    size = (args.num_frames, args.height, args.width)
     pictures = []
     for clip, index in zip(clips, indices, strict=True):
         shard, number, window = clip.order
@@ -528,7 +529,7 @@ def read_pictures(args: argparse.Namespace, clips: Iterable, indices: Iterable[i
         else:
             row = dataset[number]
         source = train_ltd.locate_clip(row["video"], folder, args)
-        frames = train_ltd.read_clip(source, size, args.fps, args.clips_per_video)[0]
+        frames = train_ltd.read_clip(source, clip.bucket, args.fps, args.clips_per_video)[0]
         pictures.append(frames[window, index].permute(1, 2, 0).numpy())
     return pictures
 
@@ -554,7 +555,7 @@ class Section:
 
 def section_of_ends(args: argparse.Namespace, title: str, clips: Sequence) -> Section:
     """Show the middle picture of the stillest or of the wildest clips."""
-    pictures = read_pictures(args, clips, [args.num_frames // 2] * len(clips))
+    pictures = read_pictures(args, clips, [clip.bucket.frames // 2 for clip in clips])
     labels = [f"{clip.ltd:.3f}\n{clip.name[-20:]}" for clip in clips]
     return Section(f"the {len(clips)} {title} clips, by their mean LTD", pictures, labels)
 

@@ -99,10 +99,94 @@ def test_remedies_for_flags_that_are_gone_name_flags_that_exist():
     assert set(re.findall(r"--\w+", train_ltd.REMOVED_FLAGS["dry_run"])) <= known
 
 
-def test_two_sources_or_none(flags):
-    for kwargs in ({"dataset_name": "a/b"}, {"train_data_dir": None}):
-        with pytest.raises(ValueError, match="give one of --dataset_name and --train_data_dir"):
-            train_ltd.parse_args(flags(**kwargs))
+def test_no_source(flags):
+    with pytest.raises(ValueError, match="give the clips, by --train_data_dir or --dataset_name"):
+        train_ltd.parse_args(flags(train_data_dir=None))
+
+
+def test_several_sources(flags, clips, tmp_path):
+    args = train_ltd.parse_args(flags(train_data_dir=[clips, tmp_path], dataset_name="a/b"))
+    assert args.sources == [
+        train_ltd.Source(path=str(clips)),
+        train_ltd.Source(path=str(tmp_path)),
+        train_ltd.Source(name="a/b"),
+    ]
+    one = train_ltd.parse_args(flags())
+    assert one.sources == [train_ltd.Source(path=str(clips))] and one.train_data_dir == str(clips)
+
+
+def test_sources_of_a_recipe(flags, clips, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"sources:\n- path: {clips}\n  repeats: 3\n- name: a/b\n  caption_column: caption\n  video_column: clip\n"
+    )
+    args = train_ltd.parse_args(flags(train_data_dir=None, config=recipe))
+    assert args.sources == [
+        train_ltd.Source(path=str(clips), repeats=3),
+        train_ltd.Source(name="a/b", caption_column="caption", video_column="clip"),
+    ]
+    own = train_ltd.of_source(args, args.sources[1])
+    assert (own.train_data_dir, own.dataset_name, own.caption_column, own.video_column) == (
+        None,
+        "a/b",
+        "caption",
+        "clip",
+    )
+    # The command line wins.
+    assert train_ltd.parse_args(flags(config=recipe)).sources == [train_ltd.Source(path=str(clips))]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sources: clips", "a mapping with a `path` or a `name`"),
+        ("sources:\n- repeats: 2", "a mapping with a `path` or a `name`"),
+        ("sources:\n- path: a\n  name: b", "a mapping with a `path` or a `name`"),
+        ("sources:\n- path: a\n  weight: 2", "a mapping with a `path` or a `name`"),
+        ("sources:\n- path: a\n  repeats: 0", "`repeats` of .* must be a whole number above 0"),
+        ("sources:\n- path: a\n  repeats: many", "`repeats` of .* must be a whole number above 0"),
+        ("sources:\n- path: /nowhere", "/nowhere does not exist"),
+    ],
+)
+def test_sources_that_cannot_work(flags, tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        train_ltd.parse_args(flags(train_data_dir=None, config=tmp_path / "recipe.yaml"))
+
+
+def test_a_source_twice_is_refused_with_the_way_to_repeat_it(flags, clips):
+    with pytest.raises(ValueError, match="is given more than once; .* give `repeats` in a recipe"):
+        train_ltd.parse_args(flags(train_data_dir=[clips, clips]))
+
+
+NO_SIZE = {"height": None, "width": None, "num_frames": None}
+
+
+def test_sizes(flags, tiny_wan):
+    args = train_ltd.parse_args([*flags(**NO_SIZE), "--sizes", "64x32x9", "32x64x9", "64x32x1"])
+    train_ltd.identify_wan(args)
+    assert train_ltd.training_buckets(args) == [(9, 32, 64), (9, 64, 32), (1, 32, 64)]
+    assert (args.width, args.height, args.num_frames) == (64, 32, 9)  # of samples
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kwargs", "message"),
+    [
+        (["64x32x9"], {}, "give --sizes or --height, not both"),
+        (["64x32x9", "64x32x9"], NO_SIZE, "--sizes has a size twice"),
+        (["64x30x9"], NO_SIZE, "--height of --sizes 64x30x9 must be a multiple of 16, got 30; try 32"),
+        (["64x32x8"], NO_SIZE, r"--num_frames of --sizes 64x32x8 must be 4k\+1, .*got 8, try 9"),
+    ],
+)
+def test_sizes_that_cannot_work(flags, sizes, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        train_ltd.identify_wan(train_ltd.parse_args([*flags(**kwargs), "--sizes", *sizes]))
+
+
+def test_a_size_is_width_height_and_frames(flags, capsys):
+    with pytest.raises(SystemExit):
+        train_ltd.parse_args([*flags(**NO_SIZE), "--sizes", "832x480"])
+    assert "must be width x height x frames, such as 832x480x81, got 832x480" in capsys.readouterr().err
 
 
 def test_narrow_sigma_range_is_refused(run):

@@ -40,7 +40,7 @@ def test_rows_of_evaluate_are_clips_and_sigmas(prepare):
     assert [(row["clip"], row["sigma"]) for row in rows] == [(n, s) for n in range(2) for s in (0.2, 0.6)]
     for row in rows:
         assert row["shape"].tolist() == [1, 16, 3, HEIGHT // 8, WIDTH // 8] and row["largest"] ** 2 > row["mse"]
-    values = train_ltd.held_out_metrics(rows)
+    values = train_ltd.held_out_metrics(rows, held_out, args)
     assert values["val/mse"] == pytest.approx(np.mean([row["mse"] for row in rows]))
     # One sample by hand: fixed noise, rectified flow, the timestep 1000 sigma.
     sample = {name: tensor[None] for name, tensor in dataset.load_fixed(1).items()}

@@ -199,7 +199,8 @@ def test_report_knows_still_wild_and_cut(known_clips, tmp_path, monkeypatch, cap
 def test_report_shows_the_pictures_of_each_window(known_clips, tmp_path):
     flags = [f"--train_data_dir={known_clips}", f"--output_dir={tmp_path}", *NANO_FLAGS[:3], "--num_frames=9"]
     args = visualize_ltd.parse_args(["report", *flags, "--clips_per_video=3", "--fps=16"])
-    windows = [SimpleNamespace(order=(0, 1, window)) for window in (0, 1, 2)]
+    bucket = train_ltd.Bucket(9, 96, 96)
+    windows = [SimpleNamespace(order=(0, 1, window), bucket=bucket) for window in (0, 1, 2)]
     shown = visualize_ltd.read_pictures(args, windows, [8, 0, 8])
     frames = train_ltd.read_clip(str(known_clips / "cut.mp4"), (9, 96, 96), 16, 3)[0].permute(0, 1, 3, 4, 2).numpy()
     assert np.array_equal(np.stack(shown), np.stack([frames[0, 8], frames[1, 0], frames[2, 8]]))
