@@ -3606,6 +3606,8 @@ def settings_table(args: argparse.Namespace, facts: dict) -> str:
     table["libraries"] = ", ".join(versions)
     lines = ["| setting | value |", "|---|---|"]
     for name, value in table.items():
+        if isinstance(value, list):
+            value = " ".join(value)
         text = html.escape(str(value)).replace("|", "\\|")
         lines.append(f"| {name} | {text} |")
     return "\n".join(lines)

@@ -155,7 +155,7 @@ def test_sources_that_cannot_work(flags, tmp_path, text, message):
 
 
 def test_a_source_twice_is_refused_with_the_way_to_repeat_it(flags, clips):
-    with pytest.raises(ValueError, match="is given more than once; .* give `repeats` in a recipe"):
+    with pytest.raises(ValueError, match=r"is given more than once; .* give `repeats` in a recipe"):
         train_ltd.parse_args(flags(train_data_dir=[clips, clips]))
 
 

@@ -143,7 +143,7 @@ def test_warm_start_decodes_nothing(prepare_mixed, monkeypatch):
 
 
 def test_entry_is_that_of_a_run_of_this_size_alone(prepare_mixed, flags, mixed):
-    clips, args = prepare_mixed()
+    _, args = prepare_mixed()
     line = flags(train_data_dir=mixed, height=32, width=64, num_frames=9, max_skipped=1.0, cache_dir=args.cache_dir)
     args = train_ltd.parse_args(line)
     alone, _, _ = train_ltd.prepare_data(args, train_ltd.build_accelerator(args), with_captions=False)
@@ -209,7 +209,7 @@ def test_resume_is_bit_identical(run_mixed, tmp_path, variant):
     assert_same(weights(straight, "lora"), weights(resumed, "lora"))
     assert metrics(resumed) == {step: loss for step, loss in metrics(straight).items() if step > 4}
     card = (straight / "README.md").read_text()
-    assert f"| sizes | {SIZES} |" in card
+    assert "| sizes | 64x32x9 64x32x5 32x64x9 64x32x1 |" in card
 
 
 def test_batches_and_accumulation_see_the_same_updates(run_mixed, tmp_path):
@@ -228,9 +228,7 @@ def test_two_processes_equal_accumulation(run_mixed, flags, mixed, tmp_path):
 
 
 def test_a_size_with_too_few_clips_is_refused_by_name(run_mixed):
-    with pytest.raises(
-        ValueError, match="2 clips of 64x32x[15] are fewer than the 3 of one update; .*take the size off"
-    ):
+    with pytest.raises(ValueError, match=r"2 clips of 64x32x[15] are fewer than the 3 of one .*take the size off"):
         run_mixed(sizes=["64x32x9", "64x32x5", "64x32x1"], train_batch_size=3, max_skipped=1.0)
 
 
