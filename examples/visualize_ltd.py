@@ -20,6 +20,7 @@ what is encoded here training finds there. Videos of base and tuned models (Fig.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import logging
@@ -31,6 +32,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import datasets
@@ -63,6 +65,8 @@ COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56
 COLUMNS = 5  # pictures side by side
 VIDEO_WIDTH = 400  # pixels of each row in the mp4
 MOST_TUNED = {"curves": len(COLORS) - 1, "maps": 1}  # models that a picture has room for
+MIN_COVERED = 0.95  # of the clips, by the sizes that are proposed
+MAX_CROPPED = 0.1  # of a picture, by its size
 FRAME_PICTURES = 4  # of the video in a latent frame; the first holds one alone
 
 
@@ -621,7 +625,7 @@ def draw_report(args: argparse.Namespace, clips: Sequence) -> Figure:
 
 def make_report(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Write `ltd_report.png`, every clip in `ltd_report.json`, and the table of `--write_metadata`."""
-    train_ltd.identify_wan(args)
+    wan = train_ltd.identify_wan(args)
     if args.write_metadata:
         check_table(args)
     # The whole split, whatever training holds out or would refuse
@@ -644,9 +648,117 @@ def make_report(args: argparse.Namespace, accelerator: Accelerator) -> None:
     print(f"{len(clips)} clips of {videos} videos; {len(skipped)} videos cannot be used")
     print(f"mean LTD: a tenth of the clips below {low:.3f}, half below {median:.3f}, a tenth above {high:.3f}")
     print(f"a cut is suspected in {len(cuts)} clips (--drop_cuts)", *cuts)
+    print(propose_sizes(measure_media(args), args, wan.size_multiple))
     print(f"wrote {folder}/ltd_report.png and ltd_report.json")
     if args.write_metadata:
         write_table(args, clips, skipped)
+
+
+# --- report: which --sizes fit ---------------------------------------------------------------------------------------
+
+
+class Media(NamedTuple):
+    """What a clip could give: its pictures as they are shown, in pixels, and how many there are at `--fps`."""
+
+    width: int
+    height: int
+    frames: int  # 1 of a still; of a video an estimate, from its packets
+
+
+def measure_media(args: argparse.Namespace) -> list[Media]:
+    """Measure every clip that can be read, of which only the first picture is decoded."""
+    dataset, folder = train_ltd.open_dataset(args, args.dataset_split)
+    measured = []
+    for row in dataset:
+        try:
+            source = train_ltd.locate_clip(row["video"], folder, args)
+            picture = next(train_ltd.frames_at(source, np.zeros(1)), None)
+            if picture is None:
+                continue
+            height, width = picture.pixels.shape[:2]
+            frames = 1
+            if not picture.still:
+                frames = int(train_ltd.video_seconds(source) * args.fps + 0.5)
+            measured.append(Media(width, height, frames))
+        except (OSError, ValueError, av.FFmpegError):
+            continue  # the report has named it among those that cannot be used
+    return measured
+
+
+def ideal_size(media: Media, args: argparse.Namespace, multiple: int) -> tuple[int, int]:
+    """Return the width and height of a clip's aspect, in multiples, with about the area of the flags' size."""
+    aspect = media.width / media.height
+    height = math.sqrt(args.height * args.width / aspect)
+    return (
+        max(1, round(height * aspect / multiple)) * multiple,
+        max(1, round(height / multiple)) * multiple,
+    )
+
+
+def cropped_share(media: Media, size: tuple[int, int]) -> float:
+    """Return the share of a clip's picture that the crop to a width and height throws away."""
+    ratio = (media.width / media.height) / (size[0] / size[1])
+    return 1 - min(ratio, 1 / ratio)
+
+
+def choose_aspects(measured: list[Media], args: argparse.Namespace, multiple: int) -> list[tuple[int, int]]:
+    """Return few widths and heights to which 95 % of the clips can be cropped and lose at most a tenth each.
+
+    Each is the one that fits most of the clips that those before do not fit.
+    """
+    chosen = []
+    rest = set(measured)
+    left_over = (1 - MIN_COVERED) * len(measured)
+    while sum(media in rest for media in measured) > left_over:
+        best = set()
+        for size in sorted({ideal_size(media, args, multiple) for media in rest}):
+            fits = {media for media in rest if cropped_share(media, size) <= MAX_CROPPED}
+            if len(fits) > len(best):
+                best = fits
+                best_size = size
+        if not best:
+            break
+        chosen.append(best_size)
+        rest -= best
+    return chosen
+
+
+def choose_lengths(own: list[Media], args: argparse.Namespace) -> set[int]:
+    """Return the frames of one width and height: what its longest clip fills, what nearly all do, 1 for stills."""
+    lengths = set()
+    videos = sorted(media.frames for media in own if media.frames > 1)
+    if videos:
+        for frames in (videos[-1], videos[int((1 - MIN_COVERED) * len(videos))]):
+            lengths.add(min(args.num_frames, (frames - 1) // 4 * 4 + 1))
+    lengths.discard(1)
+    if any(media.frames == 1 for media in own):
+        lengths.add(1)
+    return lengths
+
+
+def propose_sizes(measured: list[Media], args: argparse.Namespace, multiple: int) -> str:
+    """Write in a sentence which `--sizes` fit the clips, and what is lost to them."""
+    aspects = choose_aspects(measured, args, multiple)
+    own = {size: [] for size in aspects}
+    for media in measured if aspects else []:
+        own[min(aspects, key=functools.partial(cropped_share, media))].append(media)
+    sizes = []
+    cropped = []
+    for size, clips in own.items():
+        lengths = choose_lengths(clips, args)
+        sizes += [f"{size[0]}x{size[1]}x{frames}" for frames in sorted(lengths, reverse=True)]
+        for media in clips:
+            fills = 1 in lengths
+            if media.frames > 1:
+                fills = any(1 < frames <= media.frames for frames in lengths)
+            if fills:
+                cropped.append(cropped_share(media, size))
+    if not cropped:
+        return "no --sizes to propose: no clip fills five frames"
+    return (
+        f"--sizes {' '.join(sizes)} would take {len(cropped)} of {len(measured)} clips and crop away "
+        f"{np.mean(cropped):.0%} of the picture on average"
+    )
 
 
 # --- report --write_metadata -----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Clips of several sizes and lengths, pictures beside videos, and several sources, each through the whole of a run."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import visualize_ltd
 from accelerate.state import AcceleratorState, GradientState
 from conftest import launch, write_clip
 from helpers import assert_same, metrics, weights
@@ -312,3 +314,24 @@ def test_repeats_are_samples_with_noise_of_their_own(run, two_sources):
     assert len(set(seen)) == 11  # 5 cats and twice 3 dogs
     names = Counter(name for name, _ in seen)
     assert sorted(names.values()) == [1, 1, 3, 3, 3]  # 0 to 2 are names of both
+
+
+# --- What the report proposes ----------------------------------------------------------------------------------------
+
+
+def test_report_proposes_sizes_that_fit_the_folder(mixed, tiny_wan, tmp_path, capsys):
+    line = ["report", f"--train_data_dir={mixed}", f"--output_dir={tmp_path}", "--report_to=none", "--fps=16"]
+    line += [f"--pretrained_model_name_or_path={tiny_wan}", "--height=32", "--width=64", "--num_frames=9"]
+    visualize_ltd.main(visualize_ltd.parse_args(line))
+    said = next(text for text in capsys.readouterr().out.splitlines() if text.startswith("--sizes"))
+    match = re.fullmatch(r"--sizes ([\dx ]+) would take (\d+) of 10 clips and crop away (\d+)% of .*", said)
+    sizes = match[1].split()
+    assert {"64x32x9", "64x32x5", "32x64x9", "64x32x1"} <= set(sizes) and int(match[2]) >= 9 and int(match[3]) <= 8
+    # And that is what a run with this line does.
+    line = [f"--pretrained_model_name_or_path={tiny_wan}", f"--train_data_dir={mixed}", f"--output_dir={tmp_path}/run"]
+    line += ["--report_to=none", "--fps=16", "--max_skipped=0.5", "--sizes", *sizes]
+    args = train_ltd.parse_args(line)
+    train_ltd.identify_wan(args)
+    clips, _, _ = train_ltd.prepare_data(args, train_ltd.build_accelerator(args), with_captions=False)
+    assert len(clips) == int(match[2])
+    assert np.mean([clip.crop_fraction for clip in clips]) == pytest.approx(int(match[3]) / 100, abs=0.006)

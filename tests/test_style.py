@@ -36,7 +36,7 @@ DOOR_OF = {
     "benchmark.py": {"compute_loss"},
     "flags.py": {"build_parser"},
     "generate.py": {"Wan", "expert_boundary", "find_lora", "read_lora"},
-    "visualize_ltd.py": {"eval_sigmas", "open_dataset", "locate_clip"},
+    "visualize_ltd.py": {"eval_sigmas", "frames_at", "locate_clip", "open_dataset", "video_seconds"},
 }
 
 
