@@ -166,7 +166,7 @@ TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": 
 MEDIA_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".gif", ".png", ".jpg", ".jpeg", ".webp"}
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 ARCHIVES = ("zip://", "tar://", "gzip://")
-STILL_FORMATS = "_pipe"  # end of FFmpeg's names of the formats of pictures
+STILL_FORMATS = ("_pipe", "image2")  # ends of FFmpeg's names of the formats of pictures
 HDR_TRANSFERS = (16, 18)  # PQ and HLG, as ITU-T H.273 numbers them
 # EXIF orientation -> `matrix` of `displayed_picture`
 EXIF_MATRICES = {
@@ -1376,10 +1376,10 @@ def file_state(status: os.stat_result) -> list[int]:
 
 
 def open_source(source: str | bytes) -> io.IOBase:
-    """Open a path, or bytes, for reading, and under no name: FFmpeg takes `%d` in one for a sequence of pictures."""
+    """Open a path, or bytes, for reading. FFmpeg, if it opened a path, would take `%d` in it for a number to count."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    return open(os.open(source, os.O_RDONLY), "rb")
+    return open(source, "rb")
 
 
 def read_clip(
