@@ -311,7 +311,15 @@ REMOVED_FLAGS = {
     "skip_vae_check": "leave it out, there is no such check any more",
 }
 # Not for the card, and free to change when a run is resumed
-LOCAL_SETTINGS = ("output_dir", "output_name", "cache_dir", "config", "resume_from_checkpoint", "train_data_dir")
+LOCAL_SETTINGS = (
+    "output_dir",
+    "output_name",
+    "cache_dir",
+    "config",
+    "resume_from_checkpoint",
+    "train_data_dir",
+    "validation_prompts_file",
+)
 CITATION = """@article{wu2026ltd, title={Latent Temporal Discrepancy as Motion Prior}, year={2026},
   author={Wu, Meiqi and Song, Bingze and Lin, Ruimin and Zhu, Chen and Feng, Xiaokun and Wu, Jiahong and others},
   journal={arXiv preprint arXiv:2601.20504}}"""
@@ -366,21 +374,37 @@ def share(text: str) -> float:
     return value
 
 
+def user_path(text: str) -> str:
+    """Read a path or a name on the Hub, for argparse. No shell expands the `~` of `--output_dir=~/run` or a recipe."""
+    return os.path.expanduser(text)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """A parser whose errors are one line each: the usage of so many flags would push them off the screen."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}\n")
+
+
 # fmt: off
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser, a flag a line. `examples/recipes/flags.py` makes the table of flags from it."""
     formatter = argparse.RawDescriptionHelpFormatter
     switch = argparse.BooleanOptionalAction
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file with any of the flags below; the command line overrides it")
+    parser = FlagParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("--config", type=user_path,
+        help="YAML file with any of the flags below; the command line overrides it")
 
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", help="folder or Hub id")
+    add("--pretrained_model_name_or_path", type=user_path, default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        help="folder or Hub id")
     add("--revision", help="branch, tag or commit of it on the Hub")
     add("--variant", help="variant of its weight files, such as fp16")
-    add("--transformer_path", help="other transformer: diffusers folder, Hub id, .safetensors in original Wan keys")
-    add("--init_lora", help="go on training this LoRA (file, folder or Hub id; keys of diffusers, ComfyUI and others)")
+    add("--transformer_path", type=user_path,
+        help="other transformer: diffusers folder, Hub id, .safetensors in original Wan keys")
+    add("--init_lora", type=user_path,
+        help="go on training this LoRA (file, folder or Hub id; keys of diffusers, ComfyUI and others)")
     add("--expert", choices=["high", "low"], help="the one of Wan2.2 T2V-A14B's two transformers to train: for high"
         " noise (layout and motion) or for low noise (detail); samples use both")
     add("--train_type", choices=["lora", "full"], default="lora", help="train an adapter, or all weights of the DiT")
@@ -398,7 +422,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dataset_split", default="train", help="split to train on")
     add("--max_train_samples", type=positive_int, help="use only the first so many rows, for a trial")
     add("--streaming", action=switch, default=False, help="cache a Hub dataset without downloading it first")
-    add("--train_data_dir", help="folder with metadata.jsonl/csv/parquet or clip.mp4 + clip.txt pairs, or such a file")
+    add("--train_data_dir", type=user_path,
+        help="folder with metadata.jsonl/csv/parquet or clip.mp4 + clip.txt pairs, or such a file")
     add("--video_column", default="video", help="column of the clips: paths, embedded bytes, or a Video feature")
     add("--caption_column", default="text", help="captions: a string, or a list of which one is drawn per epoch")
     add("--trigger_word", help="put before every caption and validation prompt; the card's instance_prompt")
@@ -413,7 +438,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--caption_dropout", type=share, default=0.1, help="share of samples with an empty caption; guidance needs it")
     add("--validation_fraction", type=share, help="hold out this share of the videos, such as 0.1")
     add("--validation_split", help="hold out this split of the dataset")
-    add("--cache_dir", help="encoded clips and captions, reusable by other runs (default: OUTPUT_DIR/cache)")
+    add("--cache_dir", type=user_path,
+        help="encoded clips and captions, reusable by other runs (default: OUTPUT_DIR/cache)")
     add("--cache_dtype", choices=["float16", "float32"], default="float16", help="precision of the cache")
 
     add = parser.add_argument_group("loss and noise").add_argument
@@ -450,15 +476,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=seed, default=0, help="of everything random")
 
     add = parser.add_argument_group("checkpoints, validation, logging").add_argument
-    add("--output_dir", default="outputs", help="where everything is written")
+    add("--output_dir", type=user_path, default="outputs", help="where everything is written")
     add("--output_name", help="name of the file for ComfyUI, without .safetensors (default: the output folder's)")
     add("--overwrite_output_dir", action=switch, default=False, help="delete the checkpoints of an earlier run in it")
     add("--checkpointing_steps", type=positive_int, default=250, help="write checkpoint-STEP every so many updates")
     add("--checkpoints_total_limit", type=positive_int, help="keep only so many checkpoints, the newest")
-    add("--resume_from_checkpoint", help="'latest', 'hub' (the newest there), or the path of one")
+    add("--resume_from_checkpoint", type=user_path, help="'latest', 'hub' (the newest there), or the path of one")
     add("--eval_steps", type=positive_int, default=250, help="held-out errors every so many updates, and at first")
     add("--max_eval_clips", type=positive_int, default=32, help="held-out clips used for them")
     add("--validation_prompt", action="append", help="sample this prompt while training; repeatable")
+    add("--validation_prompts_file", type=user_path, help="text file with a prompt a line; those after # are left out")
     add("--validation_steps", type=positive_int, default=250, help="sample every so many updates, and at first")
     add("--validation_num_inference_steps", type=positive_int, default=30, help="denoising steps of a sample")
     add("--validation_guidance_scale", type=float, default=5.0, help="guidance of a sample")
@@ -488,7 +515,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         if argument.startswith("--") and name in REMOVED_FLAGS:
             raise ValueError(f"--{name} is gone: {REMOVED_FLAGS[name]}")
     parser = build_parser()
-    args = parser.parse_args(command_line)
+    args, unknown = parser.parse_known_args(command_line)
+    if unknown:
+        parser.error(describe_unknown(unknown[0], command_line, parser))
     if args.config:
         recipe = read_recipe(args.config, parser)
         if args.num_train_epochs or args.max_train_steps:
@@ -516,53 +545,116 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if not args.mixed_precision:
         args.mixed_precision = "bf16" if torch.cuda.is_available() else "no"
     args.trigger_word = with_trigger(args, "") or None
-    args.validation_prompt = [with_trigger(args, prompt) for prompt in args.validation_prompt or []]
+    prompts = args.validation_prompt or []
+    if args.validation_prompts_file:
+        prompts = prompts + read_prompts(args.validation_prompts_file)
+    args.validation_prompt = [with_trigger(args, prompt) for prompt in prompts]
     args.validation_negative_prompt = prompt_clean(args.validation_negative_prompt)
     check_args(args)
     return args
 
 
+def describe_unknown(argument: str, command_line: list[str], parser: argparse.ArgumentParser) -> str:
+    """Say what may have been meant by an argument that belongs to no flag."""
+    if argument.startswith("-"):
+        name = argument.split("=")[0]
+        options = [option for action in parser._actions for option in action.option_strings]
+        nearest = difflib.get_close_matches("--" + name.strip("-").replace("-", "_"), options, n=1)
+        if nearest:
+            return f"there is no flag {name}; the nearest is {nearest[0]}"
+        return f"there is no flag {name}; --help lists all that there are"
+    before = command_line[: command_line.index(argument)]
+    flags = [word for word in before if word.startswith("--")]
+    if not flags:
+        return f"`{argument}` belongs to no flag; a folder of clips goes with --train_data_dir"
+    flag = flags[-1].split("=")[0]
+    return f'`{argument}` belongs to no flag; if it belongs to {flag}, put quotes around all of it: {flag} "..."'
+
+
+def read_prompts(path: str) -> list[str]:
+    """Read a text file of a prompt a line, without empty lines and those after a `#`. Raises `ValueError`."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--validation_prompts_file {path} cannot be read as UTF-8: {error}") from error
+    prompts = []
+    for line in lines:
+        prompt = line.strip()
+        if prompt and not prompt.startswith("#"):
+            prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"--validation_prompts_file {path} holds no prompt; write one a line")
+    return prompts
+
+
+def find_recipe(path: str) -> Path:
+    """Find a recipe by its path from here or from beside this script, or by its name in `examples/recipes`.
+
+    Raises `ValueError`.
+    """
+    home = Path(__file__).resolve().parent
+    recipes = home / "examples" / "recipes"
+    for place in (Path(path), home / path, recipes / path):
+        if place.is_file():
+            return place
+    names = ", ".join(recipe.name for recipe in sorted(recipes.glob("*.yaml")))
+    raise ValueError(f"--config {path}: there is no such file; {recipes} has {names or 'none either'}")
+
+
 def read_recipe(path: str, parser: argparse.ArgumentParser) -> dict:
     """Read a YAML file of `flag: value` lines.
 
-    Raises `ValueError` for a name that is no flag, with the nearest, and for a value that the flag does not take.
+    Raises `ValueError` for a name that is no flag, with the nearest, for one that is given twice, and for a value that
+    the flag does not take.
     """
+    file = find_recipe(path)
     try:
-        # BaseLoader leaves each value as it is written: `no`, `007` and `1e-4` are not what YAML makes of them.
-        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        # Nodes hold each value as it is written: `no`, `007` and `1e-4` are not what YAML makes of them.
+        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path} cannot be read: {error}") from error
-    if not isinstance(recipe, dict):
+    if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"--config {path} must hold lines of `flag: value`")
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    given = set()
     values = {}
-    for name, text in recipe.items():
+    for key, node in root.value:
+        name = str(key.value)
         if name in REMOVED_FLAGS:
             raise ValueError(f"--config {path}: `{name}` is gone: {REMOVED_FLAGS[name]}")
         if name not in actions:
             nearest = difflib.get_close_matches(name, actions, n=1, cutoff=0)[0]
             raise ValueError(f"--config {path}: there is no flag `{name}`; the nearest is `{nearest}`")
-        if text in ("", "null", "~"):
+        if name in given:
+            line = key.start_mark.line + 1
+            raise ValueError(f"--config {path}: line {line} gives `{name}` once more; keep one of them")
+        given.add(name)
+        plain = isinstance(node, yaml.ScalarNode) and not node.style
+        if node.value == "" or (plain and node.value in ("null", "~")):
             continue
         try:
             if name in LIST_FLAGS:
-                items = text if isinstance(text, list) else [text]
+                items = node.value if isinstance(node, yaml.SequenceNode) else [node]
                 values[name] = [recipe_value(actions[name], item) for item in items]
             else:
-                values[name] = recipe_value(actions[name], text)
+                values[name] = recipe_value(actions[name], node)
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(f"--config {path}: `{name}`: {error}") from error
     return values
 
 
-def recipe_value(action: argparse.Action, text: str):
+def recipe_value(action: argparse.Action, node: yaml.Node):
     """Convert a recipe's text to what its flag holds. Raises `ValueError` for what the flag does not take."""
-    if not isinstance(text, str):
-        raise ValueError(f"takes one value, got {text}")
+    if not isinstance(node, yaml.ScalarNode):
+        raise ValueError("takes one value, and not several")
+    text = node.value
     if isinstance(action, argparse.BooleanOptionalAction):
         if text not in ("true", "false"):
             raise ValueError(f"must be true or false, got {text}")
         return text == "true"
+    is_word = action.type in (None, user_path) and not action.choices
+    if is_word and not node.style and text.lower() in ("true", "false"):
+        raise ValueError(f"takes a word, got {text}; put quotes around it if that is the word")
     value = action.type(text) if action.type else text
     if action.choices and value not in action.choices:
         raise ValueError(f"must be one of {', '.join(action.choices)}, got {text}")
@@ -656,6 +748,8 @@ def check_args(args: argparse.Namespace) -> None:
     except HFValidationError as error:
         problems.append(f"--hub_model_id: {error}")
 
+    if len(problems) == 1:
+        raise ValueError(problems[0])
     if problems:
         raise ValueError("\n- ".join(["these settings do not work:", *problems]))
 

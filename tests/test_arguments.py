@@ -184,7 +184,14 @@ def test_a_length_on_the_command_line_overrides_the_recipes_other(flags, tmp_pat
         ("use_ema: yes", "recipe.yaml: `use_ema`: must be true or false, got yes"),
         ("ltd_window: three", "recipe.yaml: `ltd_window`: invalid literal for int"),
         ("loss: focal", "recipe.yaml: `loss`: must be one of ltd, mse, got focal"),
-        ("rank: [4, 8]", "recipe.yaml: `rank`: takes one value, got ['4', '8']"),
+        ("rank: [4, 8]", "recipe.yaml: `rank`: takes one value, and not several"),
+        ("seed: 1\nrank: 4\nseed: 2", "recipe.yaml: line 3 gives `seed` once more; keep one of them"),
+        ("trigger_word: true", "recipe.yaml: `trigger_word`: takes a word, got true; put quotes around it"),
+        ("output_dir: False", "recipe.yaml: `output_dir`: takes a word, got False; put quotes around it"),
+        ("validation_prompt: [a, true]", "recipe.yaml: `validation_prompt`: takes a word, got true"),
+        ("gradient_checkpointing: true", "`gradient_checkpointing`: must be one of none, selective, full, offload"),
+        ("", "must hold lines of `flag: value`"),
+        ("[a]: 1", "there is no flag"),
         ("trigger_word: {a: b}", "recipe.yaml: `trigger_word`: takes one value"),
         ("validation_prompt: [[a]]", "recipe.yaml: `validation_prompt`: takes one value"),
         ("validation_split: 0.2", "try --validation_fraction 0.2"),
@@ -212,3 +219,93 @@ def test_recipes_are_read_as_they_are_written(flags, tmp_path):
     assert (args.mixed_precision, args.trigger_word, args.learning_rate, args.seed) == ("no", "007", 1e-4, 12)
     assert (args.license, args.streaming, args.validation_prompt) == ("1.0", False, ["007 on"])
     assert (args.hub_model_id, args.max_train_hours, args.revision) == (None, None, None)
+
+
+def test_a_quoted_word_is_taken_as_it_is(flags, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("trigger_word: 'true'\nlicense: \"~\"\nvalidation_prompt: ['null', \"false\"]\n")
+    args = train_ltd.parse_args(flags(config=recipe))
+    assert (args.trigger_word, args.license) == ("true", "~")
+    assert args.validation_prompt == ["true null", "true false"]
+
+
+def test_a_recipe_is_found_from_anywhere(flags, tmp_path, monkeypatch):
+    """From here first, then beside the script, then by its bare name among the recipes."""
+    monkeypatch.chdir(tmp_path)
+    kwargs = {"learning_rate": None, "rank": None, "fps": None, "num_frames": 9}
+    for name in ("examples/recipes/lora_1.3b.yaml", "lora_1.3b.yaml"):
+        assert train_ltd.parse_args(flags(config=name, **kwargs)).rank == 32
+    (tmp_path / "lora_1.3b.yaml").write_text("rank: 5")
+    assert train_ltd.parse_args(flags(config="lora_1.3b.yaml", **kwargs)).rank == 5
+    with pytest.raises(ValueError, match=r"--config lora_3b.yaml: there is no such file; .*recipes has .*lora_1\.3b"):
+        train_ltd.parse_args(flags(config="lora_3b.yaml"))
+
+
+def test_a_tilde_is_the_home_folder(flags, tmp_path, monkeypatch):
+    """No shell expands it behind `=`, nor in a recipe."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "recipe.yaml").write_text("output_dir: ~/run\ncache_dir: ~/cache\ninit_lora: ~/lora\n")
+    args = train_ltd.parse_args(
+        flags(config="~/recipe.yaml", train_data_dir="~/clips", output_dir=None, cache_dir=None)
+    )
+    for name in ("train_data_dir", "output_dir", "cache_dir", "init_lora"):
+        assert getattr(args, name).startswith(f"{tmp_path}/")
+
+
+# --- Prompts from a file ---------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_a_file_follow_those_of_the_flag(flags, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeffa dog jumps\n\n# not this one\n  a cat, \"asleep\"\n", encoding="utf-8")
+    args = train_ltd.parse_args(flags(validation_prompts_file=file, validation_prompt="first"))
+    assert args.validation_prompt == ["first", "a dog jumps", 'a cat, "asleep"']
+    assert "validation_prompts_file" not in train_ltd.published_settings(args)  # a path of this machine
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read as UTF-8: .*No such file"), (b"\xff", "cannot be read as UTF-8"), (b"# a\n", "no prompt")],
+)
+def test_bad_files_of_prompts(flags, tmp_path, content, message):
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"--validation_prompts_file .*prompts\.txt .*{message}"):
+        train_ltd.parse_args(flags(validation_prompts_file=file))
+
+
+# --- Slips of the hand -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--lerning_rate", "1"], "there is no flag --lerning_rate; the nearest is --learning_rate"),
+        (["--learning-rate=1"], "there is no flag --learning-rate; the nearest is --learning_rate"),
+        (["-rank", "4"], "there is no flag -rank; the nearest is --rank"),
+        (["--xyzzy"], "there is no flag --xyzzy; --help lists all that there are"),
+        (["--validation_prompt", "a", "dog", "jumps"], "`dog` belongs to no flag; if it belongs to --validation_prompt"),
+        (["--validation_prompt=a", "dog"], 'put quotes around all of it: --validation_prompt "..."'),
+    ],
+)
+def test_what_belongs_to_no_flag(flags, capsys, line, message):
+    """One line, without the usage of all flags."""
+    with pytest.raises(SystemExit) as stop:
+        train_ltd.parse_args([*flags(), *line])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+
+
+def test_a_folder_in_front_of_all_flags(capsys):
+    with pytest.raises(SystemExit):
+        train_ltd.parse_args(["my_clips"])
+    assert "`my_clips` belongs to no flag; a folder of clips goes with --train_data_dir" in capsys.readouterr().err
+
+
+def test_one_problem_is_one_line(flags):
+    with pytest.raises(ValueError) as error:
+        train_ltd.parse_args(flags(ltd_window=1))
+    assert str(error.value) == "--ltd_window must be at least 2 to hold a pair of frames, got 1"
