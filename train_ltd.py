@@ -54,6 +54,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    print("loading libraries", file=sys.stderr, flush=True)  # which takes half a minute on a cold disk
+
 import av
 import datasets
 import diffusers
@@ -66,9 +69,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 import yaml
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import (
+    Accelerator,
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    PartialState,
+)
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
-from accelerate.logging import get_logger
+from accelerate.logging import MultiProcessAdapter
 from accelerate.utils import (
     DynamoBackend,
     GradientAccumulationPlugin,
@@ -91,7 +100,7 @@ from diffusers.training_utils import (
 )
 from diffusers.utils import check_min_version, export_to_video
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import LocalEntryNotFoundError, LocalTokenNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, httpx, validate_repo_id
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
@@ -104,11 +113,23 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ltd_loss import latent_temporal_discrepancy, ltd_loss
 
 check_min_version("0.42.0")
-logger = get_logger(__name__)
+
+
+class RankLogger(MultiProcessAdapter):
+    """accelerate's logger, without the number of the rank where there is but one."""
+
+    def process(self, msg, kwargs):
+        if PartialState().num_processes > 1:
+            return super().process(msg, kwargs)
+        return msg, kwargs
+
+
+logger = RankLogger(logging.getLogger(__name__), {})
 
 # --- Constants -------------------------------------------------------------------------------------------------------
 # Models
@@ -164,6 +185,7 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MEDIA_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".gif", ".png", ".jpg", ".jpeg", ".webp"}
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+DATA_SUFFIXES = {*TABLE_BUILDERS, ".arrow", ".zip", ".tar", ".tgz", ".gz", ".zst", ".bz2", ".xz"}  # may hold clips
 ARCHIVES = ("zip://", "tar://", "gzip://")
 PICTURE_FORMATS = ("_pipe", "image2")  # ends of FFmpeg's names of the formats of pictures
 # EXIF orientation -> `matrix` of `displayed_picture`
@@ -669,6 +691,11 @@ def check_args(args: argparse.Namespace) -> None:
     problems = []
 
     # Model
+    base = args.pretrained_model_name_or_path
+    if not os.path.isdir(base) and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        problems.append(
+            f"--pretrained_model_name_or_path {base} is neither a folder nor a name on the Hub, user/model"
+        )
     single_file = bool(args.transformer_path) and args.transformer_path.endswith(".safetensors")
     if single_file and not os.path.isfile(args.transformer_path):
         problems.append(f"--transformer_path {args.transformer_path} does not exist")
@@ -804,8 +831,11 @@ def identify_wan(args: argparse.Namespace) -> Wan:
                         patch_shape = tuple(file.get_slice(key).get_shape())
         elif path:
             configs.append(WanTransformer3DModel.load_config(path, subfolder=transformer_subfolder(path, subfolder)))
-    except (OSError, SafetensorError, *HUB_ERRORS) as error:
-        raise ValueError(f"--pretrained_model_name_or_path {base} or --transformer_path {path}: {error}") from error
+    except (OSError, SafetensorError, HFValidationError, *HUB_ERRORS) as error:
+        names = f"--pretrained_model_name_or_path {base}"
+        if path:
+            names += f" or --transformer_path {path}"
+        raise ValueError(f"{names}: {network_fault(error) or error}") from error
 
     unsupported = [f"the key {key}" for key in keys if re.search(UNSUPPORTED_KEYS, key)]
     for config in configs:
@@ -1105,6 +1135,8 @@ def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset
         raise ValueError(
             f"--validation_split {split}: {root} has no such folder; --validation_fraction 0.1 needs none"
         )
+    if folder.is_dir() and not table.is_file() and not media:
+        check_folder(folder)
 
     if table.is_file():
         if table.suffix not in TABLE_BUILDERS:
@@ -1143,6 +1175,12 @@ def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset
         caption_column = caption_column.split(".")[0]  # a field of it, which `read_captions` takes out
     for flag, column in (("--video_column", video_column), ("--caption_column", caption_column)):
         if column not in columns:
+            if flag == "--caption_column" and media:
+                raise ValueError(
+                    f"--train_data_dir {folder}: its clips have no captions. Write the one of {media[0].name} into "
+                    f"{media[0].with_suffix('.txt').name} beside it, and so on, or all into a metadata.jsonl of lines "
+                    f'like {{"file_name": "{media[0].relative_to(folder)}", "{column}": "a dog jumps"}}'
+                )
             raise ValueError(f"{flag} {column}: there is no such column; the dataset has {', '.join(columns)}")
     dataset = dataset.select_columns([video_column, caption_column])
     if not args.streaming:
@@ -1154,6 +1192,17 @@ def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset
     if caption_column != "text":
         dataset = dataset.rename_column(caption_column, "text")
     return dataset, folder
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder without clips that has no table or archive either. Raises `ValueError`."""
+    for path in folder.rglob("[!.]*"):
+        if path.suffix.lower() in DATA_SUFFIXES:
+            return
+    raise ValueError(
+        f"--train_data_dir {folder} holds no clips (files that end in {', '.join(sorted(MEDIA_SUFFIXES))}). Put clips "
+        "and captions there in pairs: dog.mp4 and dog.txt, cat.mp4 and cat.txt, and so on"
+    )
 
 
 def find_media(folder: Path, args: argparse.Namespace) -> list[Path]:
@@ -1726,6 +1775,7 @@ def cache_clips(args: argparse.Namespace, accelerator: Accelerator, split: str) 
         encodes = video.frames is not None
         if encodes:
             if vae is None:
+                logger.info("loading the VAE")
                 vae = load_vae(args, accelerator.device)
             encode_video(vae, video, reader, args)
             video.frames = None
@@ -1762,6 +1812,7 @@ def cache_captions(args: argparse.Namespace, accelerator: Accelerator, captions:
     missing = [caption for caption, file in files.items() if load_statistics(Path(args.cache_dir, file)) is None]
     accelerator.wait_for_everyone()  # every rank has looked before any writes
     if missing:
+        logger.info(f"loading the text encoder, for {len(missing)} captions")
         pipeline = WanPipeline.from_pretrained(
             args.pretrained_model_name_or_path,
             revision=args.revision,
@@ -2952,7 +3003,9 @@ def evaluate(
         sigmas = eval_sigmas(args)
     rows = []
     model = accelerator.unwrap_model(transformer).eval()
-    for index, counts in split_between_ranks(accelerator, min(len(dataset), args.max_eval_clips)):
+    items = split_between_ranks(accelerator, min(len(dataset), args.max_eval_clips))
+    hidden = not accelerator.is_main_process
+    for index, counts in tqdm(items, desc="held-out clips", unit="clip", leave=False, disable=hidden):
         batch = {}
         for name, tensor in dataset.load_fixed(index).items():
             batch[name] = tensor[None].to(accelerator.device)
@@ -3051,11 +3104,13 @@ def sample_videos(run: "Run", args: argparse.Namespace) -> None:
         boundary_ratio=run.wan.boundary_ratio,
         expand_timesteps=run.wan.timestep_per_token,
     )
-    pipeline.set_progress_bar_config(disable=True)
     negative_prompt_embeds = run.dataset.load_prompt(args.validation_negative_prompt)[None]
     for i, counts in split_between_ranks(accelerator, len(paths)):
         if stop_is_asked(run):
             break
+        pipeline.set_progress_bar_config(
+            desc=f"sample {i + 1} of {len(paths)}", unit="step", leave=False, disable=not accelerator.is_main_process
+        )
         prompt_embeds = run.dataset.load_prompt(args.validation_prompt[i])[None]
         video = pipeline(
             prompt_embeds=prompt_embeds.to(accelerator.device),
@@ -3118,6 +3173,9 @@ def validate(run: "Run", args: argparse.Namespace) -> None:
             log_metrics(run.accelerator, metrics, step, args)
             logger.info(f"step {step}: held-out mse {metrics['val/mse']:.4f}")
         if samples and not stop_is_asked(run):
+            logger.info(
+                f"step {step}: sampling {len(args.validation_prompt)} prompts into {results_folder(args)}/samples"
+            )
             sample_videos(run, args)
     run.accelerator.unwrap_model(run.transformer).train()
 
@@ -3555,6 +3613,7 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for noisy in ("httpx", "httpx2", "accelerate.checkpointing", "accelerate.accelerator", "accelerate.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: each line would come twice
     return accelerator
 
 
@@ -3683,6 +3742,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
 
     # Model
     set_seed(args.seed)
+    logger.info("loading the transformer")
     transformer = load_transformer(args, wan)
     if args.train_type == "lora":
         add_lora(transformer, args)
@@ -3890,7 +3950,12 @@ def train(run: Run, args: argparse.Namespace, compute_loss: Callable) -> None:
             if state.step % args.checkpointing_steps == 0 or last:
                 save_checkpoint(run, args)
             validate(run, args)
-            started += time.perf_counter() - paused
+            pause = time.perf_counter() - paused
+            started += pause
+            if not progress.disable:
+                # The time that is left is told from the rate, to which a pause does not belong.
+                progress.start_t += pause
+                progress.last_print_t += pause
             if last:
                 return
 
@@ -3934,8 +3999,10 @@ def main(args: argparse.Namespace, compute_loss: Callable = compute_loss) -> Non
     """Train. `compute_loss(prediction, target, batch, args)` may be another loss than this file's."""
     started = time.monotonic()
     accelerator = build_accelerator(args)
-    with lock_folder(accelerator, args.output_dir):
+    # Lines of the log go above the bars, and not into them.
+    with logging_redirect_tqdm(tqdm_class=tqdm), lock_folder(accelerator, args.output_dir):
         # 1. What can be refused is refused before anything is paid for
+        logger.info(f"reading the configuration of {args.pretrained_model_name_or_path}")
         wan = identify_wan(args)
         check_sigmas(args)
         check_lora(args, wan)
@@ -4012,7 +4079,41 @@ class LastingStream:
         os.close(nowhere)
 
 
+def network_fault(error: BaseException) -> str | None:
+    """Say that the Hub could not be reached, if that is among the causes of an error, and what to do."""
+    cause = error
+    while cause is not None:
+        of_datasets = type(cause) is ConnectionError  # its subclasses are those of pipes and sockets
+        if of_datasets or isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError)):
+            if huggingface_hub.constants.HF_HUB_OFFLINE:
+                return "this is not in the Hub's cache, and HF_HUB_OFFLINE forbids to download it: unset that"
+            return "the Hub cannot be reached: check the network and its proxy, or give a folder that is here"
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def user_message(error: Exception) -> str | None:
+    """Return what is to be said of a user's mistake or a lack of network; `None` for all that needs a traceback.
+
+    A `ValueError` is a user's mistake if this file has raised it; its message has the remedy.
+    """
+    traceback = error.__traceback__
+    while traceback.tb_next:
+        traceback = traceback.tb_next
+    raised_here = traceback.tb_frame.f_code.co_filename == user_message.__code__.co_filename
+    if raised_here:
+        return str(error) if isinstance(error, ValueError) else None
+    return network_fault(error)
+
+
 if __name__ == "__main__":
     sys.stdout = LastingStream(sys.stdout)
     sys.stderr = LastingStream(sys.stderr)
-    main(parse_args())
+    try:
+        main(parse_args())
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)

@@ -286,7 +286,7 @@ def test_bad_files_of_prompts(flags, tmp_path, content, message):
         (["--learning-rate=1"], "there is no flag --learning-rate; the nearest is --learning_rate"),
         (["-rank", "4"], "there is no flag -rank; the nearest is --rank"),
         (["--xyzzy"], "there is no flag --xyzzy; --help lists all that there are"),
-        (["--validation_prompt", "a", "dog", "jumps"], "`dog` belongs to no flag; if it belongs to --validation_prompt"),
+        (["--validation_prompt", "a", "dog", "jumps"], "`dog` belongs to no flag; if it belongs to"),
         (["--validation_prompt=a", "dog"], 'put quotes around all of it: --validation_prompt "..."'),
     ],
 )
