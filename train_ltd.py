@@ -229,6 +229,19 @@ SIGMA_DRAWS = 1024
 EVAL_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of held-out errors, as shares of the range that is trained
 MAX_BAD_STEPS = 10
 STRIP_FRAMES = 8  # of a sample in tensorboard
+# What of metrics.jsonl trackers get beside `val/`, and by which name: few curves, in groups
+TRACKED = {
+    "loss": "train/loss",
+    "mse": "train/mse",
+    "mse_motion": "train/mse_motion",
+    "mse_static": "train/mse_static",
+    "weight": "train/weight",
+    "grad_norm": "train/grad_norm",
+    "lr": "train/lr",
+    "skipped_steps": "train/skipped_steps",
+    "seconds_per_step": "time/seconds_per_step",
+    "peak_memory_gib": "time/peak_memory_gib",
+}
 STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")  # spot notice, Slurm, Ctrl-C, a closed terminal
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped early with a checkpoint, start again
 
@@ -237,6 +250,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 MAX_FILE_NAME = 200  # bytes; file systems take 255
+MAX_SAMPLE_NAME = 60  # characters of a prompt in the name of its sample
 SUMS_FILE = "SHA256SUMS"  # in a checkpoint, as `sha256sum -c` reads it
 CHECKPOINT_BRANCH = "checkpoints"  # of the Hub's repository; experts have one each, with -high and -low
 WRAPPERS = (RuntimeError, LocalEntryNotFoundError)  # around errors that the Hub's client met
@@ -3046,10 +3060,19 @@ def results_folder(args: argparse.Namespace) -> Path:
     return folder / f"{args.expert}_noise" if args.expert else folder
 
 
+def sample_names(args: argparse.Namespace) -> list[str]:
+    """Name the samples by their prompts: a number, and the words as far as every file system and URL takes them."""
+    names = []
+    for i, prompt in enumerate(args.validation_prompt):
+        words = re.findall(r"[a-z0-9]+", prompt.lower())
+        names.append("-".join([str(i), *words])[:MAX_SAMPLE_NAME].strip("-"))
+    return names
+
+
 def sample_paths(step: int, args: argparse.Namespace) -> list[Path]:
-    """Name the sample videos of a step, one a prompt."""
+    """Return where the sample videos of a step go, one a prompt."""
     folder = results_folder(args) / "samples"
-    return [folder / f"step-{step:06d}-{i}.mp4" for i in range(len(args.validation_prompt))]
+    return [folder / f"step-{step:06d}-{name}.mp4" for name in sample_names(args)]
 
 
 def sampling_experts(
@@ -3134,18 +3157,18 @@ def sample_videos(run: "Run", args: argparse.Namespace) -> None:
 
 def log_samples(accelerator: Accelerator, paths: list[Path], step: int, args: argparse.Namespace) -> None:
     """Send the sample videos that were written to the tracker; to tensorboard, which has no videos, as frames."""
+    names = sample_names(args)
     for tracker, (i, path) in itertools.product(accelerator.trackers, enumerate(paths)):
         if not path.is_file():
             continue
-        prompt = args.validation_prompt[i]
+        tag = f"samples/{names[i]}"
         if tracker.name == "tensorboard":
             frames = iio.imread(path, plugin="pyav")  # (F, H, W, 3)
             shown = np.linspace(0, len(frames) - 1, STRIP_FRAMES).round().astype(int)
-            tracker.writer.add_images(f"sample/{i}", frames[shown], step, dataformats="NHWC")
-            tracker.writer.add_text(f"sample/{i}/prompt", prompt, step)
+            tracker.writer.add_images(tag, frames[shown], step, dataformats="NHWC")
         else:
-            video = importlib.import_module(tracker.name).Video(str(path), caption=prompt)
-            tracker.log({f"sample/{i}": video}, step=step)
+            video = importlib.import_module(tracker.name).Video(str(path), caption=args.validation_prompt[i])
+            tracker.log({tag: video}, step=step)
 
 
 def validate(run: "Run", args: argparse.Namespace) -> None:
@@ -3200,11 +3223,22 @@ def start_trackers(run: "Run", args: argparse.Namespace) -> None:
         if isinstance(value, bool | int | float | str):  # all that tensorboard takes
             config[key] = value
     run.accelerator.init_trackers("ltd-wan", config, init_kwargs=init_kwargs)
+    for tracker in run.accelerator.trackers:
+        if tracker.name == "tensorboard" and args.validation_prompt:
+            names_and_prompts = zip(sample_names(args), args.validation_prompt, strict=True)
+            lines = [f"- samples/{name}: {prompt}" for name, prompt in names_and_prompts]
+            tracker.writer.add_text("prompts", "\n".join(lines), step)
 
 
 def log_metrics(accelerator: Accelerator, metrics: dict[str, float], step: int, args: argparse.Namespace) -> None:
-    """Log to the tracker, and to `metrics.jsonl`, from which the card's curves are drawn."""
-    accelerator.log(metrics, step=step)
+    """Log to the tracker, in groups, and to `metrics.jsonl`, from which the card's curves are drawn."""
+    tracked = {}
+    for name, value in metrics.items():
+        if name.startswith("val/"):
+            tracked[name] = value
+        elif name in TRACKED:
+            tracked[TRACKED[name]] = value
+    accelerator.log(tracked, step=step)
     if accelerator.is_main_process:
         with open(Path(args.output_dir, "metrics.jsonl"), "a") as file:
             file.write(json.dumps({"step": step} | metrics) + "\n")

@@ -1,10 +1,15 @@
 """Flags, recipes, and the checks that name every problem before anything is loaded."""
 
+import ast
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import CPU, ROOT
 
 import train_ltd
 
@@ -258,7 +263,7 @@ def test_a_tilde_is_the_home_folder(flags, tmp_path, monkeypatch):
 
 def test_prompts_of_a_file_follow_those_of_the_flag(flags, tmp_path):
     file = tmp_path / "prompts.txt"
-    file.write_text("\ufeffa dog jumps\n\n# not this one\n  a cat, \"asleep\"\n", encoding="utf-8")
+    file.write_text('\ufeffa dog jumps\n\n# not this one\n  a cat, "asleep"\n', encoding="utf-8")
     args = train_ltd.parse_args(flags(validation_prompts_file=file, validation_prompt="first"))
     assert args.validation_prompt == ["first", "a dog jumps", 'a cat, "asleep"']
     assert "validation_prompts_file" not in train_ltd.published_settings(args)  # a path of this machine
@@ -309,3 +314,92 @@ def test_one_problem_is_one_line(flags):
     with pytest.raises(ValueError) as error:
         train_ltd.parse_args(flags(ltd_window=1))
     assert str(error.value) == "--ltd_window must be at least 2 to hold a pair of frames, got 1"
+
+
+# --- What a mistake ends in ------------------------------------------------------------------------------------------
+
+
+def caught(function, *args, **kwargs) -> Exception:
+    """Return what a call raises."""
+    with pytest.raises(Exception) as error:
+        function(*args, **kwargs)
+    return error.value
+
+
+def test_own_value_errors_are_for_the_user(flags, run, tmp_path):
+    message = train_ltd.user_message(caught(train_ltd.parse_args, flags(ltd_window=1)))
+    assert message.startswith("--ltd_window must be at least 2")
+    assert "7 clips are fewer than the 8 of one update" in train_ltd.user_message(caught(run, train_batch_size=8))
+
+
+def test_errors_of_others_keep_their_traceback(run):
+    assert train_ltd.user_message(caught(int, "three")) is None
+    assert train_ltd.user_message(caught(run, compute_loss=lambda *args: int("three"))) is None
+
+
+def test_no_network_is_said_so(flags, run, tmp_path):
+    """The tests' own setting forbids it: a base and a dataset that are on no disk."""
+    base = caught(run, pretrained_model_name_or_path="someone/wan")
+    assert train_ltd.user_message(base).startswith("--pretrained_model_name_or_path someone/wan: this is not in the")
+    data = caught(run, train_data_dir=None, dataset_name="someone/clips")
+    for message in (train_ltd.user_message(base), train_ltd.user_message(data)):
+        assert "HF_HUB_OFFLINE forbids to download it" in message and "\n" not in message
+
+
+def test_no_network_for_a_while(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    error = caught(train_ltd.httpx.get, "http://nowhere.invalid")
+    assert train_ltd.user_message(error).startswith("the Hub cannot be reached: check the network")
+    outer = OSError("no model_index.json")
+    outer.__context__ = error
+    assert train_ltd.network_fault(outer) and not train_ltd.network_fault(BrokenPipeError())
+
+
+@pytest.mark.parametrize("base", ["/no/such/folder", "models/wan/1.3b", "~/wan"])
+def test_a_base_that_is_nowhere(flags, base):
+    with pytest.raises(
+        ValueError, match=r"--pretrained_model_name_or_path .* is neither a folder nor a name on the Hub"
+    ):
+        train_ltd.parse_args(flags(pretrained_model_name_or_path=base))
+
+
+@pytest.mark.parametrize("names", [[], [".DS_Store", "notes.txt"]])
+def test_a_folder_without_clips_shows_what_one_looks_like(run, tmp_path, names):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name in names:
+        (folder / name).touch()
+    with pytest.raises(ValueError, match=r"--train_data_dir .*clips holds no clips .*\.mp4.*dog\.mp4 and dog\.txt"):
+        run(train_data_dir=folder)
+
+
+def test_a_folder_without_captions_shows_where_they_go(run, clips, tmp_path):
+    folder = tmp_path / "uncaptioned"
+    folder.mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (folder / name).symlink_to(clips / "0.mp4")
+    with pytest.raises(ValueError, match="its clips have no captions") as error:
+        run(train_data_dir=folder)
+    message = str(error.value)
+    assert "Write the one of a.mp4 into a.txt beside it" in message and "\n" not in message
+    assert '{"file_name": "a.mp4", "text": "a dog jumps"}' in message
+
+
+@pytest.mark.slow
+def test_a_mistake_of_the_command_is_one_line(flags):
+    """At once it says what one waits for; at the end there is no traceback."""
+    command = [sys.executable, str(ROOT / "train_ltd.py"), *flags(ltd_window=1)]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | CPU, cwd=ROOT)
+    lines = result.stderr.splitlines()
+    assert result.returncode == 2 and lines[0] == "loading libraries" and "Traceback" not in result.stderr
+    assert lines[-1] == "error: --ltd_window must be at least 2 to hold a pair of frames, got 1"
+
+
+def test_the_script_speaks_before_its_heavy_imports():
+    """In less than two seconds, then: only the standard library comes before."""
+    tree = ast.parse((ROOT / "train_ltd.py").read_text(encoding="utf-8"))
+    line = next(node.lineno for node in ast.walk(tree) if getattr(node, "value", None) == "loading libraries")
+    before = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom) and node.lineno < line]
+    names = {alias.name for node in before if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in before if isinstance(node, ast.ImportFrom)}
+    assert len(names) > 10 and {name.split(".")[0] for name in names} <= sys.stdlib_module_names
