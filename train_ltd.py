@@ -55,6 +55,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    print("loading libraries", file=sys.stderr, flush=True)  # which takes half a minute on a cold disk
+
 import av
 import datasets
 import diffusers
@@ -67,9 +70,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 import yaml
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import (
+    Accelerator,
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    PartialState,
+)
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
-from accelerate.logging import get_logger
+from accelerate.logging import MultiProcessAdapter
 from accelerate.utils import (
     DynamoBackend,
     GradientAccumulationPlugin,
@@ -92,7 +101,7 @@ from diffusers.training_utils import (
 )
 from diffusers.utils import check_min_version, export_to_video
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import LocalEntryNotFoundError, LocalTokenNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, httpx, validate_repo_id
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
@@ -105,11 +114,23 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ltd_loss import latent_temporal_discrepancy, ltd_loss
 
 check_min_version("0.42.0")
-logger = get_logger(__name__)
+
+
+class RankLogger(MultiProcessAdapter):
+    """accelerate's logger, without the number of the rank where there is but one."""
+
+    def process(self, msg, kwargs):
+        if PartialState().num_processes > 1:
+            return super().process(msg, kwargs)
+        return msg, kwargs
+
+
+logger = RankLogger(logging.getLogger(__name__), {})
 
 # --- Constants -------------------------------------------------------------------------------------------------------
 # Models
@@ -165,6 +186,7 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MEDIA_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".gif", ".png", ".jpg", ".jpeg", ".webp"}
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+DATA_SUFFIXES = {*TABLE_BUILDERS, ".arrow", ".zip", ".tar", ".tgz", ".gz", ".zst", ".bz2", ".xz"}  # may hold clips
 ARCHIVES = ("zip://", "tar://", "gzip://")
 STILL_FORMATS = ("_pipe", "image2")  # ends of FFmpeg's names of the formats of pictures
 HDR_TRANSFERS = (16, 18)  # PQ and HLG, as ITU-T H.273 numbers them
@@ -218,6 +240,19 @@ SIGMA_DRAWS = 1024
 EVAL_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of held-out errors, as shares of the range that is trained
 MAX_BAD_STEPS = 10
 STRIP_FRAMES = 8  # of a sample in tensorboard
+# What of metrics.jsonl trackers get beside `val/`, and by which name: few curves, in groups
+TRACKED = {
+    "loss": "train/loss",
+    "mse": "train/mse",
+    "mse_motion": "train/mse_motion",
+    "mse_static": "train/mse_static",
+    "weight": "train/weight",
+    "grad_norm": "train/grad_norm",
+    "lr": "train/lr",
+    "skipped_steps": "train/skipped_steps",
+    "seconds_per_step": "time/seconds_per_step",
+    "peak_memory_gib": "time/peak_memory_gib",
+}
 STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")  # spot notice, Slurm, Ctrl-C, a closed terminal
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped early with a checkpoint, start again
 
@@ -226,6 +261,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 MAX_FILE_NAME = 200  # bytes; file systems take 255
+MAX_SAMPLE_NAME = 60  # characters of a prompt in the name of its sample
 SUMS_FILE = "SHA256SUMS"  # in a checkpoint, as `sha256sum -c` reads it
 CHECKPOINT_BRANCH = "checkpoints"  # of the Hub's repository; experts have one each, with -high and -low
 WRAPPERS = (RuntimeError, LocalEntryNotFoundError)  # around errors that the Hub's client met
@@ -331,6 +367,7 @@ LOCAL_SETTINGS = (
     "resume_from_checkpoint",
     "train_data_dir",
     "sources",
+    "validation_prompts_file",
 )
 CITATION = """@article{wu2026ltd, title={Latent Temporal Discrepancy as Motion Prior}, year={2026},
   author={Wu, Meiqi and Song, Bingze and Lin, Ruimin and Zhu, Chen and Feng, Xiaokun and Wu, Jiahong and others},
@@ -414,21 +451,37 @@ class Source(NamedTuple):
     video_column: str | None = None
 
 
+def user_path(text: str) -> str:
+    """Read a path or a name on the Hub, for argparse. No shell expands the `~` of `--output_dir=~/run` or a recipe."""
+    return os.path.expanduser(text)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """A parser whose errors are one line each: the usage of so many flags would push them off the screen."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}\n")
+
+
 # fmt: off
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser, a flag a line. `examples/recipes/flags.py` makes the table of flags from it."""
     formatter = argparse.RawDescriptionHelpFormatter
     switch = argparse.BooleanOptionalAction
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file with any of the flags below; the command line overrides it")
+    parser = FlagParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("--config", type=user_path,
+        help="YAML file with any of the flags below; the command line overrides it")
 
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", help="folder or Hub id")
+    add("--pretrained_model_name_or_path", type=user_path, default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        help="folder or Hub id")
     add("--revision", help="branch, tag or commit of it on the Hub")
     add("--variant", help="variant of its weight files, such as fp16")
-    add("--transformer_path", help="other transformer: diffusers folder, Hub id, .safetensors in original Wan keys")
-    add("--init_lora", help="go on training this LoRA (file, folder or Hub id; keys of diffusers, ComfyUI and others)")
+    add("--transformer_path", type=user_path,
+        help="other transformer: diffusers folder, Hub id, .safetensors in original Wan keys")
+    add("--init_lora", type=user_path,
+        help="go on training this LoRA (file, folder or Hub id; keys of diffusers, ComfyUI and others)")
     add("--expert", choices=["high", "low"], help="the one of Wan2.2 T2V-A14B's two transformers to train: for high"
         " noise (layout and motion) or for low noise (detail); samples use both")
     add("--train_type", choices=["lora", "full"], default="lora", help="train an adapter, or all weights of the DiT")
@@ -447,7 +500,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dataset_split", default="train", help="split to train on")
     add("--max_train_samples", type=positive_int, help="use only the first so many rows, for a trial")
     add("--streaming", action=switch, default=False, help="cache a Hub dataset without downloading it first")
-    add("--train_data_dir", action="append",
+    add("--train_data_dir", action="append", type=user_path,
         help="folder with metadata.jsonl/csv/parquet or clip.mp4 + clip.txt pairs, or such a file; repeatable (a"
         " recipe's `sources` have columns and repeats of their own)")
     add("--video_column", default="video", help="column of the clips: paths, embedded bytes, or a Video feature")
@@ -467,7 +520,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--caption_dropout", type=share, default=0.1, help="share of samples with an empty caption; guidance needs it")
     add("--validation_fraction", type=share, help="hold out this share of the videos, such as 0.1")
     add("--validation_split", help="hold out this split of the dataset")
-    add("--cache_dir", help="encoded clips and captions, reusable by other runs (default: OUTPUT_DIR/cache)")
+    add("--cache_dir", type=user_path,
+        help="encoded clips and captions, reusable by other runs (default: OUTPUT_DIR/cache)")
     add("--cache_dtype", choices=["float16", "float32"], default="float16", help="precision of the cache")
 
     add = parser.add_argument_group("loss and noise").add_argument
@@ -504,15 +558,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=seed, default=0, help="of everything random")
 
     add = parser.add_argument_group("checkpoints, validation, logging").add_argument
-    add("--output_dir", default="outputs", help="where everything is written")
+    add("--output_dir", type=user_path, default="outputs", help="where everything is written")
     add("--output_name", help="name of the file for ComfyUI, without .safetensors (default: the output folder's)")
     add("--overwrite_output_dir", action=switch, default=False, help="delete the checkpoints of an earlier run in it")
     add("--checkpointing_steps", type=positive_int, default=250, help="write checkpoint-STEP every so many updates")
     add("--checkpoints_total_limit", type=positive_int, help="keep only so many checkpoints, the newest")
-    add("--resume_from_checkpoint", help="'latest', 'hub' (the newest there), or the path of one")
+    add("--resume_from_checkpoint", type=user_path, help="'latest', 'hub' (the newest there), or the path of one")
     add("--eval_steps", type=positive_int, default=250, help="held-out errors every so many updates, and at first")
     add("--max_eval_clips", type=positive_int, default=32, help="held-out clips used for them")
     add("--validation_prompt", action="append", help="sample this prompt while training; repeatable")
+    add("--validation_prompts_file", type=user_path, help="text file with a prompt a line; those after # are left out")
     add("--validation_steps", type=positive_int, default=250, help="sample every so many updates, and at first")
     add("--validation_num_inference_steps", type=positive_int, default=30, help="denoising steps of a sample")
     add("--validation_guidance_scale", type=float, default=5.0, help="guidance of a sample")
@@ -542,7 +597,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         if argument.startswith("--") and name in REMOVED_FLAGS:
             raise ValueError(f"--{name} is gone: {REMOVED_FLAGS[name]}")
     parser = build_parser()
-    args = parser.parse_args(command_line)
+    args, unknown = parser.parse_known_args(command_line)
+    if unknown:
+        parser.error(describe_unknown(unknown[0], command_line, parser))
     if args.config:
         recipe = read_recipe(args.config, parser)
         if args.num_train_epochs or args.max_train_steps:
@@ -574,7 +631,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if not args.mixed_precision:
         args.mixed_precision = "bf16" if torch.cuda.is_available() else "no"
     args.trigger_word = with_trigger(args, "") or None
-    args.validation_prompt = [with_trigger(args, prompt) for prompt in args.validation_prompt or []]
+    prompts = args.validation_prompt or []
+    if args.validation_prompts_file:
+        prompts = prompts + read_prompts(args.validation_prompts_file)
+    args.validation_prompt = [with_trigger(args, prompt) for prompt in prompts]
     args.validation_negative_prompt = prompt_clean(args.validation_negative_prompt)
     check_args(args)
     return args
@@ -622,6 +682,8 @@ def read_sources(items: list, path: str) -> list[Source]:
                 f"`repeats`, `caption_column`, `video_column`; got {item}"
             )
         values = dict(item)
+        if "path" in values:
+            values["path"] = user_path(values["path"])
         if "repeats" in values:
             try:
                 values["repeats"] = positive_int(values["repeats"])
@@ -631,50 +693,110 @@ def read_sources(items: list, path: str) -> list[Source]:
     return sources
 
 
+def describe_unknown(argument: str, command_line: list[str], parser: argparse.ArgumentParser) -> str:
+    """Say what may have been meant by an argument that belongs to no flag."""
+    if argument.startswith("-"):
+        name = argument.split("=")[0]
+        options = [option for action in parser._actions for option in action.option_strings]
+        nearest = difflib.get_close_matches("--" + name.strip("-").replace("-", "_"), options, n=1)
+        if nearest:
+            return f"there is no flag {name}; the nearest is {nearest[0]}"
+        return f"there is no flag {name}; --help lists all that there are"
+    before = command_line[: command_line.index(argument)]
+    flags = [word for word in before if word.startswith("--")]
+    if not flags:
+        return f"`{argument}` belongs to no flag; a folder of clips goes with --train_data_dir"
+    flag = flags[-1].split("=")[0]
+    return f'`{argument}` belongs to no flag; if it belongs to {flag}, put quotes around all of it: {flag} "..."'
+
+
+def read_prompts(path: str) -> list[str]:
+    """Read a text file of a prompt a line, without empty lines and those after a `#`. Raises `ValueError`."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--validation_prompts_file {path} cannot be read as UTF-8: {error}") from error
+    prompts = []
+    for line in lines:
+        prompt = line.strip()
+        if prompt and not prompt.startswith("#"):
+            prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"--validation_prompts_file {path} holds no prompt; write one a line")
+    return prompts
+
+
+def find_recipe(path: str) -> Path:
+    """Find a recipe by its path from here or from beside this script, or by its name in `examples/recipes`.
+
+    Raises `ValueError`.
+    """
+    home = Path(__file__).resolve().parent
+    recipes = home / "examples" / "recipes"
+    for place in (Path(path), home / path, recipes / path):
+        if place.is_file():
+            return place
+    names = ", ".join(recipe.name for recipe in sorted(recipes.glob("*.yaml")))
+    raise ValueError(f"--config {path}: there is no such file; {recipes} has {names or 'none either'}")
+
+
 def read_recipe(path: str, parser: argparse.ArgumentParser) -> dict:
     """Read a YAML file of `flag: value` lines.
 
-    Raises `ValueError` for a name that is no flag, with the nearest, and for a value that the flag does not take.
+    Raises `ValueError` for a name that is no flag, with the nearest, for one that is given twice, and for a value that
+    the flag does not take.
     """
+    file = find_recipe(path)
     try:
-        # BaseLoader leaves each value as it is written: `no`, `007` and `1e-4` are not what YAML makes of them.
-        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        # Nodes hold each value as it is written: `no`, `007` and `1e-4` are not what YAML makes of them.
+        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path} cannot be read: {error}") from error
-    if not isinstance(recipe, dict):
+    if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"--config {path} must hold lines of `flag: value`")
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    given = set()
     values = {}
-    for name, text in recipe.items():
+    for key, node in root.value:
+        name = str(key.value)
         if name in REMOVED_FLAGS:
             raise ValueError(f"--config {path}: `{name}` is gone: {REMOVED_FLAGS[name]}")
         if name == "sources":
-            values[name] = read_sources(text, path)
+            values[name] = read_sources(yaml.load(yaml.serialize(node), Loader=yaml.BaseLoader), path)
             continue
         if name not in actions:
             nearest = difflib.get_close_matches(name, actions, n=1, cutoff=0)[0]
             raise ValueError(f"--config {path}: there is no flag `{name}`; the nearest is `{nearest}`")
-        if text in ("", "null", "~"):
+        if name in given:
+            line = key.start_mark.line + 1
+            raise ValueError(f"--config {path}: line {line} gives `{name}` once more; keep one of them")
+        given.add(name)
+        plain = isinstance(node, yaml.ScalarNode) and not node.style
+        if node.value == "" or (plain and node.value in ("null", "~")):
             continue
         try:
             if name in LIST_FLAGS:
-                items = text if isinstance(text, list) else [text]
+                items = node.value if isinstance(node, yaml.SequenceNode) else [node]
                 values[name] = [recipe_value(actions[name], item) for item in items]
             else:
-                values[name] = recipe_value(actions[name], text)
+                values[name] = recipe_value(actions[name], node)
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(f"--config {path}: `{name}`: {error}") from error
     return values
 
 
-def recipe_value(action: argparse.Action, text: str):
+def recipe_value(action: argparse.Action, node: yaml.Node):
     """Convert a recipe's text to what its flag holds. Raises `ValueError` for what the flag does not take."""
-    if not isinstance(text, str):
-        raise ValueError(f"takes one value, got {text}")
+    if not isinstance(node, yaml.ScalarNode):
+        raise ValueError("takes one value, and not several")
+    text = node.value
     if isinstance(action, argparse.BooleanOptionalAction):
         if text not in ("true", "false"):
             raise ValueError(f"must be true or false, got {text}")
         return text == "true"
+    is_word = action.type in (None, user_path) and not action.choices
+    if is_word and not node.style and text.lower() in ("true", "false"):
+        raise ValueError(f"takes a word, got {text}; put quotes around it if that is the word")
     value = action.type(text) if action.type else text
     if action.choices and value not in action.choices:
         raise ValueError(f"must be one of {', '.join(action.choices)}, got {text}")
@@ -689,6 +811,11 @@ def check_args(args: argparse.Namespace) -> None:
     problems = []
 
     # Model
+    base = args.pretrained_model_name_or_path
+    if not os.path.isdir(base) and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        problems.append(
+            f"--pretrained_model_name_or_path {base} is neither a folder nor a name on the Hub, user/model"
+        )
     single_file = bool(args.transformer_path) and args.transformer_path.endswith(".safetensors")
     if single_file and not os.path.isfile(args.transformer_path):
         problems.append(f"--transformer_path {args.transformer_path} does not exist")
@@ -779,6 +906,8 @@ def check_args(args: argparse.Namespace) -> None:
     except HFValidationError as error:
         problems.append(f"--hub_model_id: {error}")
 
+    if len(problems) == 1:
+        raise ValueError(problems[0])
     if problems:
         raise ValueError("\n- ".join(["these settings do not work:", *problems]))
 
@@ -833,8 +962,11 @@ def identify_wan(args: argparse.Namespace) -> Wan:
                         patch_shape = tuple(file.get_slice(key).get_shape())
         elif path:
             configs.append(WanTransformer3DModel.load_config(path, subfolder=transformer_subfolder(path, subfolder)))
-    except (OSError, SafetensorError, *HUB_ERRORS) as error:
-        raise ValueError(f"--pretrained_model_name_or_path {base} or --transformer_path {path}: {error}") from error
+    except (OSError, SafetensorError, HFValidationError, *HUB_ERRORS) as error:
+        names = f"--pretrained_model_name_or_path {base}"
+        if path:
+            names += f" or --transformer_path {path}"
+        raise ValueError(f"{names}: {network_fault(error) or error}") from error
 
     unsupported = [f"the key {key}" for key in keys if re.search(UNSUPPORTED_KEYS, key)]
     for config in configs:
@@ -1151,6 +1283,8 @@ def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset
         raise ValueError(
             f"--validation_split {split}: {root} has no such folder; --validation_fraction 0.1 needs none"
         )
+    if folder.is_dir() and not table.is_file() and not media:
+        check_folder(folder)
 
     if table.is_file():
         if table.suffix not in TABLE_BUILDERS:
@@ -1202,6 +1336,12 @@ def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset
         caption_column = caption_column.split(".")[0]  # a field of it, which `read_captions` takes out
     for flag, column in (("--video_column", video_column), ("--caption_column", caption_column)):
         if column not in columns:
+            if flag == "--caption_column" and media:
+                raise ValueError(
+                    f"--train_data_dir {folder}: its clips have no captions. Write the one of {media[0].name} into "
+                    f"{media[0].with_suffix('.txt').name} beside it, and so on, or all into a metadata.jsonl of lines "
+                    f'like {{"file_name": "{media[0].relative_to(folder)}", "{column}": "a dog jumps"}}'
+                )
             raise ValueError(f"{flag} {column}: there is no such column; the dataset has {', '.join(columns)}")
     dataset = dataset.select_columns([video_column, caption_column])
     if not args.streaming:
@@ -1213,6 +1353,17 @@ def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset
     if caption_column != "text":
         dataset = dataset.rename_column(caption_column, "text")
     return dataset, folder
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder without clips that has no table or archive either. Raises `ValueError`."""
+    for path in folder.rglob("[!.]*"):
+        if path.suffix.lower() in DATA_SUFFIXES:
+            return
+    raise ValueError(
+        f"--train_data_dir {folder} holds no clips (files that end in {', '.join(sorted(MEDIA_SUFFIXES))}). Put clips "
+        "and captions there in pairs: dog.mp4 and dog.txt, cat.mp4 and cat.txt, and so on"
+    )
 
 
 def find_media(folder: Path, args: argparse.Namespace) -> list[Path]:
@@ -1934,6 +2085,7 @@ def cache_clips(args: argparse.Namespace, accelerator: Accelerator, split: str) 
         encodes = video.frames is not None
         if encodes:
             if vae is None:
+                logger.info("loading the VAE")
                 vae = load_vae(args, accelerator.device)
             encode_video(vae, video, reader, args)
             video.frames = None
@@ -1971,6 +2123,7 @@ def cache_captions(args: argparse.Namespace, accelerator: Accelerator, captions:
     missing = [caption for caption, file in files.items() if load_statistics(Path(args.cache_dir, file)) is None]
     accelerator.wait_for_everyone()  # every rank has looked before any writes
     if missing:
+        logger.info(f"loading the text encoder, for {len(missing)} captions")
         pipeline = WanPipeline.from_pretrained(
             args.pretrained_model_name_or_path,
             revision=args.revision,
@@ -3251,7 +3404,9 @@ def evaluate(
         sigmas = eval_sigmas(args)
     rows = []
     model = accelerator.unwrap_model(transformer).eval()
-    for index, counts in split_between_ranks(accelerator, min(len(dataset), args.max_eval_clips)):
+    items = split_between_ranks(accelerator, min(len(dataset), args.max_eval_clips))
+    hidden = not accelerator.is_main_process
+    for index, counts in tqdm(items, desc="held-out clips", unit="clip", leave=False, disable=hidden):
         batch = {}
         for name, tensor in dataset.load_fixed(index).items():
             batch[name] = tensor[None].to(accelerator.device)
@@ -3297,10 +3452,19 @@ def results_folder(args: argparse.Namespace) -> Path:
     return folder / f"{args.expert}_noise" if args.expert else folder
 
 
+def sample_names(args: argparse.Namespace) -> list[str]:
+    """Name the samples by their prompts: a number, and the words as far as every file system and URL takes them."""
+    names = []
+    for i, prompt in enumerate(args.validation_prompt):
+        words = re.findall(r"[a-z0-9]+", prompt.lower())
+        names.append("-".join([str(i), *words])[:MAX_SAMPLE_NAME].strip("-"))
+    return names
+
+
 def sample_paths(step: int, args: argparse.Namespace) -> list[Path]:
-    """Name the sample videos of a step, one a prompt."""
+    """Return where the sample videos of a step go, one a prompt."""
     folder = results_folder(args) / "samples"
-    return [folder / f"step-{step:06d}-{i}.mp4" for i in range(len(args.validation_prompt))]
+    return [folder / f"step-{step:06d}-{name}.mp4" for name in sample_names(args)]
 
 
 def sampling_experts(
@@ -3355,11 +3519,13 @@ def sample_videos(run: "Run", args: argparse.Namespace) -> None:
         boundary_ratio=run.wan.boundary_ratio,
         expand_timesteps=run.wan.timestep_per_token,
     )
-    pipeline.set_progress_bar_config(disable=True)
     negative_prompt_embeds = run.dataset.load_prompt(args.validation_negative_prompt)[None]
     for i, counts in split_between_ranks(accelerator, len(paths)):
         if stop_is_asked(run):
             break
+        pipeline.set_progress_bar_config(
+            desc=f"sample {i + 1} of {len(paths)}", unit="step", leave=False, disable=not accelerator.is_main_process
+        )
         prompt_embeds = run.dataset.load_prompt(args.validation_prompt[i])[None]
         video = pipeline(
             prompt_embeds=prompt_embeds.to(accelerator.device),
@@ -3383,18 +3549,18 @@ def sample_videos(run: "Run", args: argparse.Namespace) -> None:
 
 def log_samples(accelerator: Accelerator, paths: list[Path], step: int, args: argparse.Namespace) -> None:
     """Send the sample videos that were written to the tracker; to tensorboard, which has no videos, as frames."""
+    names = sample_names(args)
     for tracker, (i, path) in itertools.product(accelerator.trackers, enumerate(paths)):
         if not path.is_file():
             continue
-        prompt = args.validation_prompt[i]
+        tag = f"samples/{names[i]}"
         if tracker.name == "tensorboard":
             frames = iio.imread(path, plugin="pyav")  # (F, H, W, 3)
             shown = np.linspace(0, len(frames) - 1, STRIP_FRAMES).round().astype(int)
-            tracker.writer.add_images(f"sample/{i}", frames[shown], step, dataformats="NHWC")
-            tracker.writer.add_text(f"sample/{i}/prompt", prompt, step)
+            tracker.writer.add_images(tag, frames[shown], step, dataformats="NHWC")
         else:
-            video = importlib.import_module(tracker.name).Video(str(path), caption=prompt)
-            tracker.log({f"sample/{i}": video}, step=step)
+            video = importlib.import_module(tracker.name).Video(str(path), caption=args.validation_prompt[i])
+            tracker.log({tag: video}, step=step)
 
 
 def validate(run: "Run", args: argparse.Namespace) -> None:
@@ -3422,6 +3588,9 @@ def validate(run: "Run", args: argparse.Namespace) -> None:
             log_metrics(run.accelerator, metrics, step, args)
             logger.info(f"step {step}: held-out mse {metrics['val/mse']:.4f}")
         if samples and not stop_is_asked(run):
+            logger.info(
+                f"step {step}: sampling {len(args.validation_prompt)} prompts into {results_folder(args)}/samples"
+            )
             sample_videos(run, args)
     run.accelerator.unwrap_model(run.transformer).train()
 
@@ -3446,11 +3615,22 @@ def start_trackers(run: "Run", args: argparse.Namespace) -> None:
         if isinstance(value, bool | int | float | str):  # all that tensorboard takes
             config[key] = value
     run.accelerator.init_trackers("ltd-wan", config, init_kwargs=init_kwargs)
+    for tracker in run.accelerator.trackers:
+        if tracker.name == "tensorboard" and args.validation_prompt:
+            names_and_prompts = zip(sample_names(args), args.validation_prompt, strict=True)
+            lines = [f"- samples/{name}: {prompt}" for name, prompt in names_and_prompts]
+            tracker.writer.add_text("prompts", "\n".join(lines), step)
 
 
 def log_metrics(accelerator: Accelerator, metrics: dict[str, float], step: int, args: argparse.Namespace) -> None:
-    """Log to the tracker, and to `metrics.jsonl`, from which the card's curves are drawn."""
-    accelerator.log(metrics, step=step)
+    """Log to the tracker, in groups, and to `metrics.jsonl`, from which the card's curves are drawn."""
+    tracked = {}
+    for name, value in metrics.items():
+        if name.startswith("val/"):
+            tracked[name] = value
+        elif name in TRACKED:
+            tracked[TRACKED[name]] = value
+    accelerator.log(tracked, step=step)
     if accelerator.is_main_process:
         with open(Path(args.output_dir, "metrics.jsonl"), "a") as file:
             file.write(json.dumps({"step": step} | metrics) + "\n")
@@ -3861,6 +4041,7 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for noisy in ("httpx", "httpx2", "accelerate.checkpointing", "accelerate.accelerator", "accelerate.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: each line would come twice
     return accelerator
 
 
@@ -3995,6 +4176,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
 
     # Model
     set_seed(args.seed)
+    logger.info("loading the transformer")
     transformer = load_transformer(args, wan)
     if args.train_type == "lora":
         add_lora(transformer, args)
@@ -4208,7 +4390,12 @@ def train(run: Run, args: argparse.Namespace, compute_loss: Callable) -> None:
             if state.step % args.checkpointing_steps == 0 or last:
                 save_checkpoint(run, args)
             validate(run, args)
-            started += time.perf_counter() - paused
+            pause = time.perf_counter() - paused
+            started += pause
+            if not progress.disable:
+                # The time that is left is told from the rate, to which a pause does not belong.
+                progress.start_t += pause
+                progress.last_print_t += pause
             if last:
                 return
 
@@ -4252,8 +4439,10 @@ def main(args: argparse.Namespace, compute_loss: Callable = compute_loss) -> Non
     """Train. `compute_loss(prediction, target, batch, args)` may be another loss than this file's."""
     started = time.monotonic()
     accelerator = build_accelerator(args)
-    with lock_folder(accelerator, args.output_dir):
+    # Lines of the log go above the bars, and not into them.
+    with logging_redirect_tqdm(tqdm_class=tqdm), lock_folder(accelerator, args.output_dir):
         # 1. What can be refused is refused before anything is paid for
+        logger.info(f"reading the configuration of {args.pretrained_model_name_or_path}")
         wan = identify_wan(args)
         check_sigmas(args)
         check_lora(args, wan)
@@ -4334,7 +4523,41 @@ class LastingStream:
         os.close(nowhere)
 
 
+def network_fault(error: BaseException) -> str | None:
+    """Say that the Hub could not be reached, if that is among the causes of an error, and what to do."""
+    cause = error
+    while cause is not None:
+        of_datasets = type(cause) is ConnectionError  # its subclasses are those of pipes and sockets
+        if of_datasets or isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError)):
+            if huggingface_hub.constants.HF_HUB_OFFLINE:
+                return "this is not in the Hub's cache, and HF_HUB_OFFLINE forbids to download it: unset that"
+            return "the Hub cannot be reached: check the network and its proxy, or give a folder that is here"
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def user_message(error: Exception) -> str | None:
+    """Return what is to be said of a user's mistake or a lack of network; `None` for all that needs a traceback.
+
+    A `ValueError` is a user's mistake if this file has raised it; its message has the remedy.
+    """
+    traceback = error.__traceback__
+    while traceback.tb_next:
+        traceback = traceback.tb_next
+    raised_here = traceback.tb_frame.f_code.co_filename == user_message.__code__.co_filename
+    if raised_here:
+        return str(error) if isinstance(error, ValueError) else None
+    return network_fault(error)
+
+
 if __name__ == "__main__":
     sys.stdout = LastingStream(sys.stdout)
     sys.stderr = LastingStream(sys.stderr)
-    main(parse_args())
+    try:
+        main(parse_args())
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)

@@ -1,10 +1,15 @@
 """Flags, recipes, and the checks that name every problem before anything is loaded."""
 
+import ast
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import CPU, ROOT
 
 import train_ltd
 
@@ -268,7 +273,14 @@ def test_a_length_on_the_command_line_overrides_the_recipes_other(flags, tmp_pat
         ("use_ema: yes", "recipe.yaml: `use_ema`: must be true or false, got yes"),
         ("ltd_window: three", "recipe.yaml: `ltd_window`: invalid literal for int"),
         ("loss: focal", "recipe.yaml: `loss`: must be one of ltd, mse, got focal"),
-        ("rank: [4, 8]", "recipe.yaml: `rank`: takes one value, got ['4', '8']"),
+        ("rank: [4, 8]", "recipe.yaml: `rank`: takes one value, and not several"),
+        ("seed: 1\nrank: 4\nseed: 2", "recipe.yaml: line 3 gives `seed` once more; keep one of them"),
+        ("trigger_word: true", "recipe.yaml: `trigger_word`: takes a word, got true; put quotes around it"),
+        ("output_dir: False", "recipe.yaml: `output_dir`: takes a word, got False; put quotes around it"),
+        ("validation_prompt: [a, true]", "recipe.yaml: `validation_prompt`: takes a word, got true"),
+        ("gradient_checkpointing: true", "`gradient_checkpointing`: must be one of none, selective, full, offload"),
+        ("", "must hold lines of `flag: value`"),
+        ("[a]: 1", "there is no flag"),
         ("trigger_word: {a: b}", "recipe.yaml: `trigger_word`: takes one value"),
         ("validation_prompt: [[a]]", "recipe.yaml: `validation_prompt`: takes one value"),
         ("validation_split: 0.2", "try --validation_fraction 0.2"),
@@ -296,3 +308,182 @@ def test_recipes_are_read_as_they_are_written(flags, tmp_path):
     assert (args.mixed_precision, args.trigger_word, args.learning_rate, args.seed) == ("no", "007", 1e-4, 12)
     assert (args.license, args.streaming, args.validation_prompt) == ("1.0", False, ["007 on"])
     assert (args.hub_model_id, args.max_train_hours, args.revision) == (None, None, None)
+
+
+def test_a_quoted_word_is_taken_as_it_is(flags, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("trigger_word: 'true'\nlicense: \"~\"\nvalidation_prompt: ['null', \"false\"]\n")
+    args = train_ltd.parse_args(flags(config=recipe))
+    assert (args.trigger_word, args.license) == ("true", "~")
+    assert args.validation_prompt == ["true null", "true false"]
+
+
+def test_a_recipe_is_found_from_anywhere(flags, tmp_path, monkeypatch):
+    """From here first, then beside the script, then by its bare name among the recipes."""
+    monkeypatch.chdir(tmp_path)
+    kwargs = {"learning_rate": None, "rank": None, "fps": None, "num_frames": 9}
+    for name in ("examples/recipes/lora_1.3b.yaml", "lora_1.3b.yaml"):
+        assert train_ltd.parse_args(flags(config=name, **kwargs)).rank == 32
+    (tmp_path / "lora_1.3b.yaml").write_text("rank: 5")
+    assert train_ltd.parse_args(flags(config="lora_1.3b.yaml", **kwargs)).rank == 5
+    with pytest.raises(ValueError, match=r"--config lora_3b.yaml: there is no such file; .*recipes has .*lora_1\.3b"):
+        train_ltd.parse_args(flags(config="lora_3b.yaml"))
+
+
+def test_a_tilde_is_the_home_folder(flags, tmp_path, monkeypatch):
+    """No shell expands it behind `=`, nor in a recipe."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "recipe.yaml").write_text("output_dir: ~/run\ncache_dir: ~/cache\ninit_lora: ~/lora\n")
+    args = train_ltd.parse_args(
+        flags(config="~/recipe.yaml", train_data_dir="~/clips", output_dir=None, cache_dir=None)
+    )
+    for name in ("train_data_dir", "output_dir", "cache_dir", "init_lora"):
+        assert getattr(args, name).startswith(f"{tmp_path}/")
+
+
+# --- Prompts from a file ---------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_a_file_follow_those_of_the_flag(flags, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text('\ufeffa dog jumps\n\n# not this one\n  a cat, "asleep"\n', encoding="utf-8")
+    args = train_ltd.parse_args(flags(validation_prompts_file=file, validation_prompt="first"))
+    assert args.validation_prompt == ["first", "a dog jumps", 'a cat, "asleep"']
+    assert "validation_prompts_file" not in train_ltd.published_settings(args)  # a path of this machine
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read as UTF-8: .*No such file"), (b"\xff", "cannot be read as UTF-8"), (b"# a\n", "no prompt")],
+)
+def test_bad_files_of_prompts(flags, tmp_path, content, message):
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"--validation_prompts_file .*prompts\.txt .*{message}"):
+        train_ltd.parse_args(flags(validation_prompts_file=file))
+
+
+# --- Slips of the hand -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--lerning_rate", "1"], "there is no flag --lerning_rate; the nearest is --learning_rate"),
+        (["--learning-rate=1"], "there is no flag --learning-rate; the nearest is --learning_rate"),
+        (["-rank", "4"], "there is no flag -rank; the nearest is --rank"),
+        (["--xyzzy"], "there is no flag --xyzzy; --help lists all that there are"),
+        (["--validation_prompt", "a", "dog", "jumps"], "`dog` belongs to no flag; if it belongs to"),
+        (["--validation_prompt=a", "dog"], 'put quotes around all of it: --validation_prompt "..."'),
+    ],
+)
+def test_what_belongs_to_no_flag(flags, capsys, line, message):
+    """One line, without the usage of all flags."""
+    with pytest.raises(SystemExit) as stop:
+        train_ltd.parse_args([*flags(), *line])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+
+
+def test_a_folder_in_front_of_all_flags(capsys):
+    with pytest.raises(SystemExit):
+        train_ltd.parse_args(["my_clips"])
+    assert "`my_clips` belongs to no flag; a folder of clips goes with --train_data_dir" in capsys.readouterr().err
+
+
+def test_one_problem_is_one_line(flags):
+    with pytest.raises(ValueError) as error:
+        train_ltd.parse_args(flags(ltd_window=1))
+    assert str(error.value) == "--ltd_window must be at least 2 to hold a pair of frames, got 1"
+
+
+# --- What a mistake ends in ------------------------------------------------------------------------------------------
+
+
+def caught(function, *args, **kwargs) -> Exception:
+    """Return what a call raises."""
+    with pytest.raises(Exception) as error:
+        function(*args, **kwargs)
+    return error.value
+
+
+def test_own_value_errors_are_for_the_user(flags, run, tmp_path):
+    message = train_ltd.user_message(caught(train_ltd.parse_args, flags(ltd_window=1)))
+    assert message.startswith("--ltd_window must be at least 2")
+    assert "7 clips are fewer than the 8 of one update" in train_ltd.user_message(caught(run, train_batch_size=8))
+
+
+def test_errors_of_others_keep_their_traceback(run):
+    assert train_ltd.user_message(caught(int, "three")) is None
+    assert train_ltd.user_message(caught(run, compute_loss=lambda *args: int("three"))) is None
+
+
+def test_no_network_is_said_so(flags, run, tmp_path):
+    """The tests' own setting forbids it: a base and a dataset that are on no disk."""
+    base = caught(run, pretrained_model_name_or_path="someone/wan")
+    assert train_ltd.user_message(base).startswith("--pretrained_model_name_or_path someone/wan: this is not in the")
+    data = caught(run, train_data_dir=None, dataset_name="someone/clips")
+    for message in (train_ltd.user_message(base), train_ltd.user_message(data)):
+        assert "HF_HUB_OFFLINE forbids to download it" in message and "\n" not in message
+
+
+def test_no_network_for_a_while(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    error = caught(train_ltd.httpx.get, "http://nowhere.invalid")
+    assert train_ltd.user_message(error).startswith("the Hub cannot be reached: check the network")
+    outer = OSError("no model_index.json")
+    outer.__context__ = error
+    assert train_ltd.network_fault(outer) and not train_ltd.network_fault(BrokenPipeError())
+
+
+@pytest.mark.parametrize("base", ["/no/such/folder", "models/wan/1.3b", "~/wan"])
+def test_a_base_that_is_nowhere(flags, base):
+    with pytest.raises(
+        ValueError, match=r"--pretrained_model_name_or_path .* is neither a folder nor a name on the Hub"
+    ):
+        train_ltd.parse_args(flags(pretrained_model_name_or_path=base))
+
+
+@pytest.mark.parametrize("names", [[], [".DS_Store", "notes.txt"]])
+def test_a_folder_without_clips_shows_what_one_looks_like(run, tmp_path, names):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name in names:
+        (folder / name).touch()
+    with pytest.raises(ValueError, match=r"--train_data_dir .*clips holds no clips .*\.mp4.*dog\.mp4 and dog\.txt"):
+        run(train_data_dir=folder)
+
+
+def test_a_folder_without_captions_shows_where_they_go(run, clips, tmp_path):
+    folder = tmp_path / "uncaptioned"
+    folder.mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (folder / name).symlink_to(clips / "0.mp4")
+    with pytest.raises(ValueError, match="its clips have no captions") as error:
+        run(train_data_dir=folder)
+    message = str(error.value)
+    assert "Write the one of a.mp4 into a.txt beside it" in message and "\n" not in message
+    assert '{"file_name": "a.mp4", "text": "a dog jumps"}' in message
+
+
+@pytest.mark.slow
+def test_a_mistake_of_the_command_is_one_line(flags):
+    """At once it says what one waits for; at the end there is no traceback."""
+    command = [sys.executable, str(ROOT / "train_ltd.py"), *flags(ltd_window=1)]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | CPU, cwd=ROOT)
+    lines = result.stderr.splitlines()
+    assert result.returncode == 2 and lines[0] == "loading libraries" and "Traceback" not in result.stderr
+    assert lines[-1] == "error: --ltd_window must be at least 2 to hold a pair of frames, got 1"
+
+
+def test_the_script_speaks_before_its_heavy_imports():
+    """In less than two seconds, then: only the standard library comes before."""
+    tree = ast.parse((ROOT / "train_ltd.py").read_text(encoding="utf-8"))
+    line = next(node.lineno for node in ast.walk(tree) if getattr(node, "value", None) == "loading libraries")
+    before = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom) and node.lineno < line]
+    names = {alias.name for node in before if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in before if isinstance(node, ast.ImportFrom)}
+    assert len(names) > 10 and {name.split(".")[0] for name in names} <= sys.stdlib_module_names

@@ -32,6 +32,10 @@ import train_ltd
 
 ROOT = Path(__file__).resolve().parent.parent
 TRIGGER = 'ohwx: "man"'
+SAMPLES = [  # of the prompts below, after step 2
+    "samples/step-000002-0-ohwx-man-a-quoted-prompt-of-a-square-x-y.mp4",
+    "samples/step-000002-1-ohwx-man-b-s-end.mp4",
+]
 PROMPTS = ["a \"quoted\": prompt,\n---\nof a 'square' 🎬 # & {x}: [y]", "--- | `b` \\ %s ``` é\t中文\n\n: end"]
 
 
@@ -452,8 +456,7 @@ def full_run(hub, work):
 
 @pytest.mark.slow
 def test_lora_repository_holds_just_what_others_need(hub, lora_run):
-    samples = {f"samples/step-000002-{number}.mp4" for number in range(len(PROMPTS))}
-    assert set(lora_run.files) == LORA_FILES | samples
+    assert set(lora_run.files) == LORA_FILES | set(SAMPLES)
     assert hub.repos["model", "tester/my-lora"].private
     for name in set(lora_run.files) - {".gitattributes"}:
         assert lora_run.files[name] == (lora_run.folder / name).read_bytes()
@@ -509,8 +512,8 @@ def test_lora_card_of_the_run(lora_run):
     card = lora_run.files["README.md"].decode()
     front = matter(card)
     assert front["base_model"] == "team/tiny-wan" and front["datasets"] == ["team/clips"]
-    for number, (entry, prompt) in enumerate(zip(front["widget"], PROMPTS, strict=True)):
-        assert entry == {"text": cleaned(prompt), "output": {"url": f"samples/step-000002-{number}.mp4"}}
+    for entry, prompt, sample in zip(front["widget"], PROMPTS, SAMPLES, strict=True):
+        assert entry == {"text": cleaned(prompt), "output": {"url": sample}}
         assert lora_run.files[entry["output"]["url"]][4:8] == b"ftyp"
     # Every local link of the body is in the repository, too.
     assert re.findall(r"!\[.*?\]\((.*?)\)", card) == ["curves.png"]
@@ -545,7 +548,7 @@ def test_failed_upload_prints_the_command_that_mends_it(hub, full_run):
     assert words == ["hf", "upload", "tester/my-wan", "it's full/hub", "."]
     assert full_run.typed.returncode == 0, full_run.typed.stderr
     files = hub.files("tester/my-wan")
-    assert set(files) == FULL_FILES | {"samples/step-000002-0.mp4"}
+    assert set(files) == FULL_FILES | {"samples/step-000002-0-a-square-moves.mp4"}
     for name in set(files) - {".gitattributes"}:
         assert files[name] == (full_run.folder / name).read_bytes()
 
@@ -1205,7 +1208,7 @@ def test_experts_keep_each_others_files_and_checkpoints(experts_run):
         expected |= {
             f"pytorch_lora_weights_{expert}_noise.safetensors",
             f"dog_{expert}_noise.safetensors",
-            f"{expert}_noise/samples/step-000002-0.mp4",
+            f"{expert}_noise/samples/step-000002-0-a-square.mp4",
             f"{expert}_noise/curves.png",
             f"{expert}_noise/training_settings.json",
         }

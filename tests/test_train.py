@@ -519,7 +519,7 @@ def test_sharded_fine_tune_of_an_expert(flags, tiny_experts, tmp_path):
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-5)
     assert (sharded / "wan_low_noise.safetensors").is_file()
-    assert (sharded / "low_noise/samples/step-000002-0.mp4").is_file()
+    assert (sharded / "low_noise/samples/step-000002-0-a-square.mp4").is_file()
 
 
 @pytest.mark.slow

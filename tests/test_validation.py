@@ -70,13 +70,31 @@ def test_samples_are_playable_and_keep_the_pipelines_shift(run, tmp_path):
     kwargs = {"max_train_steps": 2, **LOOKS}
     first = run(output_dir=tmp_path / "a", flow_shift=1.0, **kwargs) / "samples"
     second = run(output_dir=tmp_path / "b", flow_shift=9.0, **kwargs) / "samples"
-    names = [f"step-00000{step}-{i}.mp4" for step in (0, 2) for i in (0, 1)]
+    names = [f"step-00000{step}-{name}.mp4" for step in (0, 2) for name in ("0-a", "1-b")]
     assert sorted(p.name for p in first.iterdir()) == names
     assert (first / names[0]).read_bytes() == (second / names[0]).read_bytes()
     with av.open(str(first / names[0])) as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
         assert (stream.frames, stream.width, stream.height, stream.average_rate) == (NUM_FRAMES, WIDTH, HEIGHT, 16)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("A dog, jumps!", "0-a-dog-jumps"),
+        ('../"quoted"\\ 100 %?', "0-quoted-100"),
+        ("一只狗跳起来", "0"),
+        ("long " * 50, "0-" + "-".join(["long"] * 12)[:58].strip("-")),
+        ("", "0"),
+    ],
+)
+def test_samples_are_named_by_their_prompts(flags, tmp_path, prompt, name):
+    """By what every file system and URL takes; the number keeps apart what has the same words."""
+    args = train_ltd.parse_args(flags(validation_prompt=[prompt, prompt]))
+    first, second = train_ltd.sample_paths(7, args)
+    assert first == tmp_path / f"run/samples/step-000007-{name}.mp4" and len(first.name) < 80
+    assert second.name == f"step-000007-1{name[1:]}.mp4"
 
 
 # --- Trackers --------------------------------------------------------------------------------------------------------
@@ -96,16 +114,17 @@ def test_tensorboard_gets_scalars_frames_and_prompts(run):
     )
     events = EventAccumulator(str(output / "logs/ltd-wan"), size_guidance={"images": 0}).Reload()
     tags = events.Tags()
-    wanted = "loss mse mse_motion mse_static weight lr grad_norm seconds_per_step clips_per_second"
-    assert {*wanted.split(), "peak_memory_gib", "val/mse", "val/mse_motion", "val/mse_static"} <= set(tags["scalars"])
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
-    assert set(tags["images"]) == {"sample/0", "sample/1"}
-    pictures = events.Images("sample/0")
+    wanted = {"val/mse", "val/mse_motion", "val/mse_static"}
+    wanted |= {f"val/mse_sigma_{sigma}" for sigma in train_ltd.EVAL_SIGMAS}
+    assert set(tags["scalars"]) == wanted | set(train_ltd.TRACKED.values())
+    assert {tag.split("/")[0] for tag in tags["scalars"]} == {"train", "val", "time"}
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+    assert set(tags["images"]) == {"samples/0-a", "samples/1-b"}
+    pictures = events.Images("samples/0-a")
     assert [image.step for image in pictures] == [0, 2, 3]
     assert {image.width * image.height for image in pictures} == {train_ltd.STRIP_FRAMES * WIDTH * HEIGHT}
-    assert {"sample/0/prompt/text_summary", "sample/1/prompt/text_summary"} <= set(tags["tensors"])
-    (prompt,) = events.Tensors("sample/1/prompt/text_summary")[0].tensor_proto.string_val
-    assert prompt == b"b"
+    (prompts,) = events.Tensors("prompts/text_summary")[0].tensor_proto.string_val
+    assert prompts == b"- samples/0-a: a\n- samples/1-b: b"
 
 
 @pytest.mark.slow
@@ -131,8 +150,8 @@ def test_wandb_goes_on_with_its_run(run, monkeypatch):
     name = json.loads((output / "checkpoint-1/settings.json").read_text())["state"]["tracker_run"]
     assert [path.stem for path in output.glob("wandb/offline-run-*/run-*.wandb")] == [f"run-{name}"] * 2
     assert [(config["rank"], config["max_train_steps"]) for config in configs if "rank" in config] == [(4, 3)] * 2
-    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 2, 3]
-    assert any("sample/0" in row for row in rows)
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 2, 3]
+    assert any("samples/0-a" in row for row in rows)
     assert list(output.glob("wandb/offline-run-*/files/media/videos/**/*.mp4"))
 
 
@@ -146,5 +165,5 @@ def test_trackio_goes_on_with_its_run(run, monkeypatch, tmp_path):
     (name,) = storage.get_runs("ltd-wan")
     assert name == json.loads((output / "checkpoint-1/settings.json").read_text())["state"]["tracker_run"]
     rows = storage.get_logs("ltd-wan", name)
-    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 2, 3]
-    assert any("sample/0" in row for row in rows) and list((tmp_path / "trackio").rglob("*.mp4"))
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 2, 3]
+    assert any("samples/0-a" in row for row in rows) and list((tmp_path / "trackio").rglob("*.mp4"))

@@ -237,8 +237,8 @@ def test_run_of_a_lora(run, family, sampled_frames):
     output = run(**family, **SAMPLED, validation_fraction=0.2, max_train_steps=3)
     results = output / suffix(family).strip("_")
     assert {path.name for path in (results / "samples").glob("*")} == {
-        "step-000000-0.mp4",
-        "step-000003-0.mp4",
+        "step-000000-0-a-square.mp4",
+        "step-000003-0-a-square.mp4",
     }
     held_out = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
     sigmas = [name.removeprefix("val/mse_sigma_") for name in held_out if name.startswith("val/mse_sigma_")]
@@ -250,8 +250,8 @@ def test_run_of_a_lora(run, family, sampled_frames):
     for file in (lora_of(output, family), output / f"run{suffix(family)}.safetensors"):
         pipeline.load_lora_weights(file, load_into_transformer_2=family.get("expert") == "low")
         after = stock_sample(pipeline, family)
-        assert (after - sampled_frames[".step-000003-0.mp4"]).abs().max() < 1e-5
-        assert (before - sampled_frames[".step-000000-0.mp4"]).abs().max() < 1e-5
+        assert (after - sampled_frames[".step-000003-0-a-square.mp4"]).abs().max() < 1e-5
+        assert (before - sampled_frames[".step-000000-0-a-square.mp4"]).abs().max() < 1e-5
         assert (after - before).abs().max() > 1e-3
         pipeline.unload_lora_weights()
 
@@ -400,7 +400,7 @@ def test_two_processes(run, flags, tiny_experts, tmp_path):
     assert result.returncode == 0, result.stderr
     name = "pytorch_lora_weights_low_noise.safetensors"
     assert_same(load_file(alone / name), load_file(tmp_path / "two" / name))
-    assert (tmp_path / "two/low_noise/samples/step-000002-0.mp4").is_file()
+    assert (tmp_path / "two/low_noise/samples/step-000002-0-a-square.mp4").is_file()
 
 
 # --- The published models, without their weights ---------------------------------------------------------------------
