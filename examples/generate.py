@@ -41,6 +41,9 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from datasets import load_dataset
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,7 +141,8 @@ VBENCH_DIMENSIONS = [
 VBENCH_SAMPLES = 5
 VBENCH_FLICKER_SAMPLES = 25  # flicker is measured on those of them that turn out static
 MAX_STEM = 230  # bytes; a file name may have 255
-QUANTIZE = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig"}  # names in torchao.quantization
+QUANTIZATION = {"int8": "torchao", "nf4": "bitsandbytes"}  # -> the package that does it
+SIZE = ("height", "width", "num_frames", "fps")
 PROMPT_SOURCES = ("prompt", "prompt_file", "dataset_name", "vbench", "vmbench")
 FILES = ("prompt_file", "vbench", "augmented_prompts", "vmbench")
 POSITIVE = ("num_samples", "max_prompts", "num_inference_steps", "flow_shift", "fps", "batch_size")
@@ -191,7 +195,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--guidance_scale_2", type=float, help="that of the expert for low noise (default: the same)")
     add("--flow_shift", type=float, help="shift of the noise levels (default of paper, nano: the model's own)")
     add("--negative_prompt", help="what guidance leads away from")
-    add("--height", type=int, help="pixels, a multiple of 16")
+    add("--height", type=int, help="pixels, a multiple of 16 (this and the next three: by default what the first"
+        " --lora was trained on, if it says so; for VBench and VMBench the preset's)")
     add("--width", type=int, help="pixels, a multiple of 16")
     add("--num_frames", type=int, help="4k+1")
     add("--fps", type=float, help="frames a second of the files")
@@ -202,7 +207,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mixed_precision", choices=["no", "bf16"], help="bf16: all but the VAE in bfloat16 (default on a GPU)")
     add("--offload", choices=["model", "group"], help="keep weights in RAM until needed: whole models, or layers ahead"
         " of time, which is slower and smaller; not the text encoder, which runs first and alone")
-    add("--quantize", choices=QUANTIZE, help="weights of the transformer in 8 bits, by torchao")
+    add("--quantization", choices=QUANTIZATION, help="weights of the transformer in 8 or 4 bits, as in train_ltd.py:"
+        " int8 by torchao, nf4 by bitsandbytes on a GPU")
     add("--cache_dir", help="prompt embeddings; give all models' runs the same (default: OUTPUT_DIR/cache)")
 
     add = parser.add_argument_group("comparison").add_argument
@@ -214,8 +220,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 # fmt: on
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line, over the preset. Raises `ValueError` with everything that is wrong at once."""
+    """Read the command line, over what the LoRA was trained on, over the preset.
+
+    Raises `ValueError` with everything that is wrong at once.
+    """
     args = build_parser().parse_args(input_args)
+    if not args.vbench and not args.vmbench:  # which have sizes of their own
+        for lora in (*args.lora, *args.lora_2):
+            for name, value in trained_size(lora).items():
+                if getattr(args, name) is None:
+                    setattr(args, name, value)
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -232,7 +246,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     # What train_ltd.py's functions read besides: a frozen model as it is, embeddings that are the stock pipeline's
     args.train_type = "lora"
-    args.quantization = None
     args.gradient_checkpointing = "none"
     args.attention_backend = None
     args.cache_dtype = "float32"
@@ -243,6 +256,51 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if problems:
         raise ValueError("\n- ".join(["these settings do not work:", *problems]))
     return args
+
+
+def trained_size(lora: str) -> dict[str, float]:
+    """Return the height, width, frames and fps that a LoRA was trained on, as far as it says.
+
+    That is in the `training_settings.json` beside it, or else, without frames and fps, in the file's metadata.
+    """
+    path = Path(lora)
+    folder = path
+    weights = []
+    if path.is_file():
+        folder = path.parent
+        weights = [path]
+    elif path.is_dir():
+        weights = sorted(path.glob("*.safetensors"))
+    settings = {}
+    for name in ("training_settings.json", "high_noise/training_settings.json", "low_noise/training_settings.json"):
+        file = folder / name
+        try:
+            if not path.exists():
+                file = Path(hf_hub_download(lora, name))
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            break
+        except (OSError, ValueError, HfHubHTTPError):  # there is none, or it is no JSON
+            continue
+    size = {}
+    for name in SIZE:
+        value = settings.get(name) if isinstance(settings, dict) else None
+        if isinstance(value, int | float) and value > 0:
+            size[name] = value
+    for file in weights:
+        resolution = re.fullmatch(r"(\d{1,5})x(\d{1,5})", resolution_of(file))
+        if resolution and "height" not in size:
+            size["width"] = int(resolution[1])
+            size["height"] = int(resolution[2])
+    return size
+
+
+def resolution_of(file: Path) -> str:
+    """Return the resolution that the metadata of a weights file names, such as "832x480"; "" if it names none."""
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return (weights.metadata() or {}).get("modelspec.resolution", "")
+    except (OSError, SafetensorError):  # said later, by what loads it
+        return ""
 
 
 def given_sources(args: argparse.Namespace) -> list[str]:
@@ -291,8 +349,15 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"{len(args.lora_scale)} --lora_scale for {len(args.lora)} --lora")
     if len(args.lora_2_scale) != len(args.lora_2):
         problems.append(f"{len(args.lora_2_scale)} --lora_2_scale for {len(args.lora_2)} --lora_2")
-    if args.quantize and not importlib.util.find_spec("torchao"):
-        problems.append("--quantize: pip install torchao")
+    if args.quantization:
+        package = QUANTIZATION[args.quantization]
+        if not importlib.util.find_spec(package):
+            problems.append(f"--quantization {args.quantization}: pip install {package}")
+        for name in ("transformer_path", "transformer_2"):
+            if (getattr(args, name) or "").endswith(".safetensors"):
+                problems.append("--quantization: diffusers leaves a single file in floats, give a folder")
+    if args.quantization == "nf4" and not torch.cuda.is_available():
+        problems.append("--quantization nf4 needs a GPU; try int8")
     for name in POSITIVE:
         value = getattr(args, name)
         if value is not None and not value > 0:
@@ -397,7 +462,7 @@ def read_requests(args: argparse.Namespace) -> Iterator[Request]:
 
 def file_stem(prompt: str) -> str:
     """Return the prompt, as VBench has it; where a file cannot be called so, what is left of it and a hash."""
-    stem = re.sub(r"^\.|[/\x00-\x1f]", "_", prompt)
+    stem = re.sub(r'^\.|[/"\x00-\x1f]', "_", prompt)
     if stem == prompt and len(prompt.encode()) <= MAX_STEM:
         return prompt
     shortened = stem.encode()[: MAX_STEM - 9].decode(errors="ignore")
@@ -573,7 +638,7 @@ def describe(args: argparse.Namespace, models: list[Model], scheduler) -> dict:
         "scheduler": type(scheduler).__name__,
         "flow_shift": args.flow_shift,
     }
-    for name in (*SAMPLING, "negative_prompt", "fps", "seed", "mixed_precision", "quantize"):
+    for name in (*SAMPLING, "negative_prompt", "fps", "seed", "mixed_precision", "quantization"):
         settings[name] = getattr(args, name)
     return settings
 
@@ -643,16 +708,12 @@ def prepare_folder(
 # --- Generation ------------------------------------------------------------------------------------------------------
 
 
-def load_pipeline(
-    args: argparse.Namespace, models: list[Model], scheduler, accelerator: Accelerator
-) -> WanPipeline:
+def load_pipeline(args: argparse.Namespace, models: list[Model], scheduler, accelerator: Accelerator) -> WanPipeline:
     """Load the stock pipeline without its text encoder, on this rank's device or offloaded from it."""
     device = accelerator.device
     transformers = {}
     for wan, own in models:
         transformer = train_ltd.load_transformer(own, wan).eval()
-        if args.quantize:
-            quantize(transformer, args.quantize)
         transformers[wan.subfolder] = transformer
     pipeline = WanPipeline(
         tokenizer=None,
@@ -674,22 +735,7 @@ def load_pipeline(
     return pipeline
 
 
-def quantize(transformer: WanTransformer3DModel, kind: str) -> None:
-    """Put the weights of the linear layers in 8 bits, in place, but for those that diffusers keeps in float32."""
-    torchao = importlib.import_module("torchao.quantization")
-    config = getattr(torchao, QUANTIZE[kind])()
-    torchao.quantize_(transformer, config, filter_fn=is_quantized)
-
-
-def is_quantized(module: torch.nn.Module, name: str) -> bool:
-    """Tell whether the weight of a module is quantized, for torchao."""
-    kept = any(part in name for part in WanTransformer3DModel._keep_in_fp32_modules)
-    return isinstance(module, torch.nn.Linear) and not kept
-
-
-def read_lora(
-    name: str, transformer: WanTransformer3DModel, expert: str | None = None
-) -> dict[str, torch.Tensor]:
+def read_lora(name: str, transformer: WanTransformer3DModel, expert: str | None = None) -> dict[str, torch.Tensor]:
     """Read a LoRA by its file's own keys, into those of diffusers, with each layer's scale folded into `lora_B`.
 
     diffusers' own converters drop some keys in silence, and scale others wrongly. Raises `ValueError` for what is no

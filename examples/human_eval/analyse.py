@@ -13,6 +13,8 @@ import argparse
 import csv
 import json
 import math
+import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 NEITHER = "indistinguishable"
+FORMULA = re.compile(r"[\s\x00-\x1f\ufeff]*[=+@-]")  # how a cell begins that a spreadsheet runs
 SYNTHETIC = "SYNTHETIC votes, not given by people"
 RULE = (
     "a pair goes to the answer that more than half of its votes give; where there is none (1-1-1 of three votes, or"
@@ -117,10 +120,52 @@ def majority(answers: list[str]) -> str | None:
 # --- Votes -----------------------------------------------------------------------------------------------------------
 
 
-def unblind(vote: dict, key: dict) -> dict:
-    """Return `vote` with `left_model`, `right_model` and `answer`, which is a model or `indistinguishable`.
+def check_vote(vote, key: dict) -> None:
+    """Raise `ValueError` with what is wrong with a vote, which may come from anywhere and be anything.
 
-    Raise `KeyError` for a pair, a clip or a choice that is unknown.
+    The message holds no word of the vote: it goes into `report.md`, where a picture could be loaded by it.
+    """
+    if not isinstance(vote, dict):
+        raise ValueError("not a vote")
+    if vote.get("study") != key["study"]:
+        raise ValueError(f"not a vote of study {key['study']}, which --key is of")
+    for name in ("annotator", "kind", "pair", "left", "right", "choice", "time"):
+        if not isinstance(vote.get(name), str):
+            raise ValueError(f"{name} is missing, or no text")
+    if not re.fullmatch(r"[a-z0-9_-]{1,32}", vote["annotator"]):
+        raise ValueError("annotator is not 1 to 32 of a-z, 0-9, - and _")
+    if vote["kind"] not in ("main", "repeat", "practice"):
+        raise ValueError("kind is unknown")
+    if vote["pair"] not in key["pairs"]:
+        raise ValueError("pair is none of --key's")
+    pair = key["pairs"][vote["pair"]]
+    if (vote["kind"] == "practice") != pair["practice"]:
+        raise ValueError("kind is another than that of the pair")
+    if vote["left"] == vote["right"]:
+        raise ValueError("the same clip is on both sides")
+    for side in ("left", "right"):
+        if vote[side] not in pair["clips"].values():
+            raise ValueError(f"{side} is no clip of this pair")
+    if vote["choice"] not in ("left", "right", NEITHER):
+        raise ValueError("choice is unknown")
+    for name in ("seconds_to_unlock", "seconds_to_vote", "replays"):
+        number = vote.get(name)
+        # A bool is an int, and NaN compares as false.
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < 1e9:
+            raise ValueError(f"{name} is missing, or no number of a vote")
+    reasons = vote.get("reasons")
+    if not isinstance(reasons, list) or not all(isinstance(reason, str) for reason in reasons):
+        raise ValueError("reasons is missing, or no list of texts")
+    if not all(re.fullmatch(r"[\w -]{1,40}", reason) for reason in reasons):
+        raise ValueError("a reason is none of the page's")
+    if not isinstance(vote.get("synthetic"), bool):
+        raise ValueError("synthetic is missing, or neither true nor false")
+
+
+def unblind(vote: dict, key: dict) -> dict:
+    """Return `vote`, one that `check_vote` accepts, with `left_model`, `right_model` and `answer`.
+
+    The answer is a model or `indistinguishable`.
     """
     clips = key["pairs"][vote["pair"]]["clips"]
     models = {clip: label for label, clip in clips.items()}
@@ -135,37 +180,45 @@ def unblind(vote: dict, key: dict) -> dict:
     }
 
 
+def read_lines(path: Path) -> list[bytes]:
+    """Read the lines of a file of votes; only a line feed ends one. Raise `SystemExit` if it cannot be read."""
+    try:
+        return path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise SystemExit(f"--votes {path}: {error.strerror}") from None
+
+
 def read_votes(paths: list[Path], key: dict) -> tuple[list[dict], list[str]]:
     """Read and unblind votes, the first one where an annotator has several on the same item.
 
-    Return them and lines on what was left out. Raise `SystemExit` for votes of another study, and for real and
+    Return them and a line on each that was left out. Raise `SystemExit` where no vote is left, and for real and
     synthetic ones together.
     """
     votes = {}
     remarks = []
     for path in paths:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(read_lines(path), 1):
             if not line.strip():
                 continue
             place = f"{path}, line {number}"
             try:
                 blind = json.loads(line)
-            except ValueError:
-                remarks.append(f"{place}: cut off, left out")
+            except (ValueError, RecursionError):  # of bytes that are no text, too
+                remarks.append(f"{place}: cut off, or no JSON; left out")
                 continue
-            if not isinstance(blind, dict) or blind.get("study") != key["study"]:
-                raise SystemExit(f"{place}: not a vote of study {key['study']}, which --key is of")
             try:
-                vote = unblind(blind, key)
-                item = (vote["annotator"], vote["kind"], vote["pair"])
-            except KeyError as error:
-                raise SystemExit(f"{place}: {error} is missing, or unknown to --key") from None
+                check_vote(blind, key)
+            except ValueError as error:
+                remarks.append(f"{place}: {error}; left out")
+                continue
+            vote = unblind(blind, key)
+            item = (vote["annotator"], vote["kind"], vote["pair"])
             first = votes.setdefault(item, vote)
             if first["answer"] != vote["answer"]:
                 remarks.append(f"{place}: {vote['annotator']} had voted otherwise on this pair; left out")
     if not any(vote["kind"] == "main" for vote in votes.values()):
-        raise SystemExit(f"no votes that count in {', '.join(map(str, paths))}")
+        shown = "".join(f"\n- {remark}" for remark in remarks[:10])
+        raise SystemExit(f"no votes that count in {', '.join(map(str, paths))}{shown}")
     origins = {vote["synthetic"] for vote in votes.values()}
     if len(origins) > 1:
         raise SystemExit("some of these votes are real and some synthetic: analyse them apart")
@@ -551,15 +604,25 @@ CSV_COLUMNS = (
 )
 
 
+def harmless(value):
+    """Return what stands in a cell: text that a spreadsheet would run as a formula gets an apostrophe before it."""
+    # NFKC, since some spreadsheets take the wide forms of these signs as well
+    if isinstance(value, str) and FORMULA.match(unicodedata.normalize("NFKC", value)):
+        return f"'{value}"
+    return value
+
+
 def write_csv(path: Path, votes: list[dict], key: dict) -> None:
     """Write unblinded votes, practice included."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
+        # Text in quotes stays one cell where a semicolon or a tab ends one.
+        writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore", quoting=csv.QUOTE_NONNUMERIC)
         writer.writeheader()
         for vote in votes:
             pair = key["pairs"][vote["pair"]]
             reasons = ", ".join(vote["reasons"])
-            writer.writerow({**pair, **vote, "reasons": reasons})
+            row = {**pair, **vote, "reasons": reasons}
+            writer.writerow({column: harmless(row.get(column, "")) for column in CSV_COLUMNS})
 
 
 def main(args: argparse.Namespace) -> None:

@@ -3,25 +3,35 @@
     python examples/human_eval/collect.py study --votes study_votes.jsonl
 
 Annotators open the address that is printed. It is open to this machine only, unless `--host 0.0.0.0`: there is no
-password and no encryption, so only in a network you trust, or behind a proxy that has both. Each vote is on the disk
-before the page hears that it arrived. A vote that comes twice is written once: pages repeat what was not confirmed.
+password and no encryption, so only in a network you trust, or behind a proxy that has both: give the proxy's name by
+`--public_name`. Each vote is on the disk before the page hears that it arrived. A vote that comes twice is written
+once: pages repeat what was not confirmed.
 """
 
 import argparse
+import ipaddress
 import json
 import os
 import re
 import signal
+import socket
 import threading
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: there nobody is kept from a second collector
+    fcntl = None
 
 MAX_BODY = 1 << 20  # bytes: a thousand pairs' votes are half of it
 MAX_ANNOTATORS = 100  # bounds the file, since each of them votes once on each pair
 CHOICES = ("left", "right", "indistinguishable")
+ONCE = ("Host", "Origin", "Content-Length", "Content-Type", "Range")  # headers that are read, so one of each
 KINDS = {"practice": "practice", "main": "pairs", "repeat": "pairs"}  # of a vote -> where the study lists the pair
 TYPES = {"study": str, "page": int, "annotator": str, "pair": str, "kind": str, "position": int, "left": str,
          "right": str, "choice": str, "reasons": list, "seconds_to_unlock": float, "seconds_to_vote": float,
@@ -41,6 +51,7 @@ def parse_args(input_args=None) -> argparse.Namespace:
     )
     add("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine only)")
     add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    add("--public_name", nargs="+", default=[], metavar="NAME", help="names by which pages reach a proxy before this")
     return parser.parse_args(input_args)
 
 
@@ -87,13 +98,44 @@ def check_vote(vote, study: dict) -> None:
         raise ValueError("time or viewport is too long")
 
 
+def host_name(netloc: str) -> str:
+    """The name or address in `host:port`, in small letters. Raises `ValueError` for what is none."""
+    parts = urlsplit(f"//{netloc}")
+    if parts.netloc != netloc or "@" in netloc or not parts.hostname:
+        raise ValueError("not a host")
+    _ = parts.port  # which is checked only when it is read
+    return parts.hostname
+
+
+def is_own_name(name: str, public_names: list[str]) -> bool:
+    """Whether this machine, or a proxy before it, is called by `name`.
+
+    A page of another site can have its own name lead here (DNS rebinding), and would then be served and heard as if
+    it were ours. It cannot do so by an address, and not by names that are not its own.
+    """
+    own = socket.gethostname().lower()
+    with suppress(ValueError):
+        ipaddress.ip_address(name)
+        return True
+    return name in {"localhost", own, f"{own}.local", *map(str.lower, public_names)}
+
+
 class VoteFile:
-    """JSON lines that only grow; each vote once, on the disk when `append` returns."""
+    """JSON lines that only grow; each vote once, on the disk when `append` returns.
+
+    Raises `SystemExit` while another collector has the file: each would write what the other one has as well.
+    """
 
     def __init__(self, path: Path):
         self.lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("ab+")
+        if fcntl is not None:
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dropped by the system when this process ends
+            except OSError:
+                self.file.close()
+                raise SystemExit(f"--votes {path}: another collect.py is writing to it; stop that first") from None
         self.file.seek(0)
         lines = self.file.read().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):  # cut off by a crash: not confirmed, so the page sends it again
@@ -103,7 +145,7 @@ class VoteFile:
             try:
                 vote = json.loads(line)
                 self.known.setdefault(vote_id(vote), vote["choice"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 print(f"{path}: a line that is no vote is left as it is: {line[:60]!r}")
 
     def append(self, votes: list[dict]) -> int:
@@ -130,8 +172,19 @@ class Handler(BaseHTTPRequestHandler):
 
     timeout = 30  # seconds that a client may be silent
 
-    def __init__(self, *args, study: dict, folder: Path, votes: VoteFile, annotators: list[str] | None):
-        self.study, self.votes, self.annotators = study, votes, annotators
+    def __init__(
+        self,
+        *args,
+        study: dict,
+        folder: Path,
+        votes: VoteFile,
+        annotators: list[str] | None,
+        public_names: list[str] = (),
+    ):
+        self.study = study
+        self.votes = votes
+        self.annotators = annotators
+        self.public_names = public_names
         clips = [clip for pair in study["practice"] + study["pairs"] for clip in pair["clips"]]
         self.files = {f"/clips/{clip}.mp4": folder / "clips" / f"{clip}.mp4" for clip in clips}
         self.files |= {"/": folder / "index.html", "/index.html": folder / "index.html"}
@@ -139,6 +192,45 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         """One line a request would bury the votes."""
+
+    def parse_request(self) -> bool:
+        """Read the request's head, and answer what is malformed, or comes from elsewhere, at once."""
+        if not super().parse_request():
+            return False
+        self.close_connection = True
+        status, problem = self.find_problem()
+        if problem:
+            self.answer(status, problem.encode())
+        return not problem
+
+    def find_problem(self) -> tuple[HTTPStatus, str]:
+        """What is wrong with the headers, and the status to answer with; "" if nothing is."""
+        if self.headers.defects:
+            return HTTPStatus.BAD_REQUEST, "a header is malformed"
+        for name in ONCE:
+            if len(self.headers.get_all(name, [])) > 1:
+                return HTTPStatus.BAD_REQUEST, f"{name} is there twice"
+        if not re.fullmatch(r"[0-9]{0,18}", self.headers.get("Content-Length", "")):
+            return HTTPStatus.BAD_REQUEST, "Content-Length is no number"
+        try:
+            host = self.headers.get("Host", "")
+            name = host_name(host)
+        except ValueError:
+            return HTTPStatus.BAD_REQUEST, "Host is missing or malformed"
+        if not is_own_name(name, self.public_names):
+            return HTTPStatus.FORBIDDEN, "this machine has another name; if it is a proxy's: --public_name"
+        origin = self.headers.get("Origin")
+        if origin is None:
+            return HTTPStatus.OK, ""
+        try:
+            parts = urlsplit(origin)
+            sender = host_name(parts.netloc)
+        except ValueError:
+            return HTTPStatus.FORBIDDEN, "Origin is of no web page"
+        # A proxy may ask for another Host than the page does.
+        if parts.netloc.lower() != host.lower() and sender not in map(str.lower, self.public_names):
+            return HTTPStatus.FORBIDDEN, "this request comes from another site's page"
+        return HTTPStatus.OK, ""
 
     def answer(self, status: HTTPStatus, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
@@ -166,7 +258,7 @@ class Handler(BaseHTTPRequestHandler):
         if path.suffix == ".html":
             return self.answer(HTTPStatus.OK, body, Content_Type="text/html; charset=utf-8")
         headers = {"Content_Type": "video/mp4", "Accept_Ranges": "bytes", "Cache_Control": "private, max-age=86400"}
-        asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        asked = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", self.headers.get("Range", ""))
         if not asked or not any(asked.groups()):
             return self.answer(HTTPStatus.OK, body, **headers)
         first, last = asked.groups()
@@ -179,18 +271,21 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(HTTPStatus.PARTIAL_CONTENT, body[start : end + 1], **headers)
 
     def do_POST(self):
-        """JSON lines of votes, all or none of them. Other web sites cannot send this content type."""
+        """JSON lines of votes, all or none of them."""
         length = self.headers.get("Content-Length", "")
         if self.path != "/votes":
             return self.answer(HTTPStatus.NOT_FOUND, b"not found")
         if self.headers.get("Content-Type") != "application/x-ndjson":
             return self.answer(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, b"votes are application/x-ndjson")
-        if not length.isdigit():
+        if not length:
             return self.answer(HTTPStatus.LENGTH_REQUIRED, b"no Content-Length")
         if int(length) > MAX_BODY:
             return self.answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, b"too many votes at once")
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            return self.answer(HTTPStatus.BAD_REQUEST, b"the votes were cut off")
         try:
-            votes = [json.loads(line) for line in self.rfile.read(int(length)).splitlines()]
+            votes = [json.loads(line) for line in body.splitlines()]
             for vote in votes:
                 check_vote(vote, self.study)
                 if self.annotators and vote["annotator"] not in self.annotators:
@@ -210,9 +305,19 @@ def main(args: argparse.Namespace) -> None:
     if args.folder.resolve() in args.votes.resolve().parents:
         raise SystemExit(f"--votes {args.votes} lies in the study's folder, which annotators get")
     annotators = args.annotators and [annotator.lower() for annotator in args.annotators]
-    handler = partial(Handler, study=read_study(args.folder), folder=args.folder, votes=VoteFile(args.votes),
-                      annotators=annotators)  # fmt: skip
-    with ThreadingHTTPServer((args.host, args.port), handler) as server:
+    handler = partial(
+        Handler,
+        study=read_study(args.folder),
+        folder=args.folder,
+        votes=VoteFile(args.votes),
+        annotators=annotators,
+        public_names=args.public_name,
+    )
+    try:
+        server = ThreadingHTTPServer((args.host, args.port), handler)
+    except OSError as error:
+        raise SystemExit(f"--host {args.host} --port {args.port} cannot be listened at: {error.strerror}") from None
+    with server:
         address = f"http://{args.host}:{server.server_port}/"
         print("\n".join(f"{address}?annotator={annotator}" for annotator in annotators or ["ID"]), flush=True)
         if args.host not in ("127.0.0.1", "localhost"):

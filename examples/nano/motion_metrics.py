@@ -25,9 +25,11 @@ from sprites import (
     BACKGROUNDS,
     COLORS,
     DIRECTIONS,
+    ORBIT,
     PAN_SPEED,
     PERIODS,
     SHAPES,
+    SIZE,
     SIZES,
     SPEEDS,
     Sprite,
@@ -317,6 +319,7 @@ def motion(position, present, words, sprite, truth):
             "direction_error": 180.0 if words["direction"] else NAN,
             "speed_error": 1.0,
             "trajectory_error": NAN,
+            "degrees_turned": 0.0 if words["path"] == ORBIT else NAN,
         }
     # Speed over four frames: the noise of single positions would look like motion.
     steps = (position[4:] - position[:-4]) / 4
@@ -337,7 +340,17 @@ def motion(position, present, words, sprite, truth):
         "speed_error": abs(speed - asked_speed) / max(asked_speed, SPEEDS["slowly"]),
         "trajectory_error": float(distances.mean()),
         "direction_error": direction_error(position, seen, words),
+        "degrees_turned": degrees_turned(position, seen, words),
     }
+
+
+def degrees_turned(position, seen, words):
+    """Return by how many degrees an orbiting sprite went around the middle, clockwise; NaN if no orbit is asked."""
+    if words["path"] != ORBIT:
+        return NAN
+    x, y = (position[seen] - SIZE / 2).T
+    angles = np.unwrap(np.arctan2(y, x))
+    return math.degrees(angles[-1] - angles[0])
 
 
 def direction_error(position, seen, words):
@@ -356,7 +369,7 @@ def direction_error(position, seen, words):
 
 def start_of(position, seen, words):
     """Return the start of the asked path that fits what was seen: least squares, or the first sight if it bounces."""
-    if words["path"] == "bouncing":
+    if words["path"] in ("bouncing", ORBIT):
         return position[seen[0]]
     path, _ = trajectory(asked_sprite(words, start=(0.0, 0.0)), len(position))
     return (position[seen] - path[seen]).mean(axis=0)

@@ -85,7 +85,7 @@ def parse_args(input_args=None):
     parser.add_argument("model", help="folder of the pipeline")
     parser.add_argument("--transformer", help="folder of another transformer for it")
     parser.add_argument("--lora", help="folder or file of a LoRA for it")
-    parser.add_argument("--mix", choices=["calm", "dynamic"], default="calm", help="of the held-out captions")
+    parser.add_argument("--mix", choices=["calm", "dynamic", "orbit"], default="calm", help="of the held-out captions")
     parser.add_argument("--count", type=int, default=64, help="number of captions")
     parser.add_argument("--single_sprite", action="store_true", help="only captions of one sprite")
     parser.add_argument("--num_inference_steps", type=int, default=NANO_SAMPLING["num_inference_steps"])

@@ -2,6 +2,7 @@
 
     python examples/nano/sprites.py outputs/sprites/calm --mix calm --count 2048 --seed 0
     python examples/nano/sprites.py outputs/sprites/heldout --mix dynamic --count 64 --seed 0 --split heldout
+    python examples/nano/sprites.py outputs/sprites/orbit --mix orbit --count 128 --seed 0
 
 A clip is 33 frames of 96 x 96 at 16 fps: one to three sprites over a soft background. The caption says all that is
 random in words; `parse_caption` is its inverse, so a generated video can be measured against the prompt alone.
@@ -90,11 +91,16 @@ PAN_SPEED = 1.0  # px per frame
 # Paths have their middle at most so far from the picture's, px. With free starts a caption says little about where
 # things are when, and a base model of this size had learned no direction after ten thousand steps.
 MIDDLE = 16.0
+# Of the circle that a sprite of the mix "orbit" runs around the middle, px: a large one still stays on the screen. All
+# start at the top: with free starts 50 steps of a LoRA taught to move, but not yet where.
+ORBIT_RADIUS = 27.0
+ORBIT = "orbit"  # the path, and the word that begins the caption
 SPLITS = {"train": 0, "heldout": 1}
 
 # Probabilities: number of sprites (1, 2, 3), speed (still, slowly, steadily, quickly), path (straight, bouncing,
 # speeding up, slowing down), spin, dynamics, pan. Every word occurs in calm and dynamic; the base model learns the
 # words where little moves. "lesson" taught it directions first: in calm clips they show too little to be noticed.
+# "orbit" is what the quickstart teaches: one sprite, once around the middle, a motion and a word that it never met.
 MIXES = {
     "calm": {
         "sprites": (0.8, 0.14, 0.06),
@@ -120,6 +126,14 @@ MIXES = {
         "dynamics": 0,
         "pan": 0,
     },
+    "orbit": {
+        "sprites": (1, 0, 0),
+        "speed": (1, 0, 0, 0),
+        "path": (1, 0, 0, 0),
+        "spin": 0,
+        "dynamics": 0,
+        "pan": 0,
+    },
 }
 
 
@@ -130,9 +144,9 @@ class Sprite:
     size: str
     color: str
     shape: str
-    speed: str  # "still" or a key of SPEEDS
-    direction: str  # key of DIRECTIONS, "" when still
-    path: str
+    speed: str  # "still" or a key of SPEEDS; "" on an orbit
+    direction: str  # key of DIRECTIONS, "" when still or on an orbit
+    path: str  # "", one of PATHS, or ORBIT
     spin: bool
     dynamics: str
     to_color: str  # only with "turning"
@@ -204,6 +218,10 @@ def sample_sprite(rng, mix, color, background):
         others = tuple(other for other in COLORS if other not in (color, background))
         to_color = choose(rng, others)
     start = sample_start(rng, velocity, radius, path)
+    if mix == ORBIT:
+        speed = ""
+        path = ORBIT
+        start = (SIZE / 2, SIZE / 2 - ORBIT_RADIUS)
     if spin:
         angle = rng.uniform(0, 2 * np.pi)
         sense = choose(rng, (-1, 1))
@@ -297,10 +315,16 @@ def sample_waves(rng, pattern):
 
 
 def caption(spec):
-    """Write the caption, e.g. "a large red circle moves quickly to the left over a blue gradient"."""
+    """Write the caption, e.g. "a large red circle moves quickly to the left over a blue gradient".
+
+    An orbit is called by its one word: "orbit, a large red circle over a blue gradient".
+    """
     sprites = " and ".join(sprite_phrase(sprite) for sprite in spec.sprites)
     article = "a " if spec.pattern == "gradient" else ""
     pan = f", the camera pans to the {spec.pan}" if spec.pan else ""
+    first = spec.sprites[0]
+    if first.path == ORBIT:
+        sprites = f"{ORBIT}, a {first.size} {first.color} {first.shape}"
     return f"{sprites} over {article}{spec.background} {spec.pattern}{pan}"
 
 
@@ -333,6 +357,7 @@ SPRITE_PATTERN = re.compile(
     rf"(?:, (?P<path>{PATH_WORDS}))?(?:, (?P<spin>spinning))?"
     rf"(?:, (?:(?P<dynamics>{DYNAMICS_WORDS})|turning (?P<to_color>\w+)))?"
 )
+ORBIT_PATTERN = re.compile(rf"(?P<path>{ORBIT}), an? (?P<size>\w+) (?P<color>\w+) (?P<shape>\w+)")
 SCENE_PATTERN = re.compile(r"(?:a )?(?P<background>\w+) (?P<pattern>\w+)(?:, the camera pans to the (?P<pan>[\w ]+))?")
 
 
@@ -348,6 +373,10 @@ def parse_caption(text):
     """
     body, _, scene_text = text.partition(" over ")
     scene = SCENE_PATTERN.fullmatch(scene_text)
+    orbit = ORBIT_PATTERN.fullmatch(body)
+    if scene and orbit:
+        nothing_else = {"speed": "", "direction": "", "spin": False, "dynamics": "", "to_color": ""}
+        return {"sprites": [orbit.groupdict() | nothing_else], **matched_words(scene)}
     matches = [SPRITE_PATTERN.fullmatch(phrase) for phrase in body.split(" and ")]
     if scene is None or None in matches:
         raise ValueError(f"not a sprite caption: {text!r}")
@@ -393,6 +422,8 @@ def caption_words(spec):
 
 def trajectory(sprite, frames=FRAMES):
     """Return the center `(F, 2)` in px and the velocity `(F, 2)` in px per frame."""
+    if sprite.path == ORBIT:
+        return orbit(sprite.start, frames)
     time = np.arange(frames, dtype=np.float64)
     total = FRAMES - 1
     # Distance along the path in units of the mean step, and its derivative; all paths are equally long.
@@ -418,6 +449,18 @@ def trajectory(sprite, frames=FRAMES):
         position = low + np.where(back, 2 * width - folded, folded)
         velocity = np.where(back, -velocity, velocity)
     return position, velocity
+
+
+def orbit(start, frames):
+    """Return position and velocity, both `(F, 2)`, once around the middle and clockwise, in `FRAMES` frames."""
+    x, y = np.array(start) - SIZE / 2
+    rate = 2 * np.pi / (FRAMES - 1)  # rad per frame
+    angle = np.arctan2(y, x) + rate * np.arange(frames)
+    radius = np.hypot(x, y)
+    outward = np.stack([np.cos(angle), np.sin(angle)], axis=1)  # (F, 2)
+    # y points down, so that a growing angle turns clockwise on the screen.
+    ahead = np.stack([-np.sin(angle), np.cos(angle)], axis=1)
+    return SIZE / 2 + radius * outward, rate * radius * ahead
 
 
 def modulation(sprite, frames=FRAMES):

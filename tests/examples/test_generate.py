@@ -190,10 +190,13 @@ def test_vmbench_files_have_the_index_for_a_name(plan, tmp_path):
         plan(vmbench=path)
 
 
-@pytest.mark.parametrize("prompt", ["a/b", "../up", ".hidden", "two\nlines", "word " * 80, "длинный " * 40])
+@pytest.mark.parametrize(
+    "prompt", ["a/b", 'he says "hi"', "../up", ".hidden", "two\nlines", "word " * 80, "длинный " * 40]
+)
 def test_every_prompt_can_be_a_file_name(plan, tmp_path, prompt):
     (name,) = plan(prompt=[prompt.strip()])
-    assert len(name.encode()) + len(".partial-") <= 255 and "/" not in name and not name.startswith(".")
+    assert len(name.encode()) + len(".partial-") <= 255 and not set('/"') & set(name)
+    assert not name.startswith(".")
     (tmp_path / name).touch()
     assert [*plan(prompt=[prompt.strip() + "!"])] != [name]
 
@@ -416,39 +419,76 @@ def test_offload_gives_the_same_videos(run, sampled, make_lora, offload):
     np.testing.assert_allclose(sampled[0], sampled[1], atol=1e-5)
 
 
-def test_quantize_without_its_package(monkeypatch, flags):
+def test_quantization_that_cannot_be(monkeypatch, flags, tmp_path):
+    """The flag and its values are those of train_ltd.py, and so is what it refuses."""
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else find_spec(name))
-    with pytest.raises(ValueError, match="--quantize: pip install torchao"):
-        generate.parse_args(flags(quantize="int8"))
+    with pytest.raises(ValueError, match="--quantization int8: pip install torchao"):
+        generate.parse_args(flags(quantization="int8"))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="leaves a single file in floats"):
+        generate.parse_args(flags(quantization="int8", transformer=tmp_path / "wan.safetensors"))
+    with pytest.raises(ValueError, match="nf4 needs a GPU; try int8"):
+        generate.parse_args(flags(quantization="nf4"))
+    (action,) = (action for action in train_ltd.build_parser()._actions if action.dest == "quantization")
+    assert list(action.choices) == list(generate.QUANTIZATION)
 
 
-@pytest.mark.parametrize("quantize", generate.QUANTIZE)
-def test_quantized_weights(flags, run, sampled, make_lora, quantize):
+def test_quantized_weights(flags, run, sampled, make_lora):
     pytest.importorskip("torchao", reason="no torchao: pip install torchao")
-    lora, kwargs = make_lora(1), {"quantize": quantize, "mixed_precision": "bf16"}
+    lora, kwargs = make_lora(1), {"quantization": "int8", "mixed_precision": "bf16"}
     args = generate.parse_args(flags(lora=[lora], **kwargs))
     pipeline = generate.load_pipeline(
         args, generate.identify_models(args), generate.load_scheduler(args), Accelerator()
     )
     weight = pipeline.transformer.blocks[0].attn1.to_q.base_layer.weight
-    assert type(weight).__name__ == {"int8": "Int8Tensor", "float8": "Float8Tensor"}[quantize]
+    assert type(weight).__name__ == "Int8Tensor"
     run("plain", prompt=PROMPTS[:1], lora=[lora], mixed_precision="bf16")
     run("quantized", prompt=PROMPTS[:1], lora=[lora], **kwargs)
     assert 0 < abs(sampled[0] - sampled[1]).mean() < 0.1
 
 
-def test_a_single_file_is_quantized_too(flags, tiny_wan, tmp_path):
-    pytest.importorskip("torchao", reason="no torchao: pip install torchao")
-    transformer = WanTransformer3DModel.from_pretrained(tiny_wan, subfolder="transformer")
-    save_in_original_keys(transformer, tmp_path / "wan.safetensors")
-    args = generate.parse_args(flags(transformer=tmp_path / "wan.safetensors", quantize="int8"))
-    pipeline = generate.load_pipeline(
-        args, generate.identify_models(args), generate.load_scheduler(args), Accelerator()
-    )
-    assert type(pipeline.transformer.blocks[0].ffn.net[2].weight).__name__ == "Int8Tensor"
-    # diffusers keeps it in float32, and so do we
-    assert type(pipeline.transformer.condition_embedder.time_embedder.linear_1.weight) is torch.nn.Parameter
+# --- Size ------------------------------------------------------------------------------------------------------------
+
+
+NO_SIZE = dict.fromkeys(("height", "width", "num_frames"))
+TRAINED = {"height": 48, "width": 64, "num_frames": 13, "fps": 12.0}
+
+
+def size_of(args) -> dict:
+    return {name: getattr(args, name) for name in TRAINED}
+
+
+@pytest.mark.parametrize("name", ["", "high_noise"])
+def test_the_size_is_what_the_lora_was_trained_on(flags, tmp_path, name):
+    """From training_settings.json beside it, whichever of its files is given; a flag comes first."""
+    folder = tmp_path / "lora"
+    (folder / name).mkdir(parents=True)
+    (folder / name / "training_settings.json").write_text(json.dumps(TRAINED | {"rank": 4}))
+    save_file({"x": torch.zeros(1)}, folder / "lora.safetensors")
+    for lora in (folder, folder / "lora.safetensors"):
+        assert size_of(generate.parse_args(flags(lora=[lora], **NO_SIZE))) == TRAINED
+    args = generate.parse_args(flags(lora=[folder], **NO_SIZE | {"num_frames": 9}))
+    assert size_of(args) == TRAINED | {"num_frames": 9}
+    assert size_of(generate.parse_args(flags(**NO_SIZE)))["height"] == generate.PRESETS["nano"]["height"]
+
+
+def test_the_size_is_read_from_a_file_that_is_alone(flags, tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "lora.safetensors", {"modelspec.resolution": "64x48"})
+    args = generate.parse_args(flags(lora=[tmp_path / "lora.safetensors"], **NO_SIZE))
+    assert (args.width, args.height, args.num_frames) == (64, 48, generate.PRESETS["nano"]["num_frames"])
+
+
+def test_benchmarks_keep_their_size(flags, vbench, tmp_path):
+    (tmp_path / "training_settings.json").write_text(json.dumps(TRAINED))
+    args = generate.parse_args(flags(vbench=vbench, lora=[tmp_path], **NO_SIZE))
+    assert args.height == generate.PRESETS["nano"]["height"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"height": null, "width": "x", "num_frames": -1}'])
+def test_settings_that_say_no_size_are_passed_over(flags, tmp_path, text):
+    (tmp_path / "training_settings.json").write_text(text)
+    assert generate.trained_size(str(tmp_path)) == {}
 
 
 def test_the_text_encoder_is_gone_before_sampling_and_embeddings_are_shared(monkeypatch, run, tmp_path):

@@ -1,10 +1,12 @@
 """The blind study: what is built, what a real browser lets annotators do and see, what is gathered, what comes out."""
 
+import csv
 import http.client
 import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -613,6 +615,7 @@ def test_a_vote_sent_twice_counts_once_also_after_a_crash(server):
     assert status == 400 and b"voted otherwise on this pair" in message
     whole = path.read_bytes()
     assert [json.loads(line)["choice"] for line in whole.splitlines()] == ["left", "left"]
+    path = path.with_name("crashed.jsonl")  # the server still has the lock of the other one
     path.write_bytes(whole[:-20])  # the second line is cut off
     votes = collect.VoteFile(path)
     assert votes.append([a_vote(page), a_vote(page, 1)]) == 1
@@ -675,6 +678,105 @@ def test_the_receiver_limits_what_it_takes_and_gives(server, study, monkeypatch)
         start = whole.index(expected) if len(expected) > 5 else len(whole) - 5 if asked == "-5" else 0
         assert headers["Content-Range"] == f"bytes {start}-{start + len(expected) - 1}/{len(whole)}"
     assert ask(address, "GET", f"/clips/{clip}.mp4", Range=f"bytes={len(whole)}-")[0] == 416
+
+
+def raw(address, request: bytes) -> bytes:
+    """Send bytes as they are, and return the first line of the answer."""
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        return connection.makefile("rb").readline()
+
+
+MALFORMED = {
+    "a length that is a power": "Content-Length: ²\r\n",
+    "a length below zero": "Content-Length: -1\r\n",
+    "a length with a sign": "Content-Length: +2\r\n",
+    "a length too long": f"Content-Length: {5000 * '9'}\r\n",
+    "two lengths": "Content-Length: 2\r\nContent-Length: 3\r\n",
+    "no colon": "Content-Length: 2\r\nwhat is this\r\n",
+    "two hosts": "Host: evil.example\r\nContent-Length: 2\r\n",
+    "two origins": "Origin: http://a\r\nOrigin: http://b\r\nContent-Length: 2\r\n",
+    "cut off": "Content-Length: 900\r\n",
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_headers_are_a_bad_request(server, name, capfd):
+    address, path, _ = server
+    head = f"POST /votes HTTP/1.1\r\nHost: 127.0.0.1:{address[1]}\r\nContent-Type: application/x-ndjson\r\n"
+    answer = raw(address, (head + MALFORMED[name] + "\r\n{}").encode("latin-1"))
+    assert b" 400 " in answer and path.read_bytes() == b""
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "header", ["", "Host:\r\n", "Host: a:b\r\n", "Host: x@127.0.0.1\r\n", "Host: 127.0.0.1/x\r\n"]
+)
+def test_a_host_that_is_none_is_a_bad_request(server, header):
+    assert b" 400 " in raw(server[0], f"GET / HTTP/1.1\r\n{header}\r\n".encode())
+
+
+@pytest.mark.parametrize("asked", ["9" * 5000 + "-", "²-3", "--", "5-2"])
+def test_a_malformed_range_does_not_end_the_thread(server, asked, capfd):
+    address, _, page = server
+    clip = page["pairs"][0]["clips"][0]
+    request = f"GET /clips/{clip}.mp4 HTTP/1.1\r\nHost: 127.0.0.1\r\nRange: bytes={asked}\r\n\r\n"
+    answer = raw(address, request.encode("latin-1"))
+    assert b" 416 " in answer if asked == "5-2" else b" 200 " in answer
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_other_sites_can_neither_read_nor_vote(server):
+    """By a name of theirs that leads here (DNS rebinding), or by a request from a page of theirs."""
+    address, path, page = server
+    own = f"127.0.0.1:{address[1]}"
+    body = json.dumps(a_vote(page)).encode()
+
+    def status(method, **headers):
+        return ask(address, method, "/votes" if method == "POST" else "/", body, **headers)[0]
+
+    ndjson = {"Content_Type": "application/x-ndjson"}
+    assert status("GET", Host="evil.example") == status("GET", Host=f"evil.example:{address[1]}") == 403
+    assert status("POST", Host="evil.example", Origin="http://evil.example", **ndjson) == 403
+    for origin in ("http://evil.example", "http://127.0.0.1:1", "null", f"http://{own}@evil.example", "http://["):
+        assert status("POST", Host=own, Origin=origin, **ndjson) == 403
+    assert path.read_bytes() == b""
+    assert status("GET", Host="localhost") == status("GET", Host="[::1]:80") == 200
+    assert status("GET", Host="192.168.0.7:8000") == 200
+    assert status("POST", Host=own, Origin=f"http://{own}", **ndjson) == 200
+    assert len(path.read_bytes().splitlines()) == 1
+
+
+def test_a_proxy_is_known_by_its_public_name(study, tmp_path):
+    folder, page, _ = study
+    votes = collect.VoteFile(tmp_path / "votes.jsonl")
+    handler = partial(
+        collect.Handler, study=page, folder=folder, votes=votes, annotators=None, public_names=["Study.example"]
+    )
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        body = json.dumps(a_vote(page)).encode()
+        headers = {"Content_Type": "application/x-ndjson", "Origin": "https://study.example"}
+        for host, expected in {"study.example": 200, "127.0.0.1": 200, "other.example": 403}.items():
+            assert ask(running.server_address, "POST", "/votes", body, Host=host, **headers)[0] == expected
+        running.shutdown()
+    votes.file.close()
+
+
+def test_a_second_collector_on_one_file_is_refused(tmp_path):
+    pytest.importorskip("fcntl", reason="Windows locks no file so")
+    first = collect.VoteFile(tmp_path / "votes.jsonl")
+    with pytest.raises(SystemExit, match=r"another collect\.py is writing to it"):
+        collect.VoteFile(tmp_path / "votes.jsonl")
+    first.file.close()
+    collect.VoteFile(tmp_path / "votes.jsonl").file.close()
+
+
+def test_a_port_that_is_taken_is_said(server, study, tmp_path):
+    words = [str(study[0]), "--votes", str(tmp_path / "more.jsonl"), "--port", str(server[0][1])]
+    with pytest.raises(SystemExit, match="cannot be listened at"):
+        collect.main(collect.parse_args(words))
 
 
 def test_collect_as_a_command_listens_on_loopback_and_stops_cleanly(study, tmp_path):
@@ -804,7 +906,9 @@ def test_analysis_by_hand(small_key):
     assert "1-1-1" in text and "SYNTHETIC" not in text
     assert f"| {new} | 2 | 50.00 |" in text
     rows = (out / "votes.csv").read_text().splitlines()
-    assert len(rows) == 1 + 15 and rows[0].startswith("annotator,kind,pair,file_name,prompt,seed,left_model")
+    assert len(rows) == 1 + 15 and rows[0].startswith(
+        '"annotator","kind","pair","file_name","prompt","seed","left_model"'
+    )
     assert (out / "preferences.png").stat().st_size > 5000
 
 
@@ -826,16 +930,91 @@ def test_what_is_wrong_with_votes_is_said(small_key, tmp_path):
     key = json.loads(small_key.read_text())
     read, remarks = analyse.read_votes([path], key)
     assert len(read) == 1 and "line 2: cut off" in remarks[0]
-    for wrong, message in [
-        (cast("a", 1, "new") | {"study": "t"}, "line 2: not a vote of study s"),
-        (cast("a", 1, "new") | {"pair": "p9"}, "line 2: 'p9'"),
-        (cast("a", 1, "new") | {"left": "x"}, "line 2: 'x'"),
-        (cast("a", 1, "new", synthetic=True), "some of these votes are real and some synthetic"),
-    ]:
-        with pytest.raises(SystemExit, match=message):
-            run_analysis(small_key, [cast("a", 0, "new"), wrong])
+    with pytest.raises(SystemExit, match="some of these votes are real and some synthetic"):
+        run_analysis(small_key, [cast("a", 0, "new"), cast("a", 1, "new", synthetic=True)])
+    with pytest.raises(SystemExit, match=r"no votes that count.*\n- .*line 1: not a vote of study s"):
+        run_analysis(small_key, [cast("a", 0, "new") | {"study": "t"}])
     with pytest.raises(SystemExit, match="no votes that count"):
         run_analysis(small_key, [cast("a", 4, "new", "practice")])
+
+
+HOSTILE = {
+    "another study": ({"study": "t"}, "not a vote of study s"),
+    "study of another type": ({"study": ["s"]}, "not a vote of study s"),
+    "unknown pair": ({"pair": "p9"}, "pair is none"),
+    "pair of another type": ({"pair": ["p1"]}, "pair is missing"),
+    "unknown clip": ({"left": "x"}, "left is no clip"),
+    "clip of another pair": ({"right": "new2"}, "right is no clip"),
+    "clip of another type": ({"left": {}}, "left is missing"),
+    "the same clip on both sides": ({"left": "new1", "right": "new1"}, "same clip is on both sides"),
+    "unknown choice": ({"choice": "both"}, "choice is unknown"),
+    "choice of another type": ({"choice": []}, "choice is missing"),
+    "unknown kind": ({"kind": "extra"}, "kind is unknown"),
+    "kind of practice": ({"kind": "practice"}, "kind is another"),
+    "formula as a name": ({"annotator": "=1+1"}, "annotator is not"),
+    "name of another type": ({"annotator": None}, "annotator is missing"),
+    "seconds as text": ({"seconds_to_vote": "7"}, "seconds_to_vote"),
+    "seconds that are none": ({"seconds_to_vote": math.nan}, "seconds_to_vote"),
+    "endless seconds": ({"seconds_to_unlock": math.inf}, "seconds_to_unlock"),
+    "truth as a number": ({"replays": True}, "replays"),
+    "reasons as text": ({"reasons": "motion"}, "reasons"),
+    "reasons of another type": ({"reasons": [1]}, "reasons"),
+    "a picture as a reason": ({"reasons": ["![x](http://example.org/x.png)"]}, "a reason is none"),
+    "synthetic as text": ({"synthetic": "no"}, "synthetic"),
+    "time of another type": ({"time": 7}, "time is missing"),
+}
+HOSTILE_LINES = {
+    "no object": b"[1]",
+    "nothing": b"null",
+    "a number too long": b'{"study": ' + 5000 * b"9" + b"}",
+    "deep": 100_000 * b"[",
+    "no text": b"\xff\xfe\x00",
+    "cut off": b'{"study": "s", "anno',
+}
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, *HOSTILE_LINES])
+def test_a_hostile_line_is_left_out_by_number_and_the_others_count(small_key, tmp_path, name):
+    message = "left out"
+    if name in HOSTILE:
+        changes, message = HOSTILE[name]
+        line = json.dumps(cast("b", 1, "new") | changes).encode()
+    else:
+        line = HOSTILE_LINES[name]
+    good = [json.dumps(cast("a", pair, "new")).encode() for pair in (0, 1)]
+    path = tmp_path / "votes.jsonl"
+    path.write_bytes(b"\n".join([good[0], line, good[1]]))
+    out = tmp_path / "report"
+    analyse.main(analyse.parse_args(["--key", str(small_key), "--votes", str(path), "--output_dir", str(out)]))
+    report = json.loads((out / "report.json").read_text())
+    assert report["all_votes"]["counts"] == {LABELS[0]: 0, LABELS[1]: 2, NEITHER: 0}
+    (remark,) = (line for line in (out / "report.md").read_text().splitlines() if "line 2" in line)
+    assert message in remark and remark.endswith("left out") and "http" not in remark
+
+
+def test_a_missing_key_leaves_the_line_out(small_key):
+    key = json.loads(small_key.read_text())
+    whole = cast("a", 0, "new")
+    for name in set(whole) - {"study"}:
+        vote = {key: value for key, value in whole.items() if key != name}
+        with pytest.raises(ValueError, match=name):
+            analyse.check_vote(vote, key)
+
+
+@pytest.mark.parametrize("formula", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r\n=1", "\uff1d1", "\ufeff=1"])
+def test_no_cell_is_run_by_a_spreadsheet(small_key, formula):
+    key = json.loads(small_key.read_text())
+    key["pairs"]["p0"]["prompt"] = formula
+    key["pairs"]["p1"]["prompt"] = "a dog; =1+1"
+    small_key.write_text(json.dumps(key))
+    votes = [cast("-1", pair, "new") | {"time": formula} for pair in (0, 1)]
+    _, _, out = run_analysis(small_key, votes)
+    text = (out / "votes.csv").read_text(encoding="utf-8")
+    with (out / "votes.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["prompt"] == rows[0]["time"] == f"'{formula}" and rows[0]["annotator"] == "'-1"
+    assert '"a dog; =1+1"' in text  # in quotes, or a spreadsheet that parts at semicolons would run it
+    assert rows[0]["pair"] == "p0" and rows[0]["seconds_to_vote"] == "8.0"
 
 
 def test_a_demo_does_not_replace_a_report(small_key, tmp_path):
@@ -853,7 +1032,7 @@ def test_demo_votes_are_called_synthetic_everywhere(small_key, capsys):
     analyse.main(analyse.parse_args(["--key", str(small_key), "--demo", "3", "--output_dir", str(out)]))
     assert "SYNTHETIC" in (out / "report.md").read_text() and "SYNTHETIC" in capsys.readouterr().out
     rows = (out / "votes.csv").read_text().splitlines()
-    assert rows[0].endswith(",synthetic") and all(row.endswith(",True") for row in rows[1:]) and len(rows) > 12
+    assert rows[0].endswith(',"synthetic"') and all(row.endswith(",True") for row in rows[1:]) and len(rows) > 12
     report = json.loads((out / "report.json").read_text())
     assert report["synthetic"] is True
     assert analyse.draw_preferences(report).axes[0].get_title() == analyse.SYNTHETIC
