@@ -112,7 +112,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -138,13 +143,27 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2
 MAX_SEQUENCE_LENGTH = 512  # what WanPipeline.__call__ pads to; encode_prompt's own default is 226
 EMA_DECAY = 0.999  # reached gradually
 # torch's operators in which its attention ends: what selective checkpointing keeps
-ATTENTION_OPERATORS = (
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
+KEPT_OPERATORS = (
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
 )
+
+
+class FlashAttention(NamedTuple):
+    """A kernel of Hopper GPUs that torch can put in the place of its own flash attention."""
+
+    name: str  # torch's
+    module: str
+    install: str
+
+
+FLASH_ATTENTION = {
+    "flash_3": FlashAttention("FA3", "flash_attn_interface", "build hopper/ of github.com/Dao-AILab/flash-attention"),
+    "flash_4": FlashAttention("FA4", "flash_attn.cute", "pip install flash-attn-4==4.0.0b18"),
+}
 # Where a pipeline has its transformer, by `--expert`: Wan2.2 T2V-A14B has one for high noise and one for low noise
 SUBFOLDERS = {None: "transformer", "high": "transformer", "low": "transformer_2"}
 OTHER_EXPERT = {"high": "low", "low": "high"}
@@ -548,9 +567,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adam_weight_decay", type=non_negative_float, default=1e-2, help="decoupled weight decay")
     add("--max_grad_norm", type=non_negative_float, default=1.0, help="clip the gradient's norm; 0: never")
     add("--gradient_checkpointing", nargs="?", const="full", choices=["none", "selective", "full", "offload"],
-        default="full", help="recompute activations (81 frames fit); selective keeps attention's, the costliest to"
-        " recompute; offload is full with the blocks' inputs in RAM (14B, 81 frames: 12.5 GiB)")
-    add("--attention_backend", help="diffusers' name of a kernel, such as _native_cudnn (default: torch chooses)")
+        default="full", help="recompute activations (81 frames fit); selective keeps self-attention's, which cost most"
+        " to recompute; offload is full with the blocks' inputs in RAM (14B, 81 frames: 12.5 GiB)")
+    add("--attention_backend", help="diffusers' name of a kernel, such as _native_cudnn, or flash_3 or flash_4 on a"
+        " Hopper GPU, whose gradients are not the same to the bit each time (default: torch chooses)")
     add("--mixed_precision", choices=["no", "bf16"], help="default: bf16 on a GPU, where no is TF32; no on a CPU")
     add("--torch_compile", action=switch, default=False, help="compile the transformer's repeated block")
     add("--use_ema", action=switch, default=False, help="keep, validate and publish an average (decay 0.999)")
@@ -876,7 +896,9 @@ def check_args(args: argparse.Namespace) -> None:
     for package in packages:
         if not importlib.util.find_spec(package):
             problems.append(f"a package is missing: pip install {package}")
-    if args.attention_backend and args.attention_backend not in [name.value for name in AttentionBackendName]:
+    if args.attention_backend in FLASH_ATTENTION:
+        problems += flash_attention_problems(args.attention_backend)
+    elif args.attention_backend and args.attention_backend not in [name.value for name in AttentionBackendName]:
         problems.append(f"--attention_backend {args.attention_backend}: diffusers knows no kernel of that name")
     elif args.attention_backend and "sage" in args.attention_backend:
         problems.append("--attention_backend: sage has no backward pass, and to_q, to_k, to_v would not be trained")
@@ -910,6 +932,24 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(problems[0])
     if problems:
         raise ValueError("\n- ".join(["these settings do not work:", *problems]))
+
+
+def flash_attention_problems(backend: str) -> list[str]:
+    """Say what keeps this machine from using `flash_3` or `flash_4`: the GPU, torch, or the package."""
+    if not torch.cuda.is_available():
+        return [f"--attention_backend {backend} needs a GPU of the Hopper generation or newer"]
+    if torch.cuda.get_device_capability() < (9, 0):
+        return [f"--attention_backend {backend}: {torch.cuda.get_device_name()} is older than Hopper; leave it out"]
+    if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
+        return [f"--attention_backend {backend}: torch {torch.__version__} cannot; pip install -U 'torch<2.14'"]
+    kernel = FLASH_ATTENTION[backend]
+    try:
+        found = importlib.util.find_spec(kernel.module)
+    except ModuleNotFoundError:
+        found = None
+    if not found:
+        return [f"--attention_backend {backend}: a package is missing: {kernel.install}"]
+    return []
 
 
 def with_trigger(args: argparse.Namespace, caption: str) -> str:
@@ -1144,16 +1184,32 @@ def load_transformer(args: argparse.Namespace, wan: Wan) -> WanTransformer3DMode
     if args.gradient_checkpointing == "full":
         transformer.enable_gradient_checkpointing()
     elif args.gradient_checkpointing == "selective":
-        kept = [getattr(torch.ops.aten, name).default for name in ATTENTION_OPERATORS]
-        context_fn = functools.partial(create_selective_checkpoint_contexts, kept)
+        context_fn = functools.partial(create_selective_checkpoint_contexts, keep_self_attention)
         transformer.enable_gradient_checkpointing(
             functools.partial(checkpoint, context_fn=context_fn, use_reentrant=False)
         )
     elif args.gradient_checkpointing == "offload":
         transformer.enable_gradient_checkpointing(checkpoint_in_ram)
-    if args.attention_backend:
+    if args.attention_backend in FLASH_ATTENTION:
+        # They take the place of torch's own flash kernel, behind the same operator.
+        torch.nn.attention.activate_flash_attention_impl(FLASH_ATTENTION[args.attention_backend].name)
+        transformer.set_attention_backend("_native_flash")
+    elif args.attention_backend:
         transformer.set_attention_backend(args.attention_backend)
     return transformer.train().requires_grad_(args.train_type == "full")
+
+
+def keep_self_attention(
+    context: SelectiveCheckpointContext, operator: torch._ops.OpOverload, *args, **kwargs
+) -> CheckpointPolicy:
+    """Keep the result of self-attention, and compute all else once more.
+
+    Cross-attention, to the caption's 512 tokens, takes as much memory and costs little to compute again. They are
+    told apart by the lengths of query and key, the operator's first arguments, `(B, heads, length, width)`.
+    """
+    if operator in KEPT_OPERATORS and args[0].shape[-2] == args[1].shape[-2]:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def checkpoint_in_ram(

@@ -468,6 +468,7 @@ def training_flops(settings: argparse.Namespace, latents_shape: tuple[int, ...])
     tokens = math.prod(latents_shape[2:]) // math.prod(model.config.patch_size)
     width = model.config.num_attention_heads * model.config.attention_head_dim
     attention = 4.0 * tokens * (tokens + TEXT_TOKENS) * width * model.config.num_layers
+    self_attention = 4.0 * tokens * tokens * width * model.config.num_layers
     forward = attention
     blocks = attention
     useful = 3 * attention
@@ -494,7 +495,7 @@ def training_flops(settings: argparse.Namespace, latents_shape: tuple[int, ...])
             useful += flops
         if layer.weight.requires_grad:
             useful += flops
-    recomputed = {"none": 0.0, "selective": blocks - attention, "full": blocks, "offload": blocks}
+    recomputed = {"none": 0.0, "selective": blocks - self_attention, "full": blocks, "offload": blocks}
     hardware = useful + recomputed[settings.gradient_checkpointing]
     flops = {"forward": forward, "attention": attention, "useful": useful, "hardware": hardware}
     return {name: latents_shape[0] * value for name, value in flops.items()}
