@@ -122,27 +122,6 @@ def bars(monkeypatch):
     Bars.made.clear()
 
 
-class Clock:
-    """A clock that goes on only when it is told to."""
-
-    seconds = 1e6
-
-    def __call__(self) -> float:
-        return self.seconds
-
-    def pause(self) -> None:
-        self.seconds += 1000
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr("tqdm.std.time", clock)  # which a bar takes when it is made
-    for name in ("perf_counter", "monotonic"):
-        monkeypatch.setattr(train_ltd.time, name, clock)
-    return clock
-
-
 def test_the_time_that_is_left_counts_no_pauses(run, monkeypatch, bars, clock):
     """A step takes a second; a sample, held-out errors and a checkpoint a thousand each."""
 
@@ -151,7 +130,7 @@ def test_the_time_that_is_left_counts_no_pauses(run, monkeypatch, bars, clock):
         return train_ltd.compute_loss(*args)
 
     for name in ("save_checkpoint", "evaluate", "sample_videos"):
-        strike(monkeypatch, train_ltd, name, None, clock.pause)
+        strike(monkeypatch, train_ltd, name, None, lambda: clock.pass_time(1000))
     run(one_second, **LOOKS, validation_fraction=0.2, checkpointing_steps=3, max_train_steps=6)
     (training,) = [bar for bar in bars if bar.desc == "training"]
     assert training.n == 6 and clock.seconds > 1e6 + 10_000
