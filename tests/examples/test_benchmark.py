@@ -322,6 +322,35 @@ def test_cost_reads_a_full_fine_tune_of_the_papers_recipe_only(tmp_path):
     assert cost.read_step("6.5") == (6.5, "paper")
 
 
+@pytest.mark.parametrize("expert", [None, "low"])
+def test_cost_of_a_run(tmp_path, capsys, expert):
+    """What is computed for all of it, and what was measured until its last line, on two GPUs."""
+    folder = tmp_path / "low_noise" if expert else tmp_path
+    folder.mkdir(exist_ok=True)
+    (folder / "estimate.json").write_text(json.dumps({"steps": 1000, "total_hours": 2.5, "processes": 2}))
+    rows = [
+        {"step": 10, "loss": 1.0, "hours": 0.1},
+        {"step": 20, "loss": 1.0, "hours": 0.75},
+        {"step": 20, "val/mse": 1},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cost.main(cost.parse_args([str(tmp_path), "--price_per_gpu_hour=3"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:] == [
+        "| the whole run, computed | 1000 | 2.50 | 2 | 5.00 | 15.00 |",
+        "| until its last line, measured | 20 | 0.75 | 2 | 1.50 | 4.50 |",
+    ]
+    with pytest.raises(ValueError, match=r"has no estimate\.json"):
+        cost.run_table(str(tmp_path / "elsewhere"), None)
+
+
+def test_cost_reads_what_a_run_writes(run):
+    output = run(max_train_steps=3)
+    table = cost.run_table(str(output), None).splitlines()
+    assert table[2].startswith("| the whole run, computed | 3 | ") and table[2].endswith(" | - |")
+    assert table[3].startswith("| until its last line, measured | 3 | ")
+
+
 def test_cost_of_a_lora_counts_both_experts(tmp_path):
     file = tmp_path / "run.json"
     rows = {}
