@@ -27,9 +27,8 @@ echo "[4/4] measuring the samples"
 "$PYTHON" examples/nano/degrees_turned.py $run | tee $run/in_words.txt
 "$PYTHON" examples/visualize_ltd.py maps --ltd_only --video $out/clips/orbit-t0-00000.mp4 --output_dir $run \
   --pretrained_model_name_or_path examples/nano/wan-nano --height 96 --width 96 --num_frames 33 > /dev/null
-notes=()
-while read -r sentence; do notes+=(--note "$sentence"); done < $run/in_words.txt
-"$PYTHON" examples/gallery.py $run "${notes[@]}" > /dev/null
+{ read -r before; read -r after; } < $run/in_words.txt
+"$PYTHON" examples/gallery.py $run --note "$before" --note "$after" > /dev/null
 cat <<MSG
 
 Open
