@@ -143,16 +143,21 @@ def orbits():
 
 
 def test_an_orbit_goes_once_around_the_middle_and_comes_back(orbits):
+    starts = set()
     for spec, _, truth, text in orbits:
         (position,) = truth["position"] - sprites.SIZE / 2
         assert np.hypot(*position.T) == pytest.approx(sprites.ORBIT_RADIUS, abs=1e-3)
-        # From the top, by the right: clockwise on the screen, where y points down
-        assert position[0] == pytest.approx((0, -sprites.ORBIT_RADIUS), abs=1e-3)
-        assert position[8] == pytest.approx((sprites.ORBIT_RADIUS, 0), abs=1e-3)
+        starts.add(round(float(np.degrees(np.arctan2(*position[0])))))
+        # Clockwise on the screen, where y points down: from the right downward, from the bottom to the left
+        x, y = position[0]
+        assert position[8] == pytest.approx((-y, x), abs=1e-3)
+        assert position[16] == pytest.approx((-x, -y), abs=1e-3)
         assert position[-1] == pytest.approx(position[0], abs=1e-3)
+        assert spec.sprites[0].radius + np.abs(position).max() < sprites.SIZE / 2  # all of it stays on the screen
         difference = (position[2:] - position[:-2]) / 2
         assert np.abs(difference - truth["velocity"][0, 1:-1]).max() < 0.05
         assert text.startswith("orbit, a ") and sprites.parse_caption(text) == sprites.caption_words(spec)
+    assert len(starts) == len(orbits)
     with pytest.raises(ValueError, match="not a sprite caption"):
         sprites.parse_caption("orbit, a large red circle moves quickly to the left over a blue gradient")
 
