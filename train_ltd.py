@@ -3738,7 +3738,7 @@ def read_image(path: str, args: argparse.Namespace) -> Image.Image:
     try:
         clips, _ = read_clip(path, Bucket(1, args.height, args.width), args.fps)
     except (OSError, ClipError, av.FFmpegError) as error:
-        raise ValueError(f"--validation_image {path} cannot be read ({error}); give a picture") from error
+        raise ValueError(f"the picture {path} cannot be read ({error}); give another, such as a PNG") from error
     return to_image(clips[0, 0])
 
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import av
+import generate
 import numpy as np
 import pytest
 import torch
@@ -528,7 +529,7 @@ def test_flags_of_a_first_frame_that_the_model_does_not_take(run, families, tmp_
 
 def test_unreadable_picture_is_named_before_anything_is_encoded(run, families, tmp_path):
     (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"--validation_image .*a\.png cannot be read"):
+    with pytest.raises(ValueError, match=r"the picture .*a\.png cannot be read"):
         run(**families["i2v"], validation_prompt="a", validation_image=tmp_path / "a.png")
     assert not (tmp_path / "cache").exists()
 
@@ -566,3 +567,62 @@ def test_single_file_of_another_model_is_refused(run, families, tmp_path, base, 
     save_file({key: torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=re.escape(message)):
         run(**families[base], transformer_path=tmp_path / "other.safetensors")
+
+
+# --- examples/generate.py --------------------------------------------------------------------------------------------
+
+
+def generate_line(family: dict, output: Path) -> list[str]:
+    line = ["--preset=nano", f"--pretrained_model_name_or_path={family['pretrained_model_name_or_path']}"]
+    line += [f"--{name}={value}" for name, value in size_of(family).items()]
+    return [*line, f"--num_frames={NUM_FRAMES}", "--num_inference_steps=4", f"--output_dir={output}"]
+
+
+@pytest.mark.parametrize("name", ["i2v", "high", "5b"])
+def test_generate_starts_from_a_picture(families, tmp_path, monkeypatch, name):
+    """Each prompt from its own: what the stock pipeline makes of them; and the record knows the pictures."""
+    family = families[name]
+    pictures = [picture_of(moving_frames(family)), picture_of(moving_frames(family).flip(0))]
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{number}.png")
+    videos = []
+    sample = generate.sample
+    monkeypatch.setattr(generate, "sample", lambda *args: videos.append(sample(*args)) or videos[-1])
+    line = generate_line(family, tmp_path / "videos")
+    line += [f"--image={tmp_path / '0.png'}", f"--image={tmp_path / '1.png'}", "--prompt=a square", "--prompt=a dog"]
+    generate.main(generate.parse_args(line))
+    record = json.loads((tmp_path / "videos/generation.json").read_text())["videos"]
+    pipeline = stock_pipeline(family)
+    for number, (entry, made) in enumerate(zip(record.values(), videos, strict=True)):
+        assert entry["image"].startswith(f"{number} {number}.png ")
+        expected = pipeline(
+            pictures[number],
+            entry["prompt"],
+            negative_prompt="",
+            num_frames=NUM_FRAMES,
+            num_inference_steps=4,
+            guidance_scale=4.0,
+            generator=torch.Generator().manual_seed(entry["seed"]),
+            **size_of(family),
+        ).frames[0]
+        assert np.abs(made[0] - expected).max() < 1e-4
+
+    pictures[1].save(tmp_path / "0.png")
+    with pytest.raises(ValueError, match="was made otherwise"):
+        generate.main(generate.parse_args(line))
+
+
+def test_generate_refuses_pictures_that_do_not_fit(families, tiny_wan, tmp_path):
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "a.png")
+    image = f"--image={tmp_path / 'a.png'}"
+    text = {"pretrained_model_name_or_path": tiny_wan}
+    cases = [
+        (families["i2v"], [], "--image: .* starts from a picture; give one"),
+        (text, [image], "--image: .* takes none"),
+        (families["i2v"], [image, image, "--prompt=b", "--prompt=c"], "2 pictures for 3 prompts"),
+        (families["i2v"], [image, "--batch_size=2"], "--image goes with --batch_size 1"),
+        (families["i2v"], ["--image=nothing.png"], "--image nothing.png: no such file"),
+    ]
+    for family, flags, message in cases:
+        with pytest.raises(ValueError, match=message):
+            generate.main(generate.parse_args([*generate_line(family, tmp_path / "out"), "--prompt=a", *flags]))
