@@ -113,7 +113,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -139,13 +144,27 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2
 MAX_SEQUENCE_LENGTH = 512  # what WanPipeline.__call__ pads to; encode_prompt's own default is 226
 EMA_DECAY = 0.999  # reached gradually
 # torch's operators in which its attention ends: what selective checkpointing keeps
-ATTENTION_OPERATORS = (
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
+KEPT_OPERATORS = (
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
 )
+
+
+class FlashAttention(NamedTuple):
+    """A kernel of Hopper GPUs that torch can put in the place of its own flash attention."""
+
+    name: str  # torch's
+    module: str
+    install: str
+
+
+FLASH_ATTENTION = {
+    "flash_3": FlashAttention("FA3", "flash_attn_interface", "build hopper/ of github.com/Dao-AILab/flash-attention"),
+    "flash_4": FlashAttention("FA4", "flash_attn.cute", "pip install flash-attn-4==4.0.0b18"),
+}
 # Where a pipeline has its transformer, by `--expert`: Wan2.2 A14B has one for high noise and one for low noise
 SUBFOLDERS = {None: "transformer", "high": "transformer", "low": "transformer_2"}
 OTHER_EXPERT = {"high": "low", "low": "high"}
@@ -249,6 +268,7 @@ CUT_RATIO = 4.0  # a gap this many times the clip's median gap is taken for a ha
 SIGMA_DRAWS = 1024
 EVAL_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of held-out errors, as shares of the range that is trained
 MAX_BAD_STEPS = 10
+ESTIMATE_STEPS = 5  # of which the first is left out: it compiles, and fills caches
 STRIP_FRAMES = 8  # of a sample in tensorboard
 # What of metrics.jsonl trackers get beside `val/`, and by which name: few curves, in groups
 TRACKED = {
@@ -270,6 +290,8 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped early with a checkpoint,
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
+TRIAL_FILE = "trial_skipped.jsonl"  # what a trial says of the videos that it does not train on
+ESTIMATE_FILE = "estimate.json"  # examples/benchmark/cost.py reads it
 MAX_FILE_NAME = 200  # bytes; file systems take 255
 MAX_SAMPLE_NAME = 60  # characters of a prompt in the name of its sample
 SUMS_FILE = "SHA256SUMS"  # in a checkpoint, as `sha256sum -c` reads it
@@ -540,7 +562,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--caption_dropout", type=share, default=0.1, help="share of samples with an empty caption; guidance needs it")
     add("--first_frame_share", type=share, help="share of samples that are given their first frame, which is left out"
         " of the loss: TI2V-5B trained as image-to-video (default: 0; I2V models are always given it)")
-    add("--validation_fraction", type=share, help="hold out this share of the videos, such as 0.1")
+    add("--validation_fraction", type=share, help="hold out this share of the videos, such as 0.1; 0: none")
     add("--validation_split", help="hold out this split of the dataset")
     add("--cache_dir", type=user_path,
         help="encoded clips and captions, reusable by other runs (default: OUTPUT_DIR/cache)")
@@ -570,9 +592,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adam_weight_decay", type=non_negative_float, default=1e-2, help="decoupled weight decay")
     add("--max_grad_norm", type=non_negative_float, default=1.0, help="clip the gradient's norm; 0: never")
     add("--gradient_checkpointing", nargs="?", const="full", choices=["none", "selective", "full", "offload"],
-        default="full", help="recompute activations (81 frames fit); selective keeps attention's, the costliest to"
-        " recompute; offload is full with the blocks' inputs in RAM (14B, 81 frames: 12.5 GiB)")
-    add("--attention_backend", help="diffusers' name of a kernel, such as _native_cudnn (default: torch chooses)")
+        default="full", help="recompute activations (81 frames fit); selective keeps self-attention's, which cost most"
+        " to recompute; offload is full with the blocks' inputs in RAM (14B, 81 frames: 12.5 GiB)")
+    add("--attention_backend", help="diffusers' name of a kernel, such as _native_cudnn, or flash_3 or flash_4 on a"
+        " Hopper GPU, whose gradients are not the same to the bit each time (default: torch chooses)")
     add("--mixed_precision", choices=["no", "bf16"], help="default: bf16 on a GPU, where no is TF32; no on a CPU")
     add("--torch_compile", action=switch, default=False, help="compile the transformer's repeated block")
     add("--use_ema", action=switch, default=False, help="keep, validate and publish an average (decay 0.999)")
@@ -631,6 +654,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
             # Both say how long a run is: what the command line says counts.
             recipe.pop("num_train_epochs", None)
             recipe.pop("max_train_steps", None)
+        if args.validation_split or args.validation_fraction is not None:
+            recipe.pop("validation_split", None)
+            recipe.pop("validation_fraction", None)
         for name in LIST_FLAGS:
             if getattr(args, name):
                 recipe.pop(name, None)  # argparse would add the command line's to them
@@ -873,8 +899,8 @@ def check_args(args: argparse.Namespace) -> None:
             problems.append("--sizes has a size twice")
     if args.streaming and any(source.path for source in args.sources):
         problems.append("--streaming goes with --dataset_name; a local folder needs none")
-    if args.validation_fraction in (0, 1):
-        problems.append(f"--validation_fraction must be in (0, 1), got {args.validation_fraction}")
+    if args.validation_fraction == 1:
+        problems.append("--validation_fraction 1 leaves no video to train on; hold out less, or 0 for none")
     if args.validation_fraction and args.validation_split:
         problems.append("give one of --validation_fraction and --validation_split")
     if args.validation_split and re.fullmatch(r"[\d.]+", args.validation_split):
@@ -911,7 +937,9 @@ def check_args(args: argparse.Namespace) -> None:
     for package in packages:
         if not importlib.util.find_spec(package):
             problems.append(f"a package is missing: pip install {package}")
-    if args.attention_backend and args.attention_backend not in [name.value for name in AttentionBackendName]:
+    if args.attention_backend in FLASH_ATTENTION:
+        problems += flash_attention_problems(args.attention_backend)
+    elif args.attention_backend and args.attention_backend not in [name.value for name in AttentionBackendName]:
         problems.append(f"--attention_backend {args.attention_backend}: diffusers knows no kernel of that name")
     elif args.attention_backend and "sage" in args.attention_backend:
         problems.append("--attention_backend: sage has no backward pass, and to_q, to_k, to_v would not be trained")
@@ -945,6 +973,24 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(problems[0])
     if problems:
         raise ValueError("\n- ".join(["these settings do not work:", *problems]))
+
+
+def flash_attention_problems(backend: str) -> list[str]:
+    """Say what keeps this machine from using `flash_3` or `flash_4`: the GPU, torch, or the package."""
+    if not torch.cuda.is_available():
+        return [f"--attention_backend {backend} needs a GPU of the Hopper generation or newer"]
+    if torch.cuda.get_device_capability() < (9, 0):
+        return [f"--attention_backend {backend}: {torch.cuda.get_device_name()} is older than Hopper; leave it out"]
+    if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
+        return [f"--attention_backend {backend}: torch {torch.__version__} cannot; pip install -U 'torch<2.14'"]
+    kernel = FLASH_ATTENTION[backend]
+    try:
+        found = importlib.util.find_spec(kernel.module)
+    except ModuleNotFoundError:
+        found = None
+    if not found:
+        return [f"--attention_backend {backend}: a package is missing: {kernel.install}"]
+    return []
 
 
 def with_trigger(args: argparse.Namespace, caption: str) -> str:
@@ -1288,16 +1334,32 @@ def load_transformer(args: argparse.Namespace, wan: Wan) -> WanTransformer3DMode
     if args.gradient_checkpointing == "full":
         transformer.enable_gradient_checkpointing()
     elif args.gradient_checkpointing == "selective":
-        kept = [getattr(torch.ops.aten, name).default for name in ATTENTION_OPERATORS]
-        context_fn = functools.partial(create_selective_checkpoint_contexts, kept)
+        context_fn = functools.partial(create_selective_checkpoint_contexts, keep_self_attention)
         transformer.enable_gradient_checkpointing(
             functools.partial(checkpoint, context_fn=context_fn, use_reentrant=False)
         )
     elif args.gradient_checkpointing == "offload":
         transformer.enable_gradient_checkpointing(checkpoint_in_ram)
-    if args.attention_backend:
+    if args.attention_backend in FLASH_ATTENTION:
+        # They take the place of torch's own flash kernel, behind the same operator.
+        torch.nn.attention.activate_flash_attention_impl(FLASH_ATTENTION[args.attention_backend].name)
+        transformer.set_attention_backend("_native_flash")
+    elif args.attention_backend:
         transformer.set_attention_backend(args.attention_backend)
     return transformer.train().requires_grad_(args.train_type == "full")
+
+
+def keep_self_attention(
+    context: SelectiveCheckpointContext, operator: torch._ops.OpOverload, *args, **kwargs
+) -> CheckpointPolicy:
+    """Keep the result of self-attention, and compute all else once more.
+
+    Cross-attention, to the caption's 512 tokens, takes as much memory and costs little to compute again. They are
+    told apart by the lengths of query and key, the operator's first arguments, `(B, heads, length, width)`.
+    """
+    if operator in KEPT_OPERATORS and args[0].shape[-2] == args[1].shape[-2]:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def checkpoint_in_ram(
@@ -2426,7 +2488,9 @@ def hold_out(clips: list[Clip], args: argparse.Namespace) -> tuple[list[Clip], l
     identities = sorted({clip.identity for clip in clips}, key=lambda identity: cache_key(1, args.seed, identity))
     count = max(1, round(args.validation_fraction * len(identities)))
     if count == len(identities):
-        raise ValueError(f"--validation_fraction {args.validation_fraction} leaves no video to train on")
+        raise ValueError(
+            f"--validation_fraction {args.validation_fraction} leaves no video to train on; 0 holds out none"
+        )
     chosen = set(identities[:count])
     training = [clip for clip in clips if clip.identity not in chosen]
     held_out = [clip for clip in clips if clip.identity in chosen]
@@ -3852,15 +3916,19 @@ def validate(run: "Run", args: argparse.Namespace) -> None:
         return
     with averaged_weights(run.transformer, run.ema):
         if evaluates:
+            started = time.perf_counter()
             rows = evaluate(run.wan, run.transformer, run.held_out, run.motion_bounds, run.accelerator, args)
             metrics = held_out_metrics(rows, run.held_out.clips, args)
             log_metrics(run.accelerator, metrics, step, args)
             logger.info(f"step {step}: held-out mse {metrics['val/mse']:.4f}")
+            run.seconds["evaluating"] = time.perf_counter() - started
         if samples and not stop_is_asked(run):
             logger.info(
                 f"step {step}: sampling {len(args.validation_prompt)} prompts into {results_folder(args)}/samples"
             )
+            started = time.perf_counter()
             sample_videos(run, args)
+            run.seconds["sampling"] = time.perf_counter() - started
     run.accelerator.unwrap_model(run.transformer).train()
 
 
@@ -3920,9 +3988,14 @@ def peak_memory(device: torch.device) -> float:
     """Return the peak in GiB: of the GPU, or of the process where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        import psutil  # which accelerate needs
+
+        return psutil.Process().memory_info().peak_wset / 2**30
     import resource  # Windows has none
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -4360,6 +4433,8 @@ class Run:
     resumed_at: int | None = None  # step of the checkpoint that was loaded
     saved: Path | None = None  # the newest checkpoint
     upload: Future | None = None  # of the newest of state.pushed
+    seconds: dict[str, float] = field(default_factory=dict)  # caching, evaluating and sampling took, the last time
+    rows: int | None = None  # of the whole dataset, in a trial on the first ones
 
     def hours(self) -> float:
         """Return the hours of all parts of the run until now."""
@@ -4434,7 +4509,12 @@ def samples_per_update(args: argparse.Namespace, accelerator: Accelerator) -> in
 def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
     """Prepare data, model, optimizer and schedule. Raises `ValueError` when the clips are too few for one update."""
     # Data
+    rows = None
+    if args.max_train_samples and args.train_data_dir and accelerator.is_main_process:
+        rows = survey(args)
+    started = time.perf_counter()
     clips, held_out, captions = prepare_data(args, accelerator, wan=wan)
+    caching = time.perf_counter() - started
     samples = []
     for clip in clips:
         samples += [clip] * args.sources[clip.source].repeats
@@ -4536,10 +4616,55 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
         facts={},
         state=TrainState(tracker_run=f"{Path(args.output_dir).resolve().name}-{int(time.time())}"),
         notice=StopNotice(),
+        seconds={"caching": caching},
+        rows=rows,
     )
     run.facts = run_facts(run, args)
     logger.info("; ".join(f"{name}: {value}" for name, value in run.facts.items()))
     return run
+
+
+def survey(args: argparse.Namespace) -> int:
+    """Say before a trial which videos of the whole folder would be skipped, and if the whole run would refuse that.
+
+    That is told by their packets; nothing is decoded. Returns how many rows there are.
+    """
+    dataset, folder = open_dataset(args, args.dataset_split)
+    lines = []
+    for row in tqdm(dataset, desc="looking through all videos", unit="video", leave=False):
+        reason = find_fault(row["video"], folder, args)
+        if reason:
+            lines.append({"file": str(row["video"]), "reason": reason})
+    rows = len(dataset)
+    if not lines:
+        logger.info(f"all {rows} videos, and not only those of this trial, look as if they can be used")
+        return rows
+    with open(Path(args.output_dir, TRIAL_FILE), "w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    allowed = len(lines) < rows and len(lines) <= args.max_skipped * rows
+    verdict = "go on without them" if allowed else "refuse"
+    examples = "; ".join(f"{line['file']}: {line['reason']}" for line in lines[:3])
+    logger.warning(
+        f"of all {rows} videos, {len(lines)} would be skipped, and the whole run, with --max_skipped "
+        f"{args.max_skipped:g}, would {verdict}: {examples}; all in {TRIAL_FILE}"
+    )
+    return rows
+
+
+def find_fault(value: str | dict | bytes | None, folder: Path, args: argparse.Namespace) -> str | None:
+    """Say why a video cannot be used, as far as its packets tell."""
+    try:
+        seconds = video_seconds(locate_clip(value, folder, args))
+    except ClipError as error:
+        return str(error)
+    except (OSError, av.FFmpegError) as error:
+        return f"cannot be read: {error}"
+    frames = max(1, int(seconds * args.fps + TIME_TOLERANCE))
+    shortest = min(bucket.frames for bucket in training_buckets(args))
+    if frames < shortest:
+        return f"too short: {frames} frames at {args.fps:g} fps, {shortest} needed"
+    return None
 
 
 def base_identity(args: argparse.Namespace) -> str:
@@ -4596,7 +4721,10 @@ def train(run: Run, args: argparse.Namespace, compute_loss: Callable) -> None:
     history = []  # of the finite micro-batches since the last log line: loss and errors
     micro_batches = []  # the same of this update
     names = []  # of this update's clips
+    step_seconds = []  # of the first updates
+    estimate_step = min(state.step + ESTIMATE_STEPS, run.max_steps)
     started = time.perf_counter()
+    step_started = started
     for epoch in range(first_epoch, math.ceil(run.max_steps / run.updates_per_epoch)):
         run.dataset.epoch = epoch
         run.dataloader.set_epoch(epoch)
@@ -4656,6 +4784,7 @@ def train(run: Run, args: argparse.Namespace, compute_loss: Callable) -> None:
             micro_batches = []
             names = []
             last = state.step == run.max_steps
+            step_seconds.append(time.perf_counter() - step_started)
 
             # ---- once in a while: log, checkpoint, validate ----
             if history and (state.step % args.logging_steps == 0 or last):
@@ -4669,11 +4798,14 @@ def train(run: Run, args: argparse.Namespace, compute_loss: Callable) -> None:
                     "clips_per_second": run.samples_per_update / seconds,
                     "peak_memory_gib": max(gather_object([peak_memory(accelerator.device)])),
                     "skipped_steps": state.skipped_steps,
+                    "hours": run.hours(),
                 }
                 log_metrics(accelerator, metrics, state.step, args)
                 progress.set_postfix(loss=f"{metrics['loss']:.4f}", mse=f"{metrics['mse']:.4f}")
                 history = []
                 started = time.perf_counter()
+            if state.step == estimate_step:
+                log_estimate(run, step_seconds, args)
             paused = time.perf_counter()
             if state.step % args.checkpointing_steps == 0 or last:
                 save_checkpoint(run, args)
@@ -4684,8 +4816,103 @@ def train(run: Run, args: argparse.Namespace, compute_loss: Callable) -> None:
                 # The time that is left is told from the rate, to which a pause does not belong.
                 progress.start_t += pause
                 progress.last_print_t += pause
+            step_started = time.perf_counter()
             if last:
                 return
+
+
+def estimate_run(run: Run, step_seconds: list[float], args: argparse.Namespace) -> dict:
+    """Compute from its first steps what the run takes in hours and GiB; of a trial, what the whole folder takes."""
+    both = run.dataset.clips + run.held_out.clips
+    clips = len(both)
+    cache = sum(Path(args.cache_dir, clip.path).stat().st_size for clip in both)
+    encoded = sum(clip.encoded for clip in both)
+    updates_per_epoch = run.updates_per_epoch
+    caching = run.seconds["caching"]
+    if run.rows:
+        share_tried = min(1, args.max_train_samples / run.rows)
+        clips = round(clips / share_tried)
+        cache /= share_tried
+        updates_per_epoch = round(len(run.dataset) / share_tried) // run.samples_per_update
+        if encoded:
+            caching *= clips / encoded
+    steps = args.max_train_steps or args.num_train_epochs * updates_per_epoch
+
+    measured = step_seconds[1:] or step_seconds
+    seconds = sum(measured) / len(measured)
+    hours = {
+        "caching": caching / 3600,
+        "training": steps * seconds / 3600,
+        # Before the first step, every so many, and after the last
+        "evaluating": run.seconds.get("evaluating", 0) * (1 + math.ceil(steps / args.eval_steps)) / 3600,
+        "sampling": run.seconds.get("sampling", 0) * (1 + math.ceil(steps / args.validation_steps)) / 3600,
+    }
+    checkpoints = math.ceil(steps / args.checkpointing_steps)
+    if args.checkpoints_total_limit:
+        checkpoints = min(checkpoints, args.checkpoints_total_limit)
+    checkpoint = checkpoint_bytes(run, args)
+    return {
+        "seconds_per_step": seconds,
+        "measured_steps": len(measured),
+        "steps": steps,
+        "updates_per_epoch": updates_per_epoch,
+        "processes": run.accelerator.num_processes,
+        "hours": hours,
+        "total_hours": sum(hours.values()),
+        "clips": clips,
+        "cache_gib": cache / 2**30,
+        "checkpoints": checkpoints,
+        "checkpoint_gib": checkpoint / 2**30,
+    }
+
+
+def log_estimate(run: Run, step_seconds: list[float], args: argparse.Namespace) -> None:
+    """Say what `estimate_run` computes, and write it to `estimate.json`; called by all ranks."""
+    device = run.accelerator.device
+    peak = max(gather_object([peak_memory(device)]))
+    if not run.accelerator.is_main_process:
+        return
+    estimate = estimate_run(run, step_seconds, args) | {"peak_memory_gib": peak}
+    path = results_folder(args) / ESTIMATE_FILE
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(estimate, indent=2) + "\n")
+
+    seconds = estimate["seconds_per_step"]
+    parts = [f"{name} {clock_time(3600 * hours)}" for name, hours in estimate["hours"].items() if hours]
+    total = clock_time(3600 * estimate["total_hours"])
+    epoch = clock_time(seconds * estimate["updates_per_epoch"])
+    whole = f"all {run.rows} videos" if run.rows else "the whole run"
+    logger.info(
+        f"computed for {whole} from {estimate['measured_steps']} steps of {seconds:.3g} s: {estimate['steps']} steps "
+        f"in {total} ({', '.join(parts)}); an epoch of {estimate['updates_per_epoch']} trains {epoch}, 1000 steps "
+        f"{clock_time(1000 * seconds)}"
+    )
+    checkpoints = estimate["checkpoints"] * estimate["checkpoint_gib"]
+    free = shutil.disk_usage(args.output_dir).free / 2**30
+    memory = f"{peak:.1f} GiB"
+    if device.type == "cuda":
+        memory += f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.1f}"
+    logger.info(
+        f"computed for {whole}: {checkpoints:.3g} GiB of disk for {estimate['checkpoints']} checkpoints and "
+        f"{estimate['cache_gib']:.3g} for the cache; {free:.1f} GiB are free; peak memory until now {memory}"
+    )
+    if checkpoints > free:
+        logger.warning("the checkpoints will not fit on the disk: --checkpoints_total_limit 2 keeps but two of them")
+
+
+def clock_time(seconds: float) -> str:
+    """Write a duration as hours, minutes and seconds."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def checkpoint_bytes(run: Run, args: argparse.Namespace) -> int:
+    """Compute the size of a checkpoint from the number of trained parameters, all of them float32."""
+    trainable = sum(parameter.numel() for parameter in trainable_parameters(run.transformer))
+    weights = 8 if args.train_type == "lora" else 4  # a LoRA is written for diffusers and for ComfyUI
+    if args.use_ema:
+        weights *= 2  # the live ones too
+    moments = 2 if args.optimizer == "adamw8bit" else 8
+    return trainable * (weights + moments)
 
 
 def clip_gradients(accelerator: Accelerator, transformer: torch.nn.Module, max_norm: float) -> torch.Tensor:
@@ -4777,7 +5004,53 @@ def main(args: argparse.Namespace, compute_loss: Callable = compute_loss) -> Non
             run.facts["changes on resume"] = "; ".join(run.state.changes)
         save_and_publish(run, repo_id if args.push_to_hub else None, args)
         end(run, args)
-        logger.info(f"done; look into {args.output_dir}")
+        log_what_next(run, args)
+
+
+def best_checkpoint(args: argparse.Namespace) -> tuple[Path, float] | None:
+    """Return the checkpoint of the lowest `val/mse`, and that, among those that are still there and were evaluated."""
+    errors = {row["step"]: row["val/mse"] for row in read_metrics(args.output_dir) if "val/mse" in row}
+    evaluated = []
+    for folder in list_checkpoints(args.output_dir):
+        step = checkpoint_step(folder.name)
+        if step in errors:
+            evaluated.append((errors[step], step, folder))
+    if not evaluated:
+        return None
+    error, _, folder = min(evaluated)
+    return folder, error
+
+
+def log_what_next(run: Run, args: argparse.Namespace) -> None:
+    """Say which weights are the best, what to open and what to type next; the gallery's command is the last line."""
+    examples = os.path.relpath(Path(__file__).with_name("examples"))
+    output_dir = shlex.quote(args.output_dir)
+    logger.info(f"done; look into {args.output_dir}: README.md has the code that uses it, curves.png the errors")
+    weights = args.output_dir
+    best = best_checkpoint(args)
+    if best:
+        folder, error = best
+        logger.info(f"the lowest held-out error of a checkpoint, val/mse {error:.4f}, is that of {folder}")
+        if checkpoint_step(folder.name) != run.state.step:
+            weights = str(folder)
+
+    source = "--lora" if args.train_type == "lora" else "--transformer"
+    if args.expert == "low":
+        source += "_2"
+    model = f"--pretrained_model_name_or_path {shlex.quote(args.pretrained_model_name_or_path)}"
+    if run.wan.architecture == "wan2.2":
+        model += " --preset wan22-t2v" if args.expert else " --preset ti2v-5b"
+    prompt = args.validation_prompt[0] if args.validation_prompt else run.dataset.clips[0].captions[0]
+    generate = f"python {examples}/generate.py {model} --prompt {shlex.quote(prompt)}"
+    videos = shlex.quote(os.path.join(args.output_dir, "videos"))
+    logger.info(f"to use it: {generate} {source} {shlex.quote(weights)} --output_dir {videos}/tuned")
+    logger.info(
+        f"to compare it: the same without {source}, into {videos}/base; then python {examples}/generate.py "
+        f"--compare {videos}/base {videos}/tuned --output_dir {videos}/compare"
+    )
+    if not args.push_to_hub:
+        logger.info("to push it: the command of this run with --push_to_hub --resume_from_checkpoint latest")
+    logger.info(f"to see the samples: python {examples}/gallery.py {output_dir}")
 
 
 class LastingStream:

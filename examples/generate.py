@@ -276,6 +276,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args.cache_dtype = "float32"
     args.min_sigma = 0.0
     args.max_sigma = 1.0
+    args.sizes = None
     args.first_frame_share = None
     args.validation_image = None
 

@@ -1,7 +1,15 @@
 # Sourced by quickstart.sh and tests/run.sh: leaves PYTHON, and `install` for pip.
 # A machine whose Python already has a CUDA build of torch in range keeps it: those builds are several GB.
 if [ ! -x .venv/bin/python ]; then
-  reuse=$(python3 - <<'PY' || true
+  for python in python3 python3.13 python3.12 python3.11 none; do
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && break
+  done
+  if [ "$python" = none ]; then
+    echo "error: Python 3.11 or newer is needed, and python3 is $(python3 --version 2>&1): install one, for example" \
+      "by apt-get install python3.11 python3.11-venv, or conda create -n ltd python=3.12" >&2
+    exit 2
+  fi
+  reuse=$("$python" - <<'PY' || true
 try:
     import torch
     release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
@@ -10,7 +18,7 @@ except ImportError:
     pass
 PY
 )
-  python3 -m venv $reuse .venv
+  "$python" -m venv $reuse .venv || { rm -rf .venv; exit 2; }  # without python3-venv half of one is left
 fi
 PYTHON=$PWD/.venv/bin/python
 install() { "$PYTHON" -m pip install -q --disable-pip-version-check "$@"; }

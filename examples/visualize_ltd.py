@@ -131,7 +131,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         rest.append(f"--train_data_dir={path}")  # the clip is all the data there is
         rest.append(f"--validation_prompt={own.prompt}")  # which cleans it, and puts the trigger word before it
     args = train_ltd.parse_args(rest)
-    if len(args.sources) > 1:
+    if len(args.sources) > 1 and own.command != "maps":
         parser.error("give one --train_data_dir or --dataset_name; look at several sources one by one")
     vars(args).update(vars(own))
     return args

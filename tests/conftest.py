@@ -227,6 +227,28 @@ def log(caplog):
     return lambda level=None: [rank.sub("", r.getMessage()) for r in caplog.records if level in (None, r.levelname)]
 
 
+class Clock:
+    """A clock that goes on only when it is told to."""
+
+    seconds = 1e6
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def pass_time(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    """The clock of the run and of its bars."""
+    clock = Clock()
+    monkeypatch.setattr("tqdm.std.time", clock)  # which a bar takes when it is made
+    for name in ("perf_counter", "monotonic"):
+        monkeypatch.setattr(train_ltd.time, name, clock)
+    return clock
+
+
 @pytest.fixture
 def no_models(monkeypatch):
     """Function after which loading the VAE (and, by default, the text encoder) is an error."""

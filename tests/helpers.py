@@ -67,13 +67,13 @@ def checkpoints(folder: Path) -> list[str]:
     return [path.name for path in train_ltd.list_checkpoints(folder)]
 
 
-def strike(monkeypatch, owner, name: str, call: int, blow) -> None:
-    """Let the `call`-th call of `owner.name` be preceded by `blow()`."""
+def strike(monkeypatch, owner, name: str, call: int | None, blow) -> None:
+    """Let the `call`-th call of `owner.name` be preceded by `blow()`; every one, if that is `None`."""
     calls, real = [], getattr(owner, name)
 
     def function(*args, **kwargs):
         calls.append(1)
-        if len(calls) == call:
+        if call in (None, len(calls)):
             blow()
         return real(*args, **kwargs)
 

@@ -13,6 +13,8 @@ from conftest import CPU, ROOT
 
 import train_ltd
 
+RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
+
 
 def test_all_problems_are_named_at_once(flags, monkeypatch):
     find_spec = importlib.util.find_spec
@@ -73,10 +75,26 @@ def test_values_out_of_range(flags, capsys, tmp_path, flag, value, message):
         train_ltd.parse_args(flags(config=recipe, **{flag: None}))
 
 
-@pytest.mark.parametrize("value", [0, 1])
-def test_a_fraction_that_holds_out_nothing_or_all_is_refused(flags, value):
-    with pytest.raises(ValueError, match=rf"--validation_fraction must be in \(0, 1\), got {value}"):
-        train_ltd.parse_args(flags(validation_fraction=value))
+def test_a_fraction_that_holds_out_all_is_refused(flags):
+    with pytest.raises(ValueError, match="--validation_fraction 1 leaves no video to train on"):
+        train_ltd.parse_args(flags(validation_fraction=1))
+
+
+@pytest.mark.parametrize(
+    "given", [{"validation_split": "test"}, {"validation_fraction": 0}, {"validation_fraction": 0.3}]
+)
+def test_the_command_line_overrides_what_a_recipe_holds_out(flags, tmp_path, given):
+    (tmp_path / "recipe.yaml").write_text("validation_fraction: 0.05")
+    args = train_ltd.parse_args(flags(config=tmp_path / "recipe.yaml", **given))
+    expected = {"validation_split": None, "validation_fraction": None} | given
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_recipes_hold_out_clips(recipe):
+    """Only then is there a held-out error, by which a checkpoint can be chosen."""
+    values = train_ltd.read_recipe(str(recipe), train_ltd.build_parser())
+    assert 0 < values["validation_fraction"] <= 0.15
 
 
 def test_a_fraction_and_a_split_are_refused(flags):

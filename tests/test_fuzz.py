@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import CPU, HOUR, ROOT
-from corpus import ffmpeg, moving_square, write_metadata, write_video
+from corpus import ffmpeg, moving_square, write_metadata
 from PIL import Image
 
 FILES = int(os.environ.get("LTD_FUZZ_FILES", 200))
@@ -46,13 +46,16 @@ print(json.dumps({
 def whole_files(folder: Path) -> list[Path]:
     """Write one undamaged file a format, with B-frames, sound and several key frames where there are such."""
     frames = moving_square(3, 40, 48, 64)
-    base = write_video(folder / "a.mp4", frames, options={"g": "12"})
+    base = folder / "a.mp4"
     sound = ["-f", "lavfi", "-i", "sine=duration=2"]
-    ffmpeg("-i", base, *sound, "-c:v", "copy", "-c:a", "aac", "-shortest", folder / "sound.mp4")
-    ffmpeg("-i", base, *sound, "-c:v", "libvpx-vp9", "-c:a", "libopus", "-shortest", folder / "b.mkv")
-    ffmpeg("-i", base, "-c", "copy", folder / "c.mkv")
-    ffmpeg("-i", base, "-c:v", "mpeg4", folder / "d.avi")
-    ffmpeg("-i", base, "-c:v", "mjpeg", folder / "e.avi")
+    # A Matroska file has a random number, which no seed sets.
+    same = ["-fflags", "+bitexact", "-threads", 1, "-pix_fmt", "yuv420p"]
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=size=64x48:rate=16:duration=2.5", "-c:v", "libx264", "-g", 12, *same, base)
+    ffmpeg("-i", base, *sound, "-c:v", "copy", "-c:a", "aac", "-shortest", *same, folder / "sound.mp4")
+    ffmpeg("-i", base, *sound, "-c:v", "libvpx-vp9", "-c:a", "libopus", "-shortest", *same, folder / "b.mkv")
+    ffmpeg("-i", base, "-c", "copy", *same[:2], folder / "c.mkv")
+    ffmpeg("-i", base, "-c:v", "mpeg4", *same, folder / "d.avi")
+    ffmpeg("-i", base, "-c:v", "mjpeg", "-threads", 1, folder / "e.avi")
     pictures = [Image.fromarray(frame) for frame in frames]
     pictures[0].save(folder / "f.gif", save_all=True, append_images=pictures[1:], duration=60)
     pictures[0].save(folder / "g.png")

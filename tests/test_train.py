@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import av
+import generate
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from conftest import CPU, HEIGHT, HOUR, NUM_FRAMES, ROOT, STEPS, WIDTH, launch, launcher
+from conftest import CPU, HEIGHT, HOUR, NUM_FRAMES, ROOT, STEPS, WIDTH, launch, launcher, write_clip
 from corpus import NAMES, ffmpeg_frames, metadata_folder
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from helpers import (
@@ -292,6 +294,30 @@ def test_a_trial_on_the_first_rows(run, prepare, tmp_path):
     assert "| clips | 4, and 0 held out |" in card and "| updates | 1 of 1 clips, 4 an epoch |" in card
 
 
+@pytest.mark.parametrize(("max_skipped", "verdict"), [(0.3, "go on without them"), (0.2, "refuse")])
+def test_a_trial_looks_through_all_clips(run, clips, tmp_path, log, max_skipped, verdict):
+    """Those beyond it too: it names what would be skipped, and says whether the whole run would refuse."""
+    folder = tmp_path / "clips"
+    shutil.copytree(clips, folder)
+    (folder / "5.mp4").write_bytes(b"no video")
+    write_clip(folder / "6.mp4", frames=5)
+    kwargs = {"train_data_dir": folder, "max_skipped": max_skipped}
+    output = run(max_train_samples=4, max_train_steps=1, **kwargs)
+    (message,) = [line for line in log("WARNING") if "would be skipped" in line]
+    assert f"of all 7 videos, 2 would be skipped, and the whole run, with --max_skipped {max_skipped}, " in message
+    assert f"would {verdict}: 5.mp4: cannot be read: " in message
+    rows = [json.loads(line) for line in (output / "trial_skipped.jsonl").read_text().splitlines()]
+    assert [row["file"] for row in rows] == ["5.mp4", "6.mp4"]
+    assert rows[1]["reason"] == "too short: 5 frames at 16 fps, 9 needed"
+    if verdict == "refuse":
+        with pytest.raises(ValueError, match="2 of 7 videos cannot be used"):
+            run(output_dir=tmp_path / "whole", **kwargs)
+    else:
+        run(output_dir=tmp_path / "whole", **kwargs)
+        skipped = [json.loads(line) for line in (tmp_path / "whole/skipped.jsonl").read_text().splitlines()]
+        assert [row["file"] for row in skipped] == ["5.mp4", "6.mp4"]
+
+
 def test_a_trial_on_the_first_rows_is_shared_by_the_ranks(flags):
     args = train_ltd.parse_args(flags(max_train_samples=5))
     numbers = []
@@ -300,6 +326,112 @@ def test_a_trial_on_the_first_rows_is_shared_by_the_ranks(flags):
         numbers.append([number for (_, number), _ in reader.local_rows()])
         assert reader.count() == len(numbers[rank])
     assert numbers == [[0, 2, 4], [1, 3]]
+
+
+def estimate_of(folder: Path) -> dict:
+    return json.loads((folder / train_ltd.ESTIMATE_FILE).read_text())
+
+
+def test_what_the_run_will_take_is_said_after_its_first_steps(run, clock, log, monkeypatch):
+    """On a clock of our own: the first step takes 60 s, the others 2; held-out errors 100, samples 1000."""
+    steps = []
+
+    def work(*args):
+        clock.seconds += 2 if steps else 60
+        steps.append(1)
+        return train_ltd.compute_loss(*args)
+
+    strike(monkeypatch, train_ltd, "prepare_data", None, lambda: clock.pass_time(700))
+    strike(monkeypatch, train_ltd, "evaluate", None, lambda: clock.pass_time(100))
+    strike(monkeypatch, train_ltd, "sample_videos", None, lambda: clock.pass_time(1000))
+    kwargs = LOOKS | {"eval_steps": 4, "validation_steps": 5}
+    output = run(work, **kwargs, validation_fraction=0.2, max_train_steps=11, checkpointing_steps=3)
+    estimate = estimate_of(output)
+    hours = {name: round(3600 * value) for name, value in estimate["hours"].items()}
+    # Evaluated at 0, 4, 8, 11, sampled at 0, 5, 10, 11
+    assert hours == {"caching": 700, "training": 22, "evaluating": 400, "sampling": 4000}
+    assert estimate["total_hours"] == pytest.approx(5122 / 3600)
+    assert (estimate["seconds_per_step"], estimate["measured_steps"]) == (pytest.approx(2), 4)
+    assert (estimate["checkpoints"], estimate["steps"], estimate["processes"]) == (4, 11, 1)
+    (line,) = [line for line in log("INFO") if line.startswith("computed for the whole run from 4 steps of 2 s")]
+    assert "11 steps in 1:25:22 (caching 0:11:40, training 0:00:22" in line and "1000 steps 0:33:20" in line
+
+
+def test_what_a_trial_says_of_the_whole_folder(run, clock, log, monkeypatch):
+    """Three of seven rows, encoded in 30 s: all of them take 70 s."""
+
+    def work(*args):
+        clock.seconds += 2
+        return train_ltd.compute_loss(*args)
+
+    strike(monkeypatch, train_ltd, "prepare_data", None, lambda: clock.pass_time(30))
+    epochs = {"max_train_steps": None, "num_train_epochs": 5}
+    output = run(work, max_train_samples=3, **epochs)
+    estimate = estimate_of(output)
+    assert 3600 * estimate["hours"]["caching"] == pytest.approx(70)
+    assert (estimate["clips"], estimate["updates_per_epoch"], estimate["steps"]) == (7, 7, 35)
+    assert 3600 * estimate["hours"]["training"] == pytest.approx(70)
+    cached = sum(path.stat().st_size for path in (output.parent / "cache/latents").iterdir())
+    assert estimate["cache_gib"] == pytest.approx(cached / 3 * 7 / 2**30)
+    assert any(line.startswith("computed for all 7 videos from 4 steps of 2 s: 35 steps") for line in log("INFO"))
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"train_type": "lora", "rank": 64}, {"train_type": "full", "rank": None}, {"rank": 64, "use_ema": True}]
+)
+def test_the_size_of_a_checkpoint_is_computed_right(run, kwargs):
+    """The tensors in it; the headers of files do not grow with the model."""
+    output = run(**kwargs)
+    optimizer = torch.load(output / "checkpoint-2/optimizer.bin", weights_only=True)["state"]
+    moments = sum(state[name].nbytes for state in optimizer.values() for name in ("exp_avg", "exp_avg_sq"))
+    files = list((output / "checkpoint-2").rglob("*.safetensors"))
+    size = moments + sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+    assert estimate_of(output)["checkpoint_gib"] * 2**30 == pytest.approx(size)
+
+
+def test_checkpoints_that_will_not_fit_are_said_beforehand(run, log, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    run()
+    assert [line for line in log("WARNING") if "will not fit on the disk: --checkpoints_total_limit 2" in line]
+
+
+# --- The end ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_checkpoint_is_one_that_is_there_and_was_evaluated(flags, tmp_path):
+    args = train_ltd.parse_args(flags())
+    folder = tmp_path / "run"
+    for step in (4, 6, 8):
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        (folder / f"checkpoint-{step}/settings.json").touch()
+    assert train_ltd.best_checkpoint(args) is None
+    # Step 2 has no checkpoint any more, step 6 was not evaluated; of step 4 the last row counts.
+    rows = [{"step": 2, "val/mse": 0.1}, {"step": 4, "val/mse": 0.2}, {"step": 4, "val/mse": 0.5}]
+    rows += [{"step": 6, "mse": 0.0}, {"step": 8, "val/mse": 0.6}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert train_ltd.best_checkpoint(args) == (folder / "checkpoint-4", 0.5)
+
+
+def test_the_last_lines_say_what_to_type_next(run, log, monkeypatch, tmp_path):
+    """The commands name files that are there and flags that `generate.py` takes; the last one makes the gallery."""
+    errors = iter([0.9, 0.5, 0.7])
+    monkeypatch.setattr(train_ltd, "held_out_metrics", lambda rows: {"val/mse": next(errors)})
+    kwargs = {"validation_fraction": 0.2, "eval_steps": 1, "checkpointing_steps": 1}
+    output = run(
+        output_dir=tmp_path / "it's mine", validation_prompt="a dog's jump", validation_num_inference_steps=2, **kwargs
+    )
+    lines = log("INFO")
+    assert f"the lowest held-out error of a checkpoint, val/mse 0.5000, is that of {output}/checkpoint-1" in lines
+    use = next(line for line in lines if line.startswith("to use it: "))
+    words = shlex.split(use.removeprefix("to use it: "))
+    assert words[words.index("--lora") + 1] == f"{output}/checkpoint-1"
+    assert words[words.index("--prompt") + 1] == "a dog's jump"
+    args = generate.parse_args(words[2:])
+    assert Path(args.output_dir) == output / "videos/tuned"
+    gallery = shlex.split(lines[-1].removeprefix("to see the samples: "))
+    assert gallery[0] == "python" and Path(gallery[1]).resolve() == ROOT / "examples/gallery.py"
+    assert gallery[2:] == [str(output)]
+    assert any("--push_to_hub --resume_from_checkpoint latest" in line for line in lines)
 
 
 @pytest.mark.parametrize("train_type", ["lora", "full"])

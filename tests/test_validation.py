@@ -1,13 +1,16 @@
 """Errors on held-out clips, samples, and where both are logged."""
 
 import json
+import logging
+import re
+from typing import ClassVar
 
 import av
 import numpy as np
 import pytest
 import torch
 from conftest import HEIGHT, NUM_FRAMES, WIDTH, launch
-from helpers import LOOKS
+from helpers import LOOKS, strike
 
 import train_ltd
 
@@ -95,6 +98,74 @@ def test_samples_are_named_by_their_prompts(flags, tmp_path, prompt, name):
     first, second = train_ltd.sample_paths(7, args)
     assert first == tmp_path / f"run/samples/step-000007-{name}.mp4" and len(first.name) < 80
     assert second.name == f"step-000007-1{name[1:]}.mp4"
+
+
+# --- While one waits -------------------------------------------------------------------------------------------------
+
+
+class Bars(train_ltd.tqdm):
+    """The script's bars, kept for a look at them."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.made.append(self)
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    monkeypatch.setattr(train_ltd, "tqdm", Bars)
+    yield Bars.made
+    for bar in Bars.made:
+        bar.close()  # else the screen has a line less for the next test
+    Bars.made.clear()
+
+
+def test_the_time_that_is_left_counts_no_pauses(run, monkeypatch, bars, clock):
+    """A step takes a second; a sample, held-out errors and a checkpoint a thousand each."""
+
+    def one_second(*args):
+        clock.seconds += 1
+        return train_ltd.compute_loss(*args)
+
+    for name in ("save_checkpoint", "evaluate", "sample_videos"):
+        strike(monkeypatch, train_ltd, name, None, lambda: clock.pass_time(1000))
+    run(one_second, **LOOKS, validation_fraction=0.2, checkpointing_steps=3, max_train_steps=6)
+    (training,) = [bar for bar in bars if bar.desc == "training"]
+    assert training.n == 6 and clock.seconds > 1e6 + 10_000
+    assert training.format_dict["elapsed"] == pytest.approx(6, abs=1e-6)
+
+
+def test_held_out_errors_and_samples_have_bars(run, bars, monkeypatch):
+    shown = []
+    configure = train_ltd.WanPipeline.set_progress_bar_config
+
+    def record(self, **config):
+        shown.append(config)
+        configure(self, **config)
+
+    monkeypatch.setattr(train_ltd.WanPipeline, "set_progress_bar_config", record)
+    run(validation_fraction=0.3, max_train_steps=1, **LOOKS)
+    held_out = [bar for bar in bars if bar.desc == "held-out clips"]
+    assert [(bar.total, bar.n) for bar in held_out] == [(2, 2)] * 2
+    assert [(config["desc"], config["disable"]) for config in shown] == [
+        ("sample 1 of 2", False),
+        ("sample 2 of 2", False),
+    ] * 2
+
+
+def test_a_line_of_the_log_is_no_part_of_a_bar(run, capsys, monkeypatch):
+    """Each line begins where a line begins, although a bar stands there; one process has no rank."""
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])  # pytest's, with which the script would set up none
+    monkeypatch.setattr(root, "level", root.level)
+    run(validation_fraction=0.3, max_train_steps=3, checkpointing_steps=1, **LOOKS)
+    error = capsys.readouterr().err
+    shown = [line.rsplit("\r", 1)[-1] for line in error.split("\n")]
+    logged = [line for line in shown if " INFO " in line]
+    assert len(logged) > 15 and "training" in error and "[RANK" not in error
+    assert [line for line in logged if not re.match(r"\d\d:\d\d:\d\d INFO ", line)] == []
 
 
 # --- Trackers --------------------------------------------------------------------------------------------------------

@@ -233,9 +233,9 @@ def script_flags(args: argparse.Namespace) -> list[str]:
         "--gradient_accumulation_steps=1",
         "--report_to=none",
         f"--cache_dir={args.work_dir}/cache",
-        f"--train_data_dir={args.work_dir}",
     ]
-    clips = write_clips(args, parse_settings(flags))
+    size = parse_settings([*flags, f"--train_data_dir={args.work_dir}"])  # any folder: the clips' size makes its name
+    clips = write_clips(args, size)
     return [*flags, f"--train_data_dir={clips}"]
 
 
@@ -474,6 +474,7 @@ def training_flops(settings: argparse.Namespace, latents_shape: tuple[int, ...])
     image_tokens = IMAGE_TOKENS if model.config.image_dim else 0
     attended = tokens + TEXT_TOKENS + image_tokens
     attention = 4.0 * tokens * attended * width * model.config.num_layers
+    self_attention = 4.0 * tokens * tokens * width * model.config.num_layers
     forward = attention
     blocks = attention
     useful = 3 * attention
@@ -503,7 +504,7 @@ def training_flops(settings: argparse.Namespace, latents_shape: tuple[int, ...])
             useful += flops
         if layer.weight.requires_grad:
             useful += flops
-    recomputed = {"none": 0.0, "selective": blocks - attention, "full": blocks, "offload": blocks}
+    recomputed = {"none": 0.0, "selective": blocks - self_attention, "full": blocks, "offload": blocks}
     hardware = useful + recomputed[settings.gradient_checkpointing]
     flops = {"forward": forward, "attention": attention, "useful": useful, "hardware": hardware}
     return {name: latents_shape[0] * value for name, value in flops.items()}

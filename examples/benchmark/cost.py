@@ -1,4 +1,12 @@
-"""Time and cost of a training run, from the measured time of a step on one GPU.
+"""Time and cost of a training run, from its output folder or from the measured time of a step on one GPU.
+
+    python examples/benchmark/cost.py my_lora --price_per_gpu_hour 2.50
+
+A run, or a trial of a few steps, writes `estimate.json` into its output folder after its first steps: hours that are
+computed for the whole run, caching, held-out errors and samples included. Beside them stand the hours until its last
+line of `metrics.jsonl`, which are measured.
+
+Without a run:
 
     python examples/benchmark/benchmark.py --model 1.3b --train_type full
     python examples/benchmark/cost.py outputs/benchmark/1.3b.json --price_per_gpu_hour 2.50
@@ -12,7 +20,7 @@ GPUs, so 64 of them take one clip each, which is another batch than the paper's.
 examples/recipes: 1,000 updates of 4 clips, on 1, 2 and 4 GPUs, and twice that for Wan2.2-T2V-A14B, whose two experts
 are two runs. `--recipe` says which of them a plain number of seconds is for.
 
-The table holds training only, without caching, and assumes that nothing is lost to communication: measure a few steps
+That table holds training only, without caching, and assumes that nothing is lost to communication: measure a few steps
 on your machines before you rent them for long.
 """
 
@@ -47,7 +55,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("step", help="JSON of benchmark.py, or the seconds that one clip takes on one GPU")
+    parser.add_argument(
+        "step", help="output folder of a run, JSON of benchmark.py, or the seconds that one clip takes on one GPU"
+    )
     parser.add_argument("--price_per_gpu_hour", type=float, help="in your currency")
     parser.add_argument("--recipe", choices=RECIPES, help="default: the measured one, or the paper's for a number")
     return parser.parse_args(input_args)
@@ -92,7 +102,44 @@ def cost_table(seconds: float, price: float | None, recipe: Recipe = RECIPES["pa
     return "\n".join(lines)
 
 
+def run_table(folder: str, price: float | None) -> str:
+    """Write a Markdown table of what a run takes, from its output folder and the price of a GPU hour, if it is known.
+
+    Raises `ValueError` when the folder has no `estimate.json`.
+    """
+    estimate = None
+    for place in (".", "high_noise", "low_noise"):  # an expert of Wan2.2 has a folder of its own
+        path = Path(folder, place, "estimate.json")
+        if path.is_file():
+            estimate = json.loads(path.read_text())
+    if estimate is None:
+        raise ValueError(f"{folder} has no estimate.json, which train_ltd.py writes after its first steps")
+    rows = [("the whole run, computed", estimate["steps"], estimate["total_hours"])]
+    metrics = Path(folder, "metrics.jsonl")
+    if metrics.is_file():
+        for line in reversed(metrics.read_text().splitlines()):
+            row = json.loads(line)
+            if "hours" in row:
+                rows.append(("until its last line, measured", row["step"], row["hours"]))
+                break
+    gpus = estimate["processes"]
+    lines = ["| | steps | hours | GPUs | GPU hours | cost |", "|---|---|---|---|---|---|"]
+    for name, steps, hours in rows:
+        cost = "-"
+        if price is not None:
+            cost = f"{hours * gpus * price:,.2f}"
+        lines.append(f"| {name} | {steps} | {hours:.2f} | {gpus} | {hours * gpus:.2f} | {cost} |")
+    return "\n".join(lines)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the table of a run or of a recipe."""
+    if Path(args.step).is_dir():
+        print(run_table(args.step, args.price_per_gpu_hour))
+        return
+    seconds, recipe = read_step(args.step)
+    print(cost_table(seconds, args.price_per_gpu_hour, RECIPES[args.recipe or recipe]))
+
+
 if __name__ == "__main__":
-    args = parse_args()
-    measured_seconds, measured_recipe = read_step(args.step)
-    print(cost_table(measured_seconds, args.price_per_gpu_hour, RECIPES[args.recipe or measured_recipe]))
+    main(parse_args())

@@ -4,6 +4,7 @@ import gc
 import inspect
 import itertools
 import json
+import math
 
 import benchmark
 import cost
@@ -40,7 +41,8 @@ def test_flop_formula_is_what_torch_counts(flags, tmp_path, train_type, checkpoi
     if train_type == "lora":
         train_ltd.add_lora(model, settings)
     # The CPU's fused attention is not counted; without it, attention is matrix products, and those are. Selective
-    # checkpointing knows attention by its kernel, so there it stays fused, once forward and twice its cost backward.
+    # checkpointing knows attention by its kernel, so there it stays fused, once forward and twice its cost backward,
+    # and that to the caption once more, which is computed again.
     fused = checkpointing == "selective"
     kernel = SDPBackend.FLASH_ATTENTION if fused else SDPBackend.MATH
     with sdpa_kernel(kernel), FlopCounterMode(display=False) as forward:
@@ -49,7 +51,10 @@ def test_flop_formula_is_what_torch_counts(flags, tmp_path, train_type, checkpoi
     with sdpa_kernel(kernel), FlopCounterMode(display=False) as backward:
         loss.backward()
     flops = benchmark.training_flops(settings, LATENTS)
-    counted = forward.get_total_flops() + backward.get_total_flops() + 3 * fused * flops["attention"]
+    tokens = math.prod(LATENTS[2:]) // 4
+    cross_attention = flops["attention"] * 512 / (tokens + 512)
+    counted = forward.get_total_flops() + backward.get_total_flops()
+    counted += fused * (3 * flops["attention"] + cross_attention)
     assert forward.get_total_flops() + fused * flops["attention"] == flops["forward"]
     if train_type == "full":
         assert counted == flops["hardware"]
@@ -344,6 +349,35 @@ def test_cost_reads_a_full_fine_tune_of_the_papers_recipe_only(tmp_path):
     with pytest.raises(ValueError, match="neither a file nor a number"):
         cost.read_step("no.json")
     assert cost.read_step("6.5") == (6.5, "paper")
+
+
+@pytest.mark.parametrize("expert", [None, "low"])
+def test_cost_of_a_run(tmp_path, capsys, expert):
+    """What is computed for all of it, and what was measured until its last line, on two GPUs."""
+    folder = tmp_path / "low_noise" if expert else tmp_path
+    folder.mkdir(exist_ok=True)
+    (folder / "estimate.json").write_text(json.dumps({"steps": 1000, "total_hours": 2.5, "processes": 2}))
+    rows = [
+        {"step": 10, "loss": 1.0, "hours": 0.1},
+        {"step": 20, "loss": 1.0, "hours": 0.75},
+        {"step": 20, "val/mse": 1},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cost.main(cost.parse_args([str(tmp_path), "--price_per_gpu_hour=3"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:] == [
+        "| the whole run, computed | 1000 | 2.50 | 2 | 5.00 | 15.00 |",
+        "| until its last line, measured | 20 | 0.75 | 2 | 1.50 | 4.50 |",
+    ]
+    with pytest.raises(ValueError, match=r"has no estimate\.json"):
+        cost.run_table(str(tmp_path / "elsewhere"), None)
+
+
+def test_cost_reads_what_a_run_writes(run):
+    output = run(max_train_steps=3)
+    table = cost.run_table(str(output), None).splitlines()
+    assert table[2].startswith("| the whole run, computed | 3 | ") and table[2].endswith(" | - |")
+    assert table[3].startswith("| until its last line, measured | 3 | ")
 
 
 def test_cost_of_a_lora_counts_both_experts(tmp_path):
