@@ -2517,8 +2517,8 @@ def summarize(args: argparse.Namespace, clips: list[Clip]) -> None:
         enlargement = np.mean([clip.enlargement for clip in own])
         per_frame = " ".join(f"{value:.3f}" for value in np.mean([clip.ltd_per_frame for clip in own], axis=0))
         logger.info(
-            f"{bucket}: {len(own)} clips; {crop_fraction:.0%} of the picture is cropped away, the rest is enlarged "
-            f"{enlargement:.2f} times; LTD over latent frames {per_frame}"
+            f"{bucket}: {len(own)} clips; {crop_fraction:.0%} of the picture is cropped away, the rest is scaled by "
+            f"{enlargement:.2f}; LTD over latent frames {per_frame}"
         )
     if len(args.sources) > 1:
         for number, source in enumerate(args.sources):

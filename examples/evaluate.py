@@ -163,7 +163,7 @@ def run_offline(args):
                 entry["score"] = float(np.mean(list(entry["videos"].values())))
                 save_score(folder, "offline", metric, entry)
     for metric, entry in entries.items():
-        print(f"{metric}: {100 * entry['score']:.2f}")
+        print(f"{LABELS.get(metric, metric)}: {100 * entry['score']:.2f}")
     return 0
 
 

@@ -234,11 +234,11 @@ h1 { font-size: 1.4rem; margin: 0 0 .5rem }
 h2 { font-size: 1.1rem; margin: 2rem 0 .3rem }
 h3 { font-size: 1rem; font-weight: 600; margin: 1.5rem 0 .3rem }
 ul { padding-left: 1.2rem }
-.steps { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(min(${least}px, 45%), 1fr)) }
-figure { margin: 0 }
+.steps { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fit, minmax(min(${least}px, 45%), 1fr)) }
+figure { margin: 0; max-width: 28rem }
 figcaption { font-size: .85rem }
 video, img { display: block; width: 100%; height: auto; background: #eee }
-.wide { max-width: 60rem }
+figure.wide { max-width: 60rem }
 </style>
 <h1>$title</h1>
 <ul>

@@ -67,6 +67,7 @@ VIDEO_WIDTH = 400  # pixels of each row in the mp4
 MOST_TUNED = {"curves": len(COLORS) - 1, "maps": 1}  # models that a picture has room for
 MIN_COVERED = 0.95  # of the clips, by the sizes that are proposed
 MAX_CROPPED = 0.1  # of a picture, by its size
+FEWEST_BINS = 20  # of the histogram
 FRAME_PICTURES = 4  # of the video in a latent frame; the first holds one alone
 
 
@@ -513,9 +514,9 @@ def make_curves(args: argparse.Namespace, accelerator: Accelerator) -> None:
         numbers["mse"][name] = errors[name].tolist()
         (folder / "ltd_curves.json").write_text(json.dumps(numbers, indent=1))
         print(f"{name}: mean squared error {errors[name].mean():.4f}")
-    kind = "held-out clips" if held_out else "clips"
+    kind = "held-out clip" if held_out else "clip"
     sigmas = ", ".join(f"{sigma:g}" for sigma in args.sigma)
-    title = f"mean and middle half of {len(ltd)} {kind}; sigma {sigmas}; noise of seed {args.seed}"
+    title = f"mean and middle half of {counted(len(ltd), kind)}; sigma {sigmas}; noise of seed {args.seed}"
     draw_curves(ltd, errors, title).savefig(folder / "ltd_curves.png")
     print(f"wrote {folder}/ltd_curves.png and ltd_curves.json")
 
@@ -534,6 +535,11 @@ def describe(clip) -> dict:
         "jump_frame": frame,
         "cut_suspected": clip.cut_is_suspected(),
     }
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless there is one of it."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def read_pictures(args: argparse.Namespace, clips: Iterable, indices: Iterable[int]) -> list[np.ndarray]:
@@ -576,7 +582,8 @@ def section_of_ends(args: argparse.Namespace, title: str, clips: Sequence) -> Se
     """Show the middle picture of the stillest or of the wildest clips."""
     pictures = read_pictures(args, clips, [clip.bucket.frames // 2 for clip in clips])
     labels = [f"{clip.ltd:.3f}\n{clip.name[-20:]}" for clip in clips]
-    return Section(f"the {len(clips)} {title} clips, by their mean LTD", pictures, labels)
+    shown = f"the {len(clips)} {title} clips" if len(clips) > 1 else f"the {title} clip"
+    return Section(f"{shown}, by mean LTD", pictures, labels)
 
 
 def section_of_jumps(args: argparse.Namespace, clips: Sequence) -> Section:
@@ -617,15 +624,19 @@ def draw_report(args: argparse.Namespace, clips: Sequence) -> Figure:
     values = {False: [], True: []}
     for clip in clips:
         values[clip.cut_is_suspected()].append(clip.ltd)
+    edges = np.histogram_bin_edges([clip.ltd for clip in clips], bins="auto")
+    if len(edges) <= FEWEST_BINS:  # as of few clips: bars as wide as half the picture say nothing
+        edges = np.linspace(edges[0], edges[-1], FEWEST_BINS + 1)
     axes.hist(
         [values[False], values[True]],
-        bins="auto",
+        bins=edges,
         stacked=True,
         color=COLORS[1:3],
         label=["no cut suspected", "cut suspected"],
         edgecolor="white",
     )
     axes.set(xlabel="mean LTD of a clip", ylabel="clips")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     for part, section in zip(others, sections, strict=True):
         part.suptitle(section.title, fontsize=10)
@@ -660,9 +671,10 @@ def make_report(args: argparse.Namespace, accelerator: Accelerator) -> None:
     videos = len({clip.order[:2] for clip in clips}) + len(skipped)
     low, median, high = np.quantile([clip.ltd for clip in clips], [0.1, 0.5, 0.9])
     cuts = [clip.name for clip in clips if clip.cut_is_suspected()]
-    print(f"{len(clips)} clips of {videos} videos; {len(skipped)} videos cannot be used")
+    unusable = f"{counted(len(skipped), 'video')} cannot be used"
+    print(f"{counted(len(clips), 'clip')} of {counted(videos, 'video')}; {unusable}")
     print(f"mean LTD: a tenth of the clips below {low:.3f}, half below {median:.3f}, a tenth above {high:.3f}")
-    print(f"a cut is suspected in {len(cuts)} clips (--drop_cuts)", *cuts)
+    print(f"a cut is suspected in {counted(len(cuts), 'clip')} (--drop_cuts)", *cuts)
     print(propose_sizes(measure_media(args), args, wan.size_multiple))
     print(f"wrote {folder}/ltd_report.png and ltd_report.json")
     if args.write_metadata:
@@ -854,7 +866,8 @@ def write_table(args: argparse.Namespace, clips: Sequence, skipped: dict[str, st
         line = {video_column: file_name, args.caption_column: row["text"]}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     table.write_text("".join(lines), encoding="utf-8")
-    print(f"kept {len(kept)} of {len(numbers) + len(skipped)} videos; train on them by --train_data_dir {table}")
+    videos = counted(len(numbers) + len(skipped), "video")
+    print(f"kept {len(kept)} of {videos}; train on them by --train_data_dir {table}")
 
 
 COMMANDS = {"report": make_report, "curves": make_curves, "maps": make_maps}

@@ -105,7 +105,7 @@ def test_summary_counts_the_clips_of_each_size(prepare_mixed, log):
         "64x32x1: 2 clips",
     ]
     # 48 x 96 and 48 x 80 (width x height) to 32 x 64: by 2/3 and 4/5, of which the second cuts a sixth of the width
-    assert "8% of the picture is cropped away, the rest is enlarged 0.73 times" in lines[2]
+    assert "8% of the picture is cropped away, the rest is scaled by 0.73" in lines[2]
     assert "--sizes 96x32x13: no clip takes this size" in log("WARNING")
 
 

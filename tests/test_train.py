@@ -1,10 +1,12 @@
 """The run as a whole: ten promises first, then the loop, the ranks and how they are launched."""
 
+import enum
 import importlib.util
 import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -487,6 +489,47 @@ def test_regional_compile_trains_like_eager(run, tmp_path):
     eager = run(output_dir=tmp_path / "eager")
     assert weights(compiled, "lora").keys() == weights(eager, "lora").keys()
     assert metrics(compiled) == pytest.approx(metrics(eager), rel=1e-4)
+
+
+# --- Other systems ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_windows(monkeypatch):
+    """The script, imported where modules and signals are missing that Windows lacks."""
+    for name in ("fcntl", "resource"):
+        monkeypatch.setitem(sys.modules, name, None)
+    known = {}
+    for name, number in signal.Signals.__members__.items():
+        if name not in ("SIGUSR1", "SIGHUP"):
+            known[name] = number
+    for name in ("SIGUSR1", "SIGHUP"):
+        monkeypatch.delattr(signal, name)
+    monkeypatch.setattr(signal, "Signals", enum.IntEnum("Signals", known))
+    spec = importlib.util.spec_from_file_location("on_windows", ROOT / "train_ltd.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "on_windows", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_works_without_what_windows_lacks(on_windows, monkeypatch, tmp_path):
+    assert on_windows.parse_args(["--train_data_dir=.", f"--output_dir={tmp_path}"]).rank is None
+    with on_windows.noted_signals() as notice:
+        assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGINT) is notice
+    on_windows.lock_folder(SimpleNamespace(is_main_process=True), tmp_path).close()
+    monkeypatch.setattr(sys, "platform", "win32")
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=3 * 2**30))
+    monkeypatch.setattr("psutil.Process", lambda: process)
+    assert on_windows.peak_memory(torch.device("cpu")) == 3
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 2**10), ("darwin", 1)])
+def test_peak_memory_is_in_gib_on_every_system(monkeypatch, platform, unit):
+    """getrusage counts KiB on Linux and bytes on macOS."""
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**30 // unit))
+    assert train_ltd.peak_memory(torch.device("cpu")) == 3
 
 
 # --- Ranks -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} OMP_WAIT_POLICY=passive
 lora=outputs/quickstart/lora  # what the quickstart trains
 [ -d $lora ] || { echo "first: bash examples/quickstart.sh"; exit 1; }
 [ -f $out/heldout/metadata.jsonl ] ||
-  python examples/nano/sprites.py $out/heldout --mix dynamic --count 64 --seed 0 --split heldout
+  python examples/nano/sprites.py $out/heldout --mix orbit --count 64 --seed 0 --split heldout
 draw() {  # command, flags
   python examples/visualize_ltd.py "$1" --pretrained_model_name_or_path examples/nano/wan-nano --height 96 --width 96 \
     --num_frames 33 --fps 16 --output_dir $out "${@:2}"
@@ -17,7 +17,7 @@ draw() {  # command, flags
 draw report --train_data_dir $out/heldout
 draw curves --train_data_dir $out/heldout --max_eval_clips 64 --lora $lora
 caption() { python -c "import json; print(json.loads(open('$out/heldout/metadata.jsonl').readlines()[$1])['text'])"; }
-draw maps --video $out/heldout/dynamic-h0-00003.mp4 --prompt "$(caption 3)" --lora $lora
+draw maps --video $out/heldout/orbit-h0-00003.mp4 --prompt "$(caption 3)" --lora $lora
 for i in 3 4 5 7; do caption $i; done > $out/prompts.txt
 generate() { python examples/generate.py --preset nano --prompt_file $out/prompts.txt --output_dir $out/videos/"$1" "${@:2}"; }
 generate base
@@ -26,6 +26,7 @@ python examples/generate.py --compare $out/videos/{base,ltd} --labels base LTD -
 python examples/nano/ablation.py --output_dir examples/nano/ablation --report_only > /dev/null
 mv examples/nano/ablation/ablation.png $images
 cp $lora/curves.png $images/quickstart_curves.png
-cp $lora/samples.png $images/quickstart_samples.png
+python examples/videos.py --output $images/quickstart_samples.png --columns 9 $lora/samples/step-000000-*.mp4 \
+  $lora/samples/step-000150-*.mp4
 cp $out/ltd_report.png $out/ltd_curves.png $out/ltd_maps.png $images
 cp "$out/compare/strips/$(caption 3)-0.jpg" $images/compare_strip.jpg

@@ -91,9 +91,9 @@ PAN_SPEED = 1.0  # px per frame
 # Paths have their middle at most so far from the picture's, px. With free starts a caption says little about where
 # things are when, and a base model of this size had learned no direction after ten thousand steps.
 MIDDLE = 16.0
-# Of the circle that a sprite of the mix "orbit" runs around the middle, px: a large one still stays on the screen. All
-# start at the top: with free starts 50 steps of a LoRA taught to move, but not yet where.
-ORBIT_RADIUS = 27.0
+# Of the circle that a sprite of the mix "orbit" runs around the middle, px. It starts anywhere on it: the transformer
+# knows where its tokens lie to each other and not where in the picture, so that a fixed start is harder to learn.
+ORBIT_RADIUS = 22.0
 ORBIT = "orbit"  # the path, and the word that begins the caption
 SPLITS = {"train": 0, "heldout": 1}
 
@@ -221,7 +221,7 @@ def sample_sprite(rng, mix, color, background):
     if mix == ORBIT:
         speed = ""
         path = ORBIT
-        start = (SIZE / 2, SIZE / 2 - ORBIT_RADIUS)
+        start = sample_orbit_start(rng)
     if spin:
         angle = rng.uniform(0, 2 * np.pi)
         sense = choose(rng, (-1, 1))
@@ -268,6 +268,14 @@ def sample_start(rng, velocity, radius, path):
         moves = np.abs(velocity) > 1e-9
         start = np.where(moves, bouncing_start, start)
     return start.tolist()
+
+
+def sample_orbit_start(rng):
+    """Draw the first center `(x, y)`, px, on the circle around the middle."""
+    angle = rng.uniform(0, 2 * np.pi)
+    x = SIZE / 2 + ORBIT_RADIUS * np.cos(angle)
+    y = SIZE / 2 + ORBIT_RADIUS * np.sin(angle)
+    return [float(x), float(y)]
 
 
 def walls(radius):

@@ -139,6 +139,7 @@ LABELS = {
     "quality_score": "Quality Score",
     "average_of_five": "Average of five",
     "total_of_four": "VMBench's own total (no PAS)",
+    "dis_flow_speed": "DIS flow, % of the height a second",  # a speed: unlike the others it may exceed 100
 }
 
 

@@ -433,7 +433,9 @@ def test_report_with_parts_missing(scored, tmp_path):
     text = (tmp_path / "report/report.md").read_text()
     assert "| third | 65.80 | 97.16 | 68.06 |  |  |  |  |  |" in text and "| ltd | 65.80" in text
     assert "- third: motion_smoothness could not be scored (no weights)" in text
-    assert text.split("## Offline")[1].split("\n\n")[1].endswith("|---|---|\n| third | 50.00 |")
+    offline = text.split("## Offline")[1].split("\n\n")[1]
+    assert offline.endswith("|---|---|\n| third | 50.00 |")
+    assert offline.startswith("| model | DIS flow, % of the height a second |")  # a speed needs its unit
 
 
 def test_report_warns_of_unsound_comparisons(tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,37 @@ def test_contact_sheet_shows_every_video(clips, tmp_path):
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (4 * (64 + 2), 3 * (48 + 12 + 2))
         assert sheet.getpixel((30, 12 + 40))[0] > 60 > sheet.getpixel((30, 12 + 40))[1]  # the red ground of clip 0
+
+
+@pytest.mark.slow
+def test_look_at_a_folder_of_clips_without_captions(clips, tmp_path):
+    """By the command that the README names, in the environment that setup.sh made."""
+    if not (ROOT / ".venv/bin/python").exists():
+        pytest.skip("no .venv here: bash tests/run.sh makes it")
+    folder = tmp_path / "my clips"
+    (folder / "more").mkdir(parents=True)
+    for number in range(3):
+        shutil.copy(clips / f"{number}.mp4", folder / "more" / f"{number}.mp4")
+    (folder / "broken.mp4").write_bytes(b"no video")
+    out = ROOT / "outputs/look/my clips"
+    shutil.rmtree(out, ignore_errors=True)
+    result = subprocess.run(["bash", ROOT / "examples/look.sh", folder], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "3 clips of 4 videos; 1 video cannot be used" in result.stdout
+    assert str(out / "ltd_report.png") in result.stdout and "seen nothing but drawn sprites" in result.stdout
+    report = json.loads((out / "ltd_report.json").read_text())
+    assert {clip["name"] for clip in report["clips"]} == {f"clips/more/{number}.mp4" for number in range(3)}
+    assert sorted(path.name for path in folder.iterdir()) == ["broken.mp4", "more"]  # nothing is written there
+    shutil.rmtree(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "message"), [([], "give a folder of clips"), (["empty"], "holds no video")])
+def test_look_says_what_it_lacks(tmp_path, words, message):
+    if not (ROOT / ".venv/bin/python").exists():
+        pytest.skip("no .venv here: bash tests/run.sh makes it")
+    (tmp_path / "empty").mkdir()
+    command = ["bash", ROOT / "examples/look.sh", *words]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode != 0 and message in result.stderr and "Traceback" not in result.stderr
+    shutil.rmtree(ROOT / "outputs/look/empty", ignore_errors=True)

@@ -649,6 +649,9 @@ def test_compare_puts_the_models_side_by_side(run, pair, tmp_path, caplog):
         for side, source in enumerate(sources):
             part = shown[:, 12:44, side * 50 : side * 50 + 48]
             assert abs(part - source).mean() < 0.7 * abs(part - sources[1 - side]).mean()
+        with Image.open(page / "posters" / f"{Path(name).stem}.jpg") as poster:
+            assert poster.size == (100, 46)
+            assert np.abs(np.asarray(poster, np.float32) - shown[0]).mean() < 8
         with Image.open(page / "strips" / f"{Path(name).stem}.jpg") as strip:
             assert strip.size == (gallery.STRIP_COLUMNS * 50, 2 * 46)
     assert "differ in more than the model" not in caplog.text
@@ -701,6 +704,15 @@ def test_gallery_plays_in_a_browser_and_prompts_stay_text(run, pair, chromium, t
     page.on("requestfailed", lambda request: errors.append(request.url))
     page.goto((folder / "index.html").as_uri())
     assert page.title() == "Wan2.1 | <i>LTD"
+    for width in (1600, 390):
+        page.set_viewport_size({"width": width, "height": 900})
+        box = page.locator("video").first.bounding_box()
+        assert width - 48 <= box["width"] <= width and box["height"] <= 900  # all of the width, and still in view
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    posters = page.locator("video").evaluate_all("videos => videos.map(v => v.poster)")
+    assert "/posters/a%20red%20square" in posters[0]
+    page.evaluate("posters => Promise.all(posters.map(p => { const i = new Image(); i.src = p; return i.decode() }))",
+                  posters)  # fmt: skip
     assert page.locator("h2").all_text_contents() == PROMPTS
     assert page.evaluate("window.hacked") is None and page.locator("h2 b, h1 i, td i").count() == 0
     for i in range(3):

@@ -135,7 +135,75 @@ def test_dataset_is_a_videofolder(tmp_path):
         assert np.allclose(saved["position"], truth["position"])
 
 
+@pytest.fixture(scope="module")
+def orbits():
+    """Eight clips of the mix that the quickstart teaches: `(spec, video, truth, caption)`."""
+    specs = [sprites.clip_spec("orbit", 0, "train", index) for index in range(8)]
+    return [(spec, *sprites.render_clip(spec), sprites.caption(spec)) for spec in specs]
+
+
+def test_an_orbit_goes_once_around_the_middle_and_comes_back(orbits):
+    starts = set()
+    for spec, _, truth, text in orbits:
+        (position,) = truth["position"] - sprites.SIZE / 2
+        assert np.hypot(*position.T) == pytest.approx(sprites.ORBIT_RADIUS, abs=1e-3)
+        starts.add(round(float(np.degrees(np.arctan2(*position[0])))))
+        # Clockwise on the screen, where y points down: from the right downward, from the bottom to the left
+        x, y = position[0]
+        assert position[8] == pytest.approx((-y, x), abs=1e-3)
+        assert position[16] == pytest.approx((-x, -y), abs=1e-3)
+        assert position[-1] == pytest.approx(position[0], abs=1e-3)
+        assert spec.sprites[0].radius + np.abs(position).max() < sprites.SIZE / 2  # all of it stays on the screen
+        difference = (position[2:] - position[:-2]) / 2
+        assert np.abs(difference - truth["velocity"][0, 1:-1]).max() < 0.05
+        assert text.startswith("orbit, a ") and sprites.parse_caption(text) == sprites.caption_words(spec)
+    assert len(starts) == len(orbits)
+    with pytest.raises(ValueError, match="not a sprite caption"):
+        sprites.parse_caption("orbit, a large red circle moves quickly to the left over a blue gradient")
+
+
 # ------------------------------------------------------------------------------------------------ metrics
+
+
+def test_degrees_turned(orbits, clips):
+    def turned(change):
+        return changed(orbits, change)["degrees_turned"]
+
+    assert turned(lambda video: video) == pytest.approx(360, abs=3)
+    assert turned(lambda video: video[::-1]) == pytest.approx(-360, abs=3)
+    assert turned(lambda video: video[:17]) == pytest.approx(180, abs=3)
+    assert turned(lambda video: np.repeat(video[:1], 33, axis=0)) == 0
+    assert turned(np.zeros_like) == 0  # nothing to be seen
+    _, video, _, text = clips[0]
+    assert np.isnan(metrics.measure(video, text)["degrees_turned"])  # not asked
+
+
+def test_the_quickstart_says_its_numbers_in_words(orbits, tmp_path, capsys):
+    """Of a run's samples: step 0 stands still, the last step turns, and other prompts do not count."""
+    import degrees_turned
+    from videos import write_video
+
+    prompts = [text for *_, text in orbits[:2]]
+    (tmp_path / "samples").mkdir()
+    for number, (_, video, _, _) in enumerate(orbits[:2]):
+        still = np.repeat(video[:1], 33, axis=0)
+        for step, frames in {0: still, 50: video[:17], 150: video}.items():
+            write_video(frames, tmp_path / "samples" / f"step-{step:06d}-{number}.mp4", 16)
+    write_video(orbits[0][1], tmp_path / "samples" / "step-000150-2.mp4", 16)
+    settings = {"validation_prompt": [*prompts, "a large red circle stays still over a blue gradient"]}
+    (tmp_path / "training_settings.json").write_text(json.dumps(settings))
+    rows = [{"step": 0, "val/mse": 0.28}, {"step": 150, "val/mse": 0.17}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    degrees_turned.main(degrees_turned.parse_args([str(tmp_path)]))
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert "360 degrees, the sprites of 2 videos turned by 0 degrees" in first
+    (measured,) = [int(word) for word in second.split() if word.isdigit() and word != "150"]
+    assert abs(measured - 360) <= 5 and second.startswith("After 150 steps")
+    assert third == "The error on clips that training never saw went from 0.280 to 0.170."
+    numbers = json.loads((tmp_path / "degrees_turned.json").read_text())
+    assert {step: len(values) for step, values in numbers["degrees"].items()} == {"0": 2, "50": 2, "150": 2}
+    with pytest.raises(SystemExit, match=r"error: .*no video of a prompt that begins with 'orbit'"):
+        degrees_turned.main(degrees_turned.parse_args([str(tmp_path / "nothing")]))
 
 
 def test_true_videos_score_near_perfect(scores):

@@ -212,7 +212,9 @@ def test_report_knows_still_wild_and_cut(known_clips, tmp_path, monkeypatch, cap
     cuts = [(clip["name"], clip["jump_frame"]) for clip in report["clips"] if clip["cut_suspected"]]
     assert cuts == [("cut.mp4", 3)]  # pictures 9 to 12, before 13 to 16
     assert list(report["skipped"]) == ["broken.mp4"]
-    assert "cut is suspected in 1 clips (--drop_cuts) cut.mp4" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "6 clips of 7 videos; 1 video cannot be used" in said
+    assert "cut is suspected in 1 clip (--drop_cuts) cut.mp4" in said
 
     # The same from the cache, without any model, and of all clips, whatever training holds out
     monkeypatch.setattr(train_ltd, "load_vae", None)
@@ -221,6 +223,30 @@ def test_report_knows_still_wild_and_cut(known_clips, tmp_path, monkeypatch, cap
     assert json.loads((tmp_path / "ltd_report.json").read_text()) == report
     with Image.open(tmp_path / "ltd_report.png") as figure:
         assert figure.width == 800
+
+
+@pytest.mark.parametrize("ltds", [[0.1, 0.11, 0.2, 0.2, 0.3, 0.5, 0.9, 1.3], [0.4]])
+def test_a_histogram_of_few_clips_shows_each(monkeypatch, ltds):
+    """Bars that are narrower than what lies between the clips, counted in whole clips."""
+    picture = np.zeros((8, 8, 3), np.uint8)
+    monkeypatch.setattr(visualize_ltd, "read_pictures", lambda args, clips, indices: [picture] * len(clips))
+    clips = []
+    for number, ltd in enumerate(ltds):
+        cut = number == 3
+        clip = SimpleNamespace(ltd=ltd, name=f"{number}.mp4", order=(0, number, 0))
+        clip.largest_jump = lambda: (1.5, 1)
+        clip.cut_is_suspected = lambda cut=cut: cut
+        clips.append(clip)
+    args = SimpleNamespace(num_frames=9, fps=16)
+    figure = visualize_ltd.draw_report(args, clips)
+    figure.draw_without_rendering()
+    axes = figure.subfigs[0].axes[0]
+    bars = [bar for bar in axes.patches if bar.get_height()]
+    assert sum(bar.get_height() for bar in bars) == len(ltds)
+    assert max(bar.get_width() for bar in bars) < 0.06 * max(1, ltds[-1] - ltds[0])
+    assert all(tick == round(tick) for tick in axes.get_yticks())
+    title = figure.subfigs[1].get_suptitle()
+    assert title == ("the 4 stillest clips, by mean LTD" if len(ltds) > 1 else "the stillest clip, by mean LTD")
 
 
 def test_report_shows_the_pictures_of_each_window(known_clips, tmp_path):
