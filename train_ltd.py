@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Fine-tune Wan text-to-video with the Latent Temporal Discrepancy (LTD) loss, as a LoRA or in full.
+"""Fine-tune Wan text-to-video or image-to-video with the Latent Temporal Discrepancy (LTD) loss, as a LoRA or in full.
 
-It trains Wan2.1 (1.3B, 14B) and Wan2.2 (TI2V-5B, and T2V-A14B one `--expert` a run).
+It trains Wan2.1 (1.3B, 14B, I2V-14B) and Wan2.2 (TI2V-5B, and T2V-A14B and I2V-A14B one `--expert` a run).
 
 A LoRA of the 1.3B model on one GPU, from a folder of `clip.mp4` + `clip.txt` pairs or one with a `metadata.jsonl`:
 
@@ -89,7 +89,7 @@ from accelerate.utils import (
 )
 from accelerate.utils.fsdp_utils import load_fsdp_optimizer, save_fsdp_optimizer
 from datasets.distributed import split_dataset_by_node
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
@@ -100,6 +100,7 @@ from diffusers.training_utils import (
     free_memory,
 )
 from diffusers.utils import check_min_version, export_to_video
+from diffusers.video_processor import VideoProcessor
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import LocalEntryNotFoundError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, httpx, validate_repo_id
@@ -121,7 +122,7 @@ from torch.utils.checkpoint import (
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ltd_loss import latent_temporal_discrepancy, ltd_loss
+from ltd_loss import latent_temporal_discrepancy, ltd_loss, ltd_weights
 
 check_min_version("0.42.0")
 
@@ -164,13 +165,22 @@ FLASH_ATTENTION = {
     "flash_3": FlashAttention("FA3", "flash_attn_interface", "build hopper/ of github.com/Dao-AILab/flash-attention"),
     "flash_4": FlashAttention("FA4", "flash_attn.cute", "pip install flash-attn-4==4.0.0b18"),
 }
-# Where a pipeline has its transformer, by `--expert`: Wan2.2 T2V-A14B has one for high noise and one for low noise
+# Where a pipeline has its transformer, by `--expert`: Wan2.2 A14B has one for high noise and one for low noise
 SUBFOLDERS = {None: "transformer", "high": "transformer", "low": "transformer_2"}
 OTHER_EXPERT = {"high": "low", "low": "high"}
 EXPERT_IN_NAME = re.compile(r"(high|low)[-_ ]?noise", re.IGNORECASE)  # as files of LoRAs are called
-UNSUPPORTED_KEYS = "img_emb|k_img|vace_|control_adapter"  # of single files of models that this script does not train
+# In single files: layers for CLIP's features, and those of models that this script does not train
+IMAGE_KEYS = "img_emb|k_img"
+UNSUPPORTED_KEYS = "vace_|control_adapter|ref_conv|emb_pos|audio|motion_encoder|face_|pose_"
 # diffusers' names -> those of the original Wan code, which ComfyUI expects; applied in this order
 ORIGINAL_NAMES = {
+    "image_embedder.norm1": "img_emb.proj.0",
+    "image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "image_embedder.ff.net.2": "img_emb.proj.3",
+    "image_embedder.norm2": "img_emb.proj.4",
+    "attn2.add_k_proj": "cross_attn.k_img",
+    "attn2.add_v_proj": "cross_attn.v_img",
+    "attn2.norm_added_k": "cross_attn.norm_k_img",
     "attn1.to_out.0": "self_attn.o",
     "attn1.to_": "self_attn.",
     "attn1.": "self_attn.",
@@ -307,6 +317,7 @@ CARD_SETTINGS = (
     "num_frames",
     "sizes",
     "fps",
+    "first_frame_share",
     "loss",
     "ltd_window",
     "ltd_scale",
@@ -371,7 +382,15 @@ INEXACT_SETTINGS = (
 # What it may change with effect
 LASTING_SETTINGS = ("learning_rate", "max_train_steps", "num_train_epochs")
 DECAYING_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial")
-LIST_FLAGS = ("dataset_name", "train_data_dir", "sizes", "lora_target_modules", "validation_prompt")  # several values
+# That take several values
+LIST_FLAGS = (
+    "dataset_name",
+    "train_data_dir",
+    "sizes",
+    "lora_target_modules",
+    "validation_prompt",
+    "validation_image",
+)
 # Flags of earlier versions, and what took their place
 REMOVED_FLAGS = {
     "min_ltd": "filter the table by `examples/visualize_ltd.py report --write_metadata kept.jsonl --min_ltd ...`",
@@ -390,6 +409,7 @@ LOCAL_SETTINGS = (
     "train_data_dir",
     "sources",
     "validation_prompts_file",
+    "validation_image",
 )
 CITATION = """@article{wu2026ltd, title={Latent Temporal Discrepancy as Motion Prior}, year={2026},
   author={Wu, Meiqi and Song, Bingze and Lin, Ruimin and Zhu, Chen and Feng, Xiaokun and Wu, Jiahong and others},
@@ -504,8 +524,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="other transformer: diffusers folder, Hub id, .safetensors in original Wan keys")
     add("--init_lora", type=user_path,
         help="go on training this LoRA (file, folder or Hub id; keys of diffusers, ComfyUI and others)")
-    add("--expert", choices=["high", "low"], help="the one of Wan2.2 T2V-A14B's two transformers to train: for high"
-        " noise (layout and motion) or for low noise (detail); samples use both")
+    add("--expert", choices=["high", "low"], help="the one of Wan2.2 A14B's two transformers to train: for high noise"
+        " (layout and motion) or for low noise (detail); samples use both")
     add("--train_type", choices=["lora", "full"], default="lora", help="train an adapter, or all weights of the DiT")
     add("--quantization", choices=["int8", "nf4"],
         help="a LoRA's frozen base in 8 bits by torchao, in 4 by bitsandbytes (on a GPU); use checkpointing too")
@@ -540,6 +560,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--clips_per_video", type=positive_int, default=1, help="windows of a long video, evenly spread; 1: its start")
     add("--max_skipped", type=share, default=0.1, help="stop when more than this share of the videos is unusable")
     add("--caption_dropout", type=share, default=0.1, help="share of samples with an empty caption; guidance needs it")
+    add("--first_frame_share", type=share, help="share of samples that are given their first frame, which is left out"
+        " of the loss: TI2V-5B trained as image-to-video (default: 0; I2V models are always given it)")
     add("--validation_fraction", type=share, help="hold out this share of the videos, such as 0.1; 0: none")
     add("--validation_split", help="hold out this split of the dataset")
     add("--cache_dir", type=user_path,
@@ -591,6 +613,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_eval_clips", type=positive_int, default=32, help="held-out clips used for them")
     add("--validation_prompt", action="append", help="sample this prompt while training; repeatable")
     add("--validation_prompts_file", type=user_path, help="text file with a prompt a line; those after # are left out")
+    add("--validation_image", action="append", type=user_path,
+        help="picture that a sample of image-to-video starts from, one a prompt; repeatable (default: first frames of"
+        " held-out clips, or else of training clips, as the VAE decodes them)")
     add("--validation_steps", type=positive_int, default=250, help="sample every so many updates, and at first")
     add("--validation_num_inference_steps", type=positive_int, default=30, help="denoising steps of a sample")
     add("--validation_guidance_scale", type=float, default=5.0, help="guidance of a sample")
@@ -891,6 +916,16 @@ def check_args(args: argparse.Namespace) -> None:
             f"--min_sigma {args.min_sigma} and --max_sigma {args.max_sigma}: 0 <= min < max <= 1 is needed"
         )
 
+    # Samples
+    images = args.validation_image or []
+    if images and len(images) != len(args.validation_prompt):
+        problems.append(
+            f"give a --validation_image for each prompt: there are {len(images)} for {len(args.validation_prompt)}"
+        )
+    for image in images:
+        if not os.path.isfile(image):
+            problems.append(f"--validation_image {image} does not exist")
+
     # Machine and packages
     packages = []
     if args.report_to != "none":
@@ -974,7 +1009,10 @@ class Wan:
     subfolder: str  # of the pipeline's folder, where the transformer to train is
     boundary_ratio: float | None  # the sigma from which on the pipeline samples with its expert for high noise
     sigma_range: tuple[float, float]  # (0, 1), or the share of the chosen expert
+    first_frame: str | None  # how a given first frame enters: None, by more "channels" (I2V), or "replaced" (TI2V-5B)
+    image_embeds: bool  # Wan2.1 I2V also attends to CLIP's features of it
     timestep_per_token: bool  # TI2V-5B's pipeline gives each token a timestep; for text all are equal, and one serves
+    patch_size: tuple[int, int, int]  # latent frames, rows and columns of a token
     architecture: str  # "wan2.1" or "wan2.2", for the metadata of files
     scheduler: str  # class of the pipeline's own scheduler, by which samples are made
     size_multiple: int  # of height and width, in pixels: what one token covers
@@ -986,9 +1024,10 @@ class Wan:
 def identify_wan(args: argparse.Namespace) -> Wan:
     """Read the configurations of the base and of `--transformer_path`, before anything big is downloaded.
 
-    Settles in `args` what has its default from the model: `height`, `width`, `num_frames`, `fps`, and the range of
-    `min_sigma` and `max_sigma`. Raises `ValueError` for what is no Wan text-to-video model, by the name of what gives
-    it away, for what cannot be read, for a wrong `--expert`, and for a size that the model cannot make.
+    Settles in `args` what has its default from the model: `height`, `width`, `num_frames`, `fps`, `first_frame_share`,
+    and the range of `min_sigma` and `max_sigma`. Raises `ValueError` for what is no Wan model that is trained here, by
+    the name of what gives it away, for what cannot be read, for a wrong `--expert`, for a first frame that the model
+    does not take, and for a size that it cannot make.
     """
     base = args.pretrained_model_name_or_path
     path = args.transformer_path
@@ -1014,17 +1053,36 @@ def identify_wan(args: argparse.Namespace) -> Wan:
             names += f" or --transformer_path {path}"
         raise ValueError(f"{names}: {network_fault(error) or error}") from error
 
-    unsupported = [f"the key {key}" for key in keys if re.search(UNSUPPORTED_KEYS, key)]
+    image_to_video = index["_class_name"] == "WanImageToVideoPipeline"
+    image_embeds = bool(transformer.get("image_dim"))
+    frame_multiple = vae.get("scale_factor_temporal", 4)
+    in_channels = transformer["out_channels"]
+    if image_to_video:
+        # Noisy latents, a mask with a channel for each frame of a latent frame, and the condition
+        in_channels = 2 * transformer["out_channels"] + frame_multiple
+    unsupported = []
+    for key in keys:
+        if re.search(UNSUPPORTED_KEYS, key) or (re.search(IMAGE_KEYS, key) and not image_embeds):
+            unsupported.append(f"the key {key}")
+    if keys and image_embeds and not any(re.search(IMAGE_KEYS, key) for key in keys):
+        unsupported.append("no img_emb, as the base has")
     for config in configs:
-        if config["_class_name"] not in ("WanPipeline", "WanTransformer3DModel"):
+        if config["_class_name"] not in ("WanPipeline", "WanImageToVideoPipeline", "WanTransformer3DModel"):
             unsupported.append(f"the class {config['_class_name']}")
-        if config.get("image_dim"):
+        if config.get("pos_embed_seq_len"):
+            unsupported.append("FLF2V's pos_embed_seq_len")
+        if config.get("image_dim") and not image_to_video:
             unsupported.append("I2V's image_dim")
-        if config.get("in_channels") != config.get("out_channels"):
-            unsupported.append("I2V's in_channels")
-    for config in configs[1:]:
+    if transformer["in_channels"] != in_channels:
+        found = "I2V's in_channels"
+        if image_to_video:
+            found = f"{transformer['in_channels']} in_channels, where I2V has {in_channels}"
+        unsupported.append(found)
+    for config in configs[2:]:
         if config["in_channels"] != transformer["in_channels"]:
             unsupported.append(f"{config['in_channels']} channels for the base's {transformer['in_channels']}")
+        if config.get("image_dim") != transformer.get("image_dim"):
+            unsupported.append(f"the image_dim {config.get('image_dim')} for the base's {transformer['image_dim']}")
     width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
     expected = (width, transformer["in_channels"], *transformer["patch_size"])
     if patch_shape and patch_shape != expected:
@@ -1032,8 +1090,8 @@ def identify_wan(args: argparse.Namespace) -> Wan:
     if unsupported:
         names = " or ".join(name for name in (base, path) if name)
         raise ValueError(
-            f"{names} is no Wan text-to-video model that this script trains (Wan2.1, Wan2.2 T2V-A14B and TI2V-5B): it "
-            f"has {unsupported[0]}"
+            f"{names} is no Wan model that this script trains (text-to-video or image-to-video of Wan2.1, of Wan2.2 "
+            f"A14B, and TI2V-5B): it has {unsupported[0]}"
         )
 
     boundary_ratio = expert_boundary(index)
@@ -1054,19 +1112,29 @@ def identify_wan(args: argparse.Namespace) -> Wan:
         architecture = "wan2.2"
         defaults = Bucket(frames=121, height=704, width=1280)
         fps = 24.0
+    timestep_per_token = bool(index.get("expand_timesteps"))
+    first_frame = None
+    if image_to_video:
+        first_frame = "channels"
+    elif timestep_per_token:
+        first_frame = "replaced"
     wan = Wan(
         subfolder=subfolder,
         boundary_ratio=boundary_ratio,
         sigma_range=sigma_range,
-        timestep_per_token=bool(index.get("expand_timesteps")),
+        first_frame=first_frame,
+        image_embeds=image_embeds,
+        timestep_per_token=timestep_per_token,
+        patch_size=tuple(transformer["patch_size"]),
         architecture=architecture,
         scheduler=index["scheduler"][1],
         size_multiple=vae.get("scale_factor_spatial", 8) * transformer["patch_size"][1],
-        frame_multiple=vae.get("scale_factor_temporal", 4),
+        frame_multiple=frame_multiple,
         defaults=defaults,
         fps=fps,
     )
     settle_defaults(args, wan)
+    settle_first_frame(args, wan)
     check_size(args, wan)
     return wan
 
@@ -1091,6 +1159,25 @@ def settle_defaults(args: argparse.Namespace, wan: Wan) -> None:
     args.max_sigma = min(args.max_sigma, highest)
 
 
+def settle_first_frame(args: argparse.Namespace, wan: Wan) -> None:
+    """Settle how many samples are given their first frame: all, where the model has no other input.
+
+    Raises `ValueError` for flags of a first frame that the model does not take.
+    """
+    base = args.pretrained_model_name_or_path
+    if wan.first_frame == "channels":
+        if args.first_frame_share not in (None, 1):
+            raise ValueError(f"--first_frame_share: {base} is given the first frame of all clips; leave the flag out")
+        args.first_frame_share = 1.0
+    if args.first_frame_share and not wan.first_frame:
+        raise ValueError(f"--first_frame_share: {base} takes no image; take TI2V-5B, or leave the flag out")
+    if args.validation_image and not args.first_frame_share:
+        raise ValueError(
+            f"--validation_image: {base} is trained from text here; take an I2V model, or TI2V-5B with "
+            "--first_frame_share"
+        )
+
+
 def check_size(args: argparse.Namespace, wan: Wan) -> None:
     """Refuse a size that the model cannot make, with the nearest that it can. Raises `ValueError`."""
     for bucket in training_buckets(args):
@@ -1107,6 +1194,11 @@ def check_size(args: argparse.Namespace, wan: Wan) -> None:
             raise ValueError(
                 f"--num_frames{of_list} must be {wan.frame_multiple}k+1, for the VAE would drop the rest; got "
                 f"{bucket.frames}, try {nearest}"
+            )
+        if bucket.frames == 1 and wan.first_frame == "channels":
+            raise ValueError(
+                f"--num_frames{of_list}: one frame is all given to an image-to-video model, which learns nothing from "
+                f"it; try {1 + wan.frame_multiple}"
             )
 
 
@@ -1131,18 +1223,70 @@ def load_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKLWan
     return vae.requires_grad_(False).to(device)
 
 
+def load_image_encoder(args: argparse.Namespace, device: torch.device) -> WanImageToVideoPipeline:
+    """Load CLIP, frozen and in float32, as a pipeline of nothing else: its `encode_image` prepares pictures too."""
+    pipeline = WanImageToVideoPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        dtype=torch.float32,
+        tokenizer=None,
+        text_encoder=None,
+        transformer=None,
+        transformer_2=None,
+        vae=None,
+    )
+    return pipeline.to(device)
+
+
 @torch.no_grad()
-def encode_clip(vae: AutoencoderKLWan, frames: torch.Tensor) -> dict[str, torch.Tensor]:
+def encode_clip(
+    vae: AutoencoderKLWan,
+    frames: torch.Tensor,
+    with_condition: bool = False,
+    image_encoder: WanImageToVideoPipeline | None = None,
+) -> dict[str, torch.Tensor]:
     """Encode frames `(F, 3, H, W)` uint8 to the tensors that training needs of a clip, float32.
 
-    That is `latents` `(C, F', H/8, W/8)`: the posterior's mode, normalized.
+    That is `latents` `(C, F', H/8, W/8)`; for I2V also, `with_condition`, `condition` of the same shape, and of an
+    `image_encoder` (`load_image_encoder`) `image_embeds` `(257, D)`, CLIP's features of the first frame.
     """
     pixels = frames.to(vae.device, torch.float32).div(127.5).sub(1)
     pixels = pixels.transpose(0, 1)[None]  # (1, 3, F, H, W)
+    tensors = {"latents": encode_pixels(vae, pixels)[0]}
+    if with_condition:
+        # Gray after the first frame, as the stock pipeline has it. The VAE sees the clip whole: later frames of the
+        # condition depend on the first one too.
+        given = torch.zeros_like(pixels)
+        given[:, :, 0] = pixels[:, :, 0]
+        tensors["condition"] = encode_pixels(vae, given)[0]
+    if image_encoder:
+        tensors["image_embeds"] = image_encoder.encode_image(to_image(frames[0]))[0]
+    return tensors
+
+
+def encode_pixels(vae: AutoencoderKLWan, pixels: torch.Tensor) -> torch.Tensor:
+    """Encode pixels `(B, 3, F, H, W)` in [-1, 1] to latents `(B, C, F', H/8, W/8)`: the mode, normalized."""
     latents = vae.encode(pixels).latent_dist.mode()
     mean = torch.tensor(vae.config.latents_mean, device=vae.device).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std, device=vae.device).view(1, -1, 1, 1, 1)
-    return {"latents": ((latents - mean) / std)[0]}
+    return (latents - mean) / std
+
+
+@torch.no_grad()
+def decode_first_frame(vae: AutoencoderKLWan, latents: torch.Tensor) -> np.ndarray:
+    """Decode the first frame of latents `(C, F, H, W)` to a picture `(8H, 8W, 3)` uint8: it depends on no other."""
+    mean = torch.tensor(vae.config.latents_mean).view(-1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std).view(-1, 1, 1, 1)
+    first = latents[:, :1] * std + mean
+    video = vae.decode(first[None].to(vae.device)).sample
+    (picture,) = VideoProcessor().postprocess_video(video)[0]
+    return np.uint8(255 * picture + 0.5)
+
+
+def to_image(picture: torch.Tensor) -> Image.Image:
+    """Turn a picture `(3, H, W)` uint8 into one that pipelines take."""
+    return Image.fromarray(picture.permute(1, 2, 0).numpy())
 
 
 def load_transformer(args: argparse.Namespace, wan: Wan) -> WanTransformer3DModel:
@@ -1276,13 +1420,32 @@ def predict_flow(
 ) -> torch.Tensor:
     """Predict the flow `noise - latents` at `noisy_latents` `(B, C, F, H, W)`; returns the same shape.
 
-    Of `batch` it reads `sigmas` `(B,)` and `prompt_embeds` `(B, 512, D)`. The model's timestep is 1000 times sigma.
-    Text-to-video asks nothing of `wan`: one timestep a sample serves TI2V-5B too. Models that take an image do.
+    Of `batch` it reads `sigmas` `(B,)` and `prompt_embeds` `(B, 512, D)`; the model's timestep is 1000 times sigma. A
+    batch for image-to-video has more:
+    - I2V: `condition` `(B, C, F, H, W)`, and of Wan2.1 `image_embeds` `(B, 257, D)`;
+    - TI2V-5B: `first_frame_given` `(B,)` bool, and `latents`, whose first frame then takes the place of the noisy one,
+      at timestep 0. What is predicted for it means nothing.
     """
+    hidden_states = noisy_latents
+    timestep = 1000 * batch["sigmas"]
+    if "condition" in batch:
+        condition = batch["condition"]
+        mask = torch.zeros_like(condition[:, : wan.frame_multiple])  # a channel for each frame of a latent frame
+        mask[:, :, 0] = 1
+        hidden_states = torch.cat([noisy_latents, mask, condition], dim=1)
+    given = batch.get("first_frame_given")
+    if given is not None and given.any():
+        hidden_states = noisy_latents.clone()
+        hidden_states[given, :, 0] = batch["latents"][given, :, 0]
+        frames = noisy_latents.shape[2]
+        tokens = noisy_latents[0, 0].numel() // math.prod(wan.patch_size)
+        timestep = timestep[:, None].repeat(1, tokens)  # (B, tokens), the first frame's first
+        timestep[given, : tokens // frames] = 0
     return transformer(
-        hidden_states=noisy_latents,
-        timestep=1000 * batch["sigmas"],
+        hidden_states=hidden_states,
+        timestep=timestep,
         encoder_hidden_states=batch["prompt_embeds"],
+        encoder_hidden_states_image=batch.get("image_embeds"),
         return_dict=False,
     )[0]
 
@@ -1953,14 +2116,20 @@ class ClipReader(torch.utils.data.IterableDataset):
     The processes of a `DataLoader` share the rows. A stream is read by one: `datasets` would split it once more.
     """
 
-    def __init__(self, args: argparse.Namespace, split: str, accelerator: Accelerator):
+    def __init__(self, args: argparse.Namespace, split: str, accelerator: Accelerator, wan: Wan | None = None):
         self.args = args
+        self.with_condition = wan is not None and wan.first_frame == "channels"
+        self.with_image_embeds = wan is not None and wan.image_embeds
         self.rank = accelerator.process_index
         self.world = accelerator.num_processes
         self.dataset, self.folder = open_dataset(args, split)
         self.streaming = isinstance(self.dataset, datasets.IterableDataset)
         self.buckets = training_buckets(args)
-        self.vae_identity = model_identity(args, "vae")
+        self.encoder_identity = model_identity(args, "vae")
+        if self.with_image_embeds:
+            self.encoder_identity = model_identity(args, "vae", "image_encoder", "image_processor")
+        if self.with_condition:
+            self.encoder_identity = f"{self.encoder_identity} with condition"
 
     def count(self) -> int | None:
         """Return how many rows this rank reads; `None` for a stream."""
@@ -2048,7 +2217,7 @@ class ClipReader(torch.utils.data.IterableDataset):
         """Name the cache entry of a clip, relative to the cache folder. Its own size counts, and not the list."""
         key = cache_key(
             CACHE_FORMAT,
-            self.vae_identity,
+            self.encoder_identity,
             video.bucket,
             self.args.fps,
             self.args.clips_per_video,
@@ -2108,11 +2277,17 @@ def read_captions(value: str | list | None, name: str, args: argparse.Namespace)
     return captions
 
 
-def encode_video(vae: AutoencoderKLWan, video: Video, reader: ClipReader, args: argparse.Namespace) -> None:
+def encode_video(
+    vae: AutoencoderKLWan,
+    image_encoder: WanImageToVideoPipeline | None,
+    video: Video,
+    reader: ClipReader,
+    args: argparse.Namespace,
+) -> None:
     """Encode the clips of a video into the cache, and leave their statistics in place of the frames."""
     entries = []
     for frames in video.frames:
-        tensors = encode_clip(vae, frames)
+        tensors = encode_clip(vae, frames, reader.with_condition, image_encoder)
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             video.reason = "the VAE returned values that are not finite"
             return
@@ -2130,16 +2305,19 @@ def encode_video(vae: AutoencoderKLWan, video: Video, reader: ClipReader, args: 
         video.statistics.append(statistics)
 
 
-def cache_clips(args: argparse.Namespace, accelerator: Accelerator, split: str) -> tuple[list[Clip], list[Video]]:
+def cache_clips(
+    args: argparse.Namespace, accelerator: Accelerator, split: str, wan: Wan | None = None
+) -> tuple[list[Clip], list[Video]]:
     """Encode each video of a split that is not in the cache yet; the ranks share the work.
 
     Returns on every rank all clips, and the videos that cannot be used, each with its `reason`; both in the dataset's
     order.
     """
-    reader = ClipReader(args, split, accelerator)
+    reader = ClipReader(args, split, accelerator, wan)
     workers = 0 if reader.streaming else args.dataloader_num_workers
     loader = torch.utils.data.DataLoader(reader, batch_size=None, num_workers=workers)
     vae = None
+    image_encoder = None
     clips = []
     skipped = []
     progress = tqdm(total=reader.count(), desc=f"caching {split}", unit="video", disable=reader.rank > 0)
@@ -2149,7 +2327,9 @@ def cache_clips(args: argparse.Namespace, accelerator: Accelerator, split: str) 
             if vae is None:
                 logger.info("loading the VAE")
                 vae = load_vae(args, accelerator.device)
-            encode_video(vae, video, reader, args)
+                if reader.with_image_embeds:
+                    image_encoder = load_image_encoder(args, accelerator.device)
+            encode_video(vae, image_encoder, video, reader, args)
             video.frames = None
         if video.reason:
             logger.warning(f"skipped {video.name}: {video.reason}", main_process_only=False)
@@ -2168,7 +2348,7 @@ def cache_clips(args: argparse.Namespace, accelerator: Accelerator, split: str) 
             clips.append(clip)
         progress.update()
     progress.close()
-    del vae
+    del vae, image_encoder
     free_memory()
     clips = sorted(gather_object(clips), key=lambda clip: clip.order)
     skipped = sorted(gather_object(skipped), key=lambda video: video.order)
@@ -2213,7 +2393,7 @@ def cache_captions(args: argparse.Namespace, accelerator: Accelerator, captions:
     return files
 
 
-def usable_clips(args: argparse.Namespace, accelerator: Accelerator, split: str) -> list[list[Clip]]:
+def usable_clips(args: argparse.Namespace, accelerator: Accelerator, split: str, wan: Wan | None) -> list[list[Clip]]:
     """Return the clips of a split of each source, and list the videos that cannot be used in `skipped.jsonl`.
 
     Raises `ValueError` when those are more than `--max_skipped` allows.
@@ -2221,7 +2401,7 @@ def usable_clips(args: argparse.Namespace, accelerator: Accelerator, split: str)
     clips_of_sources = []
     for number, source in enumerate(args.sources):
         place = source.path or source.name
-        clips, skipped = cache_clips(of_source(args, source), accelerator, split)
+        clips, skipped = cache_clips(of_source(args, source), accelerator, split, wan)
         if not clips and not skipped:
             raise ValueError(f"there is no video in the split {split} of {place}")
         count = len({clip.order[:2] for clip in clips}) + len(skipped)
@@ -2264,23 +2444,24 @@ def skipped_message(skipped: list[Video], count: int, args: argparse.Namespace) 
 
 
 def prepare_data(
-    args: argparse.Namespace, accelerator: Accelerator, with_captions: bool = True
+    args: argparse.Namespace, accelerator: Accelerator, with_captions: bool = True, wan: Wan | None = None
 ) -> tuple[list[Clip], list[Clip], dict[str, str]]:
     """Return the training clips, the held-out clips and the file of every caption's embedding, all of them cached.
 
-    `identify_wan` comes before it, and settles the clips' size and rate in `args`. Without `with_captions` no text
-    encoder is loaded, and there are no files. Raises `ValueError` when too few videos can be used, or none is left to
+    `identify_wan` comes before it, and settles the clips' size and rate in `args`; the `wan` that it returns is needed
+    for I2V alone, whose clips have more tensors in the cache. Without `with_captions` no text encoder is loaded, and
+    there are no files. Raises `ValueError` when too few videos can be used, or none is left to
     train on.
     """
     Path(args.output_dir, "skipped.jsonl").unlink(missing_ok=True)
-    clips_of_sources = usable_clips(args, accelerator, args.dataset_split)
+    clips_of_sources = usable_clips(args, accelerator, args.dataset_split, wan)
     held_out_of_sources = []
     if args.validation_fraction:
         parts = [hold_out(clips, args) for clips in clips_of_sources]
         clips_of_sources = [training for training, _ in parts]
         held_out_of_sources = [held_out for _, held_out in parts]
     elif args.validation_split:
-        held_out_of_sources = usable_clips(args, accelerator, args.validation_split)
+        held_out_of_sources = usable_clips(args, accelerator, args.validation_split, wan)
     clips = list(itertools.chain(*clips_of_sources))
     # In turn, since the first --max_eval_clips of them are measured.
     in_turn = itertools.chain(*itertools.zip_longest(*held_out_of_sources))
@@ -2427,11 +2608,16 @@ class LatentDataset(torch.utils.data.Dataset):
     def load(self, clip: Clip, caption: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Load a clip's tensors, such as `latents` `(C, F, H, W)`, and `prompt_embeds` `(512, D)`, and draw `noise`.
 
-        All are float32; the noise has the shape of the latents.
+        All are float32; the noise has the shape of the latents. Where `--first_frame_share` is TI2V-5B's, it draws
+        `first_frame_given` too, a bool: last, so that all else is drawn as it is for text.
         """
         sample = load_entry(self.args, clip.path)
         sample["noise"] = torch.randn(sample["latents"].shape, generator=generator)
         sample["prompt_embeds"] = self.load_prompt(caption)
+        if self.args.first_frame_share and "condition" not in sample:
+            given = torch.rand((), generator=generator) < self.args.first_frame_share
+            is_video = sample["latents"].shape[1] > 1  # of a still nothing would be left to train
+            sample["first_frame_given"] = given & is_video
         return sample
 
     def motion_bounds(self, device: torch.device) -> torch.Tensor:
@@ -2502,6 +2688,9 @@ def compute_loss(
     `prediction` and `target` are `(B, C, F, H, W)`. Another loss for `main` takes the same arguments; `batch` also
     holds the clean `latents`, `noise`, `sigmas`, `prompt_embeds` and the clips' names, `name`.
     """
+    trained = trained_frames(batch)
+    if trained is not None:
+        return loss_of_frames(prediction, target, batch["latents"], trained, args)
     if args.loss == "mse":
         return F.mse_loss(prediction.float(), target.float())
     return ltd_loss(
@@ -2509,13 +2698,56 @@ def compute_loss(
     )
 
 
+def trained_frames(batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """Tell which latent frames have a loss, `(B, F)` bool: not a first one that TI2V-5B is given. `None`: all have."""
+    if "first_frame_given" not in batch:
+        return None
+    latents = batch["latents"]
+    trained = torch.ones(len(latents), latents.shape[2], dtype=torch.bool, device=latents.device)
+    trained[:, 0] = ~batch["first_frame_given"]
+    return trained
+
+
+def mean_of_frames(values: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+    """Average `values` `(B, C, F, H, W)` over the `trained` frames `(B, F)` of each sample: `(B,)`."""
+    kept = trained[:, None, :, None, None].expand_as(values)
+    return (values * kept).sum(dim=(1, 2, 3, 4)) / kept.sum(dim=(1, 2, 3, 4))
+
+
+def loss_of_frames(
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    latents: torch.Tensor,
+    trained: torch.Tensor,
+    args: argparse.Namespace,
+) -> torch.Tensor:
+    """Return the loss of the `trained` frames `(B, F)`, a scalar: each sample counts the same.
+
+    LTD still looks at all frames: the first gap moves the second frame too.
+    """
+    if args.loss == "mse":
+        errors = F.mse_loss(prediction.float(), target.float(), reduction="none")
+        return mean_of_frames(errors, trained).mean()
+    errors = ltd_loss(prediction, target, latents, args.ltd_window, scale=args.ltd_scale, reduction="none")
+    losses = mean_of_frames(errors, trained)
+    if args.ltd_normalize:
+        weights = ltd_weights(latents, args.ltd_window, scale=args.ltd_scale)
+        losses = losses / mean_of_frames(weights[:, None], trained)
+    return losses.mean()
+
+
 @torch.no_grad()
 def motion_errors(
-    prediction: torch.Tensor, target: torch.Tensor, latents: torch.Tensor, motion_bounds: torch.Tensor
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    latents: torch.Tensor,
+    motion_bounds: torch.Tensor,
+    trained: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Sum the unweighted squared error of a batch by how much each voxel moves.
 
     Voxels whose LTD is above the upper of the two `motion_bounds` are in motion, those below the lower one static.
+    Only the `trained` frames `(B, F)` count, if they are given.
     Returns scalars: `mse` is a mean, `motion_error` and `static_error` are sums over `motion_voxels` and
     `static_voxels`. `mean_errors` turns any number of them into means.
     """
@@ -2524,8 +2756,13 @@ def motion_errors(
     static_bound, motion_bound = motion_bounds
     motion = ltd > motion_bound
     static = ltd < static_bound
+    mse = error.mean()
+    if trained is not None:
+        motion &= trained[:, :, None, None]
+        static &= trained[:, :, None, None]
+        mse = mean_of_frames(error[:, None], trained).mean()
     return {
-        "mse": error.mean(),
+        "mse": mse,
         "motion_error": (error * motion).sum(),
         "motion_voxels": motion.sum().float(),
         "static_error": (error * static).sum(),
@@ -3482,7 +3719,7 @@ def evaluate(
             prediction = predict_flow(wan, model, noisy_latents, batch)
             if not counts:
                 continue
-            measured = motion_errors(prediction, target, latents, motion_bounds)
+            measured = motion_errors(prediction, target, latents, motion_bounds, trained_frames(batch))
             if measure:
                 measured |= measure(prediction, target, latents)
             row = {"clip": index, "sigma": sigma}
@@ -3560,11 +3797,30 @@ def sampling_experts(
     return {run.wan.subfolder: model, other_subfolder: other}
 
 
+def read_image(path: str, args: argparse.Namespace) -> Image.Image:
+    """Read a picture, or a video's first one, cropped to the samples' size as clips are. Raises `ValueError`."""
+    try:
+        clips, _ = read_clip(path, Bucket(1, args.height, args.width), args.fps)
+    except (OSError, ClipError, av.FFmpegError) as error:
+        raise ValueError(f"the picture {path} cannot be read ({error}); give another, such as a PNG") from error
+    return to_image(clips[0, 0])
+
+
+def sample_image(run: "Run", vae: AutoencoderKLWan, number: int, args: argparse.Namespace) -> Image.Image:
+    """Return the picture that the sample of a prompt starts from: its `--validation_image`, or that of a clip."""
+    if args.validation_image:
+        return read_image(args.validation_image[number], args)
+    clips = run.held_out.clips or run.dataset.clips
+    latents = load_entry(args, clips[number % len(clips)].path)["latents"]
+    # Of several sizes, the clip may have another than the samples.
+    return to_image(resize_and_crop(decode_first_frame(vae, latents), args.height, args.width))
+
+
 @torch.no_grad()
 def sample_videos(run: "Run", args: argparse.Namespace) -> None:
     """Write one mp4 a prompt, by the stock pipeline and its own scheduler around the live transformer.
 
-    The ranks share the prompts.
+    With a `first_frame_share` they start from an image. The ranks share the prompts.
     """
     accelerator = run.accelerator
     paths = sample_paths(run.state.step, args)
@@ -3574,12 +3830,21 @@ def sample_videos(run: "Run", args: argparse.Namespace) -> None:
     scheduler = getattr(diffusers, run.wan.scheduler).from_pretrained(
         args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision
     )
-    pipeline = WanPipeline(
+    pipeline_class = WanPipeline
+    image_components = {}
+    if args.first_frame_share:
+        pipeline_class = WanImageToVideoPipeline
+    if run.wan.image_embeds:
+        encoder = load_image_encoder(args, accelerator.device)
+        image_components = {"image_encoder": encoder.image_encoder, "image_processor": encoder.image_processor}
+        del encoder
+    pipeline = pipeline_class(
         tokenizer=None,
         text_encoder=None,
         vae=vae,
         scheduler=scheduler,
         **sampling_experts(run, model, args),
+        **image_components,
         boundary_ratio=run.wan.boundary_ratio,
         expand_timesteps=run.wan.timestep_per_token,
     )
@@ -3591,7 +3856,11 @@ def sample_videos(run: "Run", args: argparse.Namespace) -> None:
             desc=f"sample {i + 1} of {len(paths)}", unit="step", leave=False, disable=not accelerator.is_main_process
         )
         prompt_embeds = run.dataset.load_prompt(args.validation_prompt[i])[None]
+        image = {}
+        if args.first_frame_share:
+            image = {"image": sample_image(run, vae, i, args)}
         video = pipeline(
+            **image,
             prompt_embeds=prompt_embeds.to(accelerator.device),
             negative_prompt_embeds=negative_prompt_embeds.to(accelerator.device),
             height=args.height,
@@ -3605,7 +3874,7 @@ def sample_videos(run: "Run", args: argparse.Namespace) -> None:
             partial = paths[i].with_name(f".{paths[i].name}")  # with the suffix that chooses the format
             export_to_video(video, str(partial), fps=args.fps)
             partial.replace(paths[i])
-    del pipeline, vae
+    del pipeline, vae, image_components
     free_memory()
     accelerator.wait_for_everyone()
     log_samples(accelerator, paths, run.state.step, args)
@@ -3759,6 +4028,16 @@ def usage_code(args: argparse.Namespace, repo_id: str, with_other_expert: bool =
     """Write Python that samples from the published weights, if need be with the other expert's; a test runs it."""
     settings = published_settings(args)
     lora = args.train_type == "lora"
+    pipeline_class = "WanPipeline"
+    image_argument = ""
+    image_lines = ""
+    if args.first_frame_share:
+        pipeline_class = "WanImageToVideoPipeline"
+        image_argument = "    image,\n"
+        image_lines = (
+            "# The picture to start from, cropped as the clips were\n"
+            f'image = ImageOps.fit(load_image("first_frame.png"), ({args.width}, {args.height}))\n'
+        )
     prompt = next(iter([*args.validation_prompt, args.trigger_word or "a dog runs"]))
     version = ""
     for name in ("revision", "variant"):
@@ -3795,17 +4074,20 @@ def usage_code(args: argparse.Namespace, repo_id: str, with_other_expert: bool =
             load_lora_lines.append(f'pipe.load_lora_weights("{repo_id}"{options})')
     load_lora_lines = "\n".join(load_lora_lines)
 
+    imports = f"from diffusers import AutoencoderKLWan, {pipeline_class}, WanTransformer3DModel\n"
+    imports += "from diffusers.utils import export_to_video"
+    if args.first_frame_share:
+        imports += ", load_image\nfrom PIL import ImageOps"
     return f"""import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-from diffusers.utils import export_to_video
+{imports}
 
 base = {json.dumps(settings["pretrained_model_name_or_path"])}
 vae = AutoencoderKLWan.from_pretrained(base, subfolder="vae", dtype=torch.float32{version})
-{load_transformer_lines}pipe = WanPipeline.from_pretrained(base, {components}, dtype=torch.bfloat16{version})
+{load_transformer_lines}pipe = {pipeline_class}.from_pretrained(base, {components}, dtype=torch.bfloat16{version})
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 {load_lora_lines}
-video = pipe(
-    {json.dumps(prompt, ensure_ascii=False)},
+{image_lines}video = pipe(
+{image_argument}    {json.dumps(prompt, ensure_ascii=False)},
     height={args.height}, width={args.width}, num_frames={args.num_frames},
     num_inference_steps={args.validation_num_inference_steps}, guidance_scale={args.validation_guidance_scale},
 ).frames[0]
@@ -3815,7 +4097,12 @@ export_to_video(video, "output.mp4", fps={args.fps:g})"""
 def card_data(args: argparse.Namespace, model_name: str, samples: list[str], scores: list | None) -> ModelCardData:
     """Fill in the card's front matter, by which the Hub finds and shows a model. `scores` become its model-index."""
     lora = args.train_type == "lora"
-    tags = ["text-to-video", "diffusers-training", "diffusers", "wan", "wan-diffusers"]
+    tasks = []
+    if args.first_frame_share:
+        tasks.append("image-to-video")
+    if args.first_frame_share != 1:
+        tasks.append("text-to-video")
+    tags = [*tasks, "diffusers-training", "diffusers", "wan", "wan-diffusers"]
     if args.loss == "ltd":
         tags.append("ltd")
     if lora:
@@ -3835,7 +4122,7 @@ def card_data(args: argparse.Namespace, model_name: str, samples: list[str], sco
         base_model=bases if len(bases) > 1 else next(iter(bases), None),
         base_model_relation=relation,
         library_name="diffusers",
-        pipeline_tag="text-to-video",
+        pipeline_tag=tasks[0],
         license=args.license,
         datasets=on_hub or None,
         instance_prompt=args.trigger_word if lora else None,
@@ -3879,7 +4166,7 @@ def model_card(
     lora = args.train_type == "lora"
     results = results_folder(args).relative_to(args.output_dir)
     introduction = "A LoRA for" if lora else "A fine-tune of"
-    introduction += " Wan text-to-video, trained with `train_ltd.py`."
+    introduction += f" Wan {'image' if args.first_frame_share else 'text'}-to-video, trained with `train_ltd.py`."
     if with_other_expert:
         introduction += (
             " There is one for each of the two experts. What follows the code is of the one for "
@@ -4226,7 +4513,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
     if args.max_train_samples and args.train_data_dir and accelerator.is_main_process:
         rows = survey(args)
     started = time.perf_counter()
-    clips, held_out, captions = prepare_data(args, accelerator)
+    clips, held_out, captions = prepare_data(args, accelerator, wan=wan)
     caching = time.perf_counter() - started
     samples = []
     for clip in clips:
@@ -4462,7 +4749,8 @@ def train(run: Run, args: argparse.Namespace, compute_loss: Callable) -> None:
                 loss = compute_loss(prediction, target, batch, args)  # ltd_loss, unless --loss mse
                 accelerator.backward(loss)
 
-                errors = motion_errors(prediction, target, latents, run.motion_bounds)
+                trained = trained_frames(batch)
+                errors = motion_errors(prediction, target, latents, run.motion_bounds, trained)
                 micro_batches.append({"loss": loss.detach(), **errors})
                 names += batch["name"]
                 if accelerator.sync_gradients:
@@ -4673,6 +4961,8 @@ def main(args: argparse.Namespace, compute_loss: Callable = compute_loss) -> Non
         wan = identify_wan(args)
         check_sigmas(args)
         check_lora(args, wan)
+        for image in args.validation_image or []:
+            read_image(image, args)
         repo_id = None
         if (args.push_to_hub or args.push_checkpoints_to_hub) and accelerator.is_main_process:
             repo_id = create_hub_repo(args)

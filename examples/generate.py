@@ -9,6 +9,11 @@ Wan2.2 T2V-A14B, with a LoRA for each of its experts, of which the second sample
     python examples/generate.py --preset wan22-t2v --lora my_lora_high --lora_2 my_lora_low \\
         --prompt "a dog jumps over a fence" --output_dir outputs/tuned
 
+Image-to-video, from a picture for all prompts or one for each (also TI2V-5B, and Wan2.1 I2V by its name):
+
+    python examples/generate.py --preset wan22-i2v --image dog.png --prompt "the dog jumps over the fence" \\
+        --output_dir outputs/from_image
+
 VBench's seven quality dimensions with its own settings for Wan2.1, on eight GPUs (the JSON is in the package vbench):
 
     accelerate launch --multi_gpu --num_processes 8 examples/generate.py --vbench VBench_full_info.json \\
@@ -40,7 +45,13 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from datasets import load_dataset
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
@@ -90,6 +101,17 @@ PRESETS = {
         "guidance_scale": 4.0,
         "guidance_scale_2": 3.0,
         "flow_shift": 12.0,
+        "negative_prompt": WAN_NEGATIVE_PROMPT,
+    },
+    # Wan2.2's own (wan/configs/wan_i2v_A14B.py there)
+    "wan22-i2v": {
+        **WAN_1_3B,
+        "pretrained_model_name_or_path": "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+        "scheduler": "unipc",
+        "num_inference_steps": 40,
+        "guidance_scale": 3.5,
+        "guidance_scale_2": 3.5,
+        "flow_shift": 5.0,
         "negative_prompt": WAN_NEGATIVE_PROMPT,
     },
     # Wan2.2's own (wan/configs/wan_ti2v_5B.py there)
@@ -171,6 +193,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--augmented_prompts", metavar="TXT", help="what the model is given instead, a line for each of VBench's 946"
         " entries, such as its all_dimension_aug_wanx_seed42.txt; files keep the names of the short prompts")
     add("--vmbench", metavar="JSON", help="VMBench's prompts.json; files are called 0001.mp4 and so on")
+    add("--image", action="append", default=[],
+        help="picture to start from, for a model that takes one: one for all prompts, or one a prompt; repeatable")
     add("--num_samples", type=int, help="videos a prompt (default: 1; for VBench 5, and 25 for temporal_flickering)")
     add("--max_prompts", type=int, help="only the first so many, for a trial")
 
@@ -187,8 +211,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lora_2_scale", action="append", type=float, help="one a --lora_2 (default: 1)")
 
     add = parser.add_argument_group("sampling (defaults are the preset's)").add_argument
-    add("--preset", choices=PRESETS, default="wan", help="wan: as VBench samples Wan2.1; wan22-t2v, ti2v-5b: as"
-        " Wan2.2's own configurations; paper: as the LTD paper's section 3.1; nano: for examples/nano/wan-nano")
+    add("--preset", choices=PRESETS, default="wan", help="wan: as VBench samples Wan2.1; wan22-t2v, wan22-i2v,"
+        " ti2v-5b: as Wan2.2's own configurations; paper: as the LTD paper's section 3.1; nano: for"
+        " examples/nano/wan-nano")
     add("--scheduler", choices=["unipc", "euler"], help="unipc: second order; euler: first, the counterpart of DDIM")
     add("--num_inference_steps", type=int, help="denoising steps")
     add("--guidance_scale", type=float, help="classifier-free guidance; 1 = none")
@@ -251,6 +276,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args.cache_dtype = "float32"
     args.min_sigma = 0.0
     args.max_sigma = 1.0
+    args.sizes = None
+    args.first_frame_share = None
+    args.validation_image = None
 
     problems = find_comparison_problems(args) if args.compare else find_problems(args)
     if problems:
@@ -343,6 +371,11 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--vmbench wants one video a prompt: no --num_samples")
     if args.labels:
         problems.append("--labels goes with --compare")
+    for image in args.image:
+        if not os.path.isfile(image):
+            problems.append(f"--image {image}: no such file")
+    if args.image and args.batch_size > 1:
+        problems.append("--image goes with --batch_size 1: the pipeline takes one picture a call")
 
     # Model and sampling
     if len(args.lora_scale) != len(args.lora):
@@ -499,7 +532,31 @@ def plan_videos(args: argparse.Namespace) -> dict[str, dict]:
         raise ValueError("there is no prompt in the source that was given")
     for entry in videos.values():
         entry["seed"] = video_seed(args.seed, entry["prompt"], entry["sample"])
+    if args.image:
+        assign_images(videos, args)
     return videos
+
+
+def assign_images(videos: dict[str, dict], args: argparse.Namespace) -> None:
+    """Give each video the label of its picture, `image`. Raises `ValueError` when pictures and prompts do not pair."""
+    prompts = list(dict.fromkeys(entry["prompt"] for entry in videos.values()))
+    labels = list(image_labels(args))
+    if len(labels) == 1:
+        labels = labels * len(prompts)
+    if len(labels) != len(prompts):
+        raise ValueError(f"--image: {len(labels)} pictures for {len(prompts)} prompts; give one for all, or one each")
+    label_of = dict(zip(prompts, labels, strict=True))
+    for entry in videos.values():
+        entry["image"] = label_of[entry["prompt"]]
+
+
+def image_labels(args: argparse.Namespace) -> dict[str, str]:
+    """Map a label of each `--image`, of its order, name and contents, to its path."""
+    labels = {}
+    for number, path in enumerate(args.image):
+        hashed = hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+        labels[f"{number} {Path(path).name} {hashed}"] = path
+    return labels
 
 
 # --- What is recorded ------------------------------------------------------------------------------------------------
@@ -532,7 +589,7 @@ def base_revision(args: argparse.Namespace) -> str:
         _, commit = WanPipeline.load_config(base, revision=args.revision, return_commit_hash=True)
         return f"{base}@{commit}:{args.variant}"
     files = []
-    for part in ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer"):
+    for part in ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "image_encoder"):
         files += sorted(path for path in Path(base, part).glob("*") if path.is_file())
     return hash_files(files)
 
@@ -605,14 +662,25 @@ def identify_models(args: argparse.Namespace) -> list[Model]:
         given = [f"--{name}" for name in OF_SECOND_EXPERT if getattr(args, name)]
         if given:
             raise ValueError(f"{given[0]}: {args.pretrained_model_name_or_path} has one transformer alone")
-        return [Model(train_ltd.identify_wan(args), args)]
+        return check_image([Model(train_ltd.identify_wan(args), args)])
     args.expert = "high"
     low = argparse.Namespace(**vars(args))
     low.expert = "low"
     low.transformer_path = args.transformer_2
     low.lora = args.lora_2
     low.lora_scale = args.lora_2_scale
-    return [Model(train_ltd.identify_wan(one), one) for one in (args, low)]
+    return check_image([Model(train_ltd.identify_wan(one), one) for one in (args, low)])
+
+
+def check_image(models: list[Model]) -> list[Model]:
+    """Return the models. Raises `ValueError` for a picture that they do not take, and for one that they lack."""
+    wan, args = models[0]
+    base = args.pretrained_model_name_or_path
+    if args.image and not wan.first_frame:
+        raise ValueError(f"--image: {base} takes none; leave it out, or see --preset wan22-i2v")
+    if wan.first_frame == "channels" and not args.image:
+        raise ValueError(f"--image: {base} starts from a picture; give one")
+    return models
 
 
 def describe(args: argparse.Namespace, models: list[Model], scheduler) -> dict:
@@ -711,16 +779,21 @@ def prepare_folder(
 def load_pipeline(args: argparse.Namespace, models: list[Model], scheduler, accelerator: Accelerator) -> WanPipeline:
     """Load the stock pipeline without its text encoder, on this rank's device or offloaded from it."""
     device = accelerator.device
-    transformers = {}
+    components = {}
     for wan, own in models:
         transformer = train_ltd.load_transformer(own, wan).eval()
-        transformers[wan.subfolder] = transformer
-    pipeline = WanPipeline(
+        components[wan.subfolder] = transformer
+    if wan.image_embeds:
+        encoder = train_ltd.load_image_encoder(args, torch.device("cpu"))
+        components["image_encoder"] = encoder.image_encoder
+        components["image_processor"] = encoder.image_processor
+    pipeline_class = WanImageToVideoPipeline if args.image else WanPipeline
+    pipeline = pipeline_class(
         tokenizer=None,
         text_encoder=None,
         vae=train_ltd.load_vae(args, torch.device("cpu")),
         scheduler=scheduler,
-        **transformers,
+        **components,
         boundary_ratio=wan.boundary_ratio,
         expand_timesteps=wan.timestep_per_token,
     )
@@ -783,7 +856,12 @@ def sample(
     embeddings = train_ltd.LatentDataset([], captions, args)
     prompt_embeds = torch.stack([embeddings.load_prompt(entry["text"]) for entry in entries]).to(device)  # (B, 512, D)
     negative_prompt_embeds = embeddings.load_prompt(args.negative_prompt).to(device).expand_as(prompt_embeds)
+    image = {}
+    if args.image:
+        path = image_labels(args)[entries[0]["image"]]
+        image = {"image": train_ltd.read_image(path, args)}
     videos = pipeline(
+        **image,
         prompt_embeds=prompt_embeds,
         negative_prompt_embeds=negative_prompt_embeds,
         generator=[torch.Generator().manual_seed(entry["seed"]) for entry in entries],

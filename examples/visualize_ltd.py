@@ -132,7 +132,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         rest.append(f"--train_data_dir={path}")  # the clip is all the data there is
         rest.append(f"--validation_prompt={own.prompt}")  # which cleans it, and puts the trigger word before it
     args = train_ltd.parse_args(rest)
-    if len(args.sources) > 1:
+    if len(args.sources) > 1 and own.command != "maps":
         parser.error("give one --train_data_dir or --dataset_name; look at several sources one by one")
     vars(args).update(vars(own))
     return args
@@ -241,8 +241,8 @@ def picture_latents(latents: torch.Tensor) -> np.ndarray:
     return gray.clip(0, 1)[..., None].repeat(3, axis=-1)
 
 
-def encode_video(args: argparse.Namespace, device: torch.device) -> tuple[torch.Tensor, np.ndarray]:
-    """Read `--video` as training does: latents `(C, F, H, W)`, and pictures `(N, H, W, 3)` float32 in [0, 1].
+def encode_video(args: argparse.Namespace, wan, device: torch.device) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+    """Read `--video` as training does: its tensors, and pictures `(N, H, W, 3)` float32 in [0, 1].
 
     Raises `ValueError` for what is no video, or too short a one.
     """
@@ -252,17 +252,21 @@ def encode_video(args: argparse.Namespace, device: torch.device) -> tuple[torch.
     except (OSError, ValueError, av.FFmpegError) as error:
         raise ValueError(f"--video {args.video}: {error}; see --num_frames and --fps") from error
     vae = train_ltd.load_vae(args, device)
-    latents = train_ltd.encode_clip(vae, frames)["latents"].cpu()
+    encoder = None
+    if wan.image_embeds and not args.ltd_only:
+        encoder = train_ltd.load_image_encoder(args, device)
+    tensors = train_ltd.encode_clip(vae, frames, wan.first_frame == "channels", encoder)
     pictures = frames.permute(0, 2, 3, 1).numpy() / np.float32(255)
-    return latents, pictures
+    return {name: tensor.cpu() for name, tensor in tensors.items()}, pictures
 
 
 @torch.no_grad()
 def predict_noise(wan, transformer: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return Eq. 1's noise prediction, `(B, C, F, H, W)` float32, which a flow model gives as z_t + (1 - sigma) v.
 
-    z_t is the noisy latents and v the predicted flow from clip to noise. `batch` holds `latents`, `noise`, `sigmas`
-    and `prompt_embeds`. The squared error of the noise is (1 - sigma)^2 times that of the flow.
+    z_t is the noisy latents and v the predicted flow from clip to noise. `batch` holds `latents`, `noise`, `sigmas`,
+    `prompt_embeds`, and what image-to-video takes besides. The squared error of the noise is (1 - sigma)^2 times that
+    of the flow.
     """
     sigmas = batch["sigmas"].view(-1, 1, 1, 1, 1)
     noisy_latents = (1 - sigmas) * batch["latents"] + sigmas * batch["noise"]
@@ -305,7 +309,7 @@ def paint(row: Row, pictures: np.ndarray, index: int) -> np.ndarray:
     return colors
 
 
-def draw_strip(rows: list[Row], title: str, fps: float) -> Figure:
+def draw_strip(rows: list[Row], title: str, fps: float, first_is_given: bool = False) -> Figure:
     """Draw latent frames spread over the clip, a column each, with the last picture of each."""
     pictures = rows[0].values
     frames = len(rows[1].values)
@@ -322,7 +326,8 @@ def draw_strip(rows: list[Row], title: str, fps: float) -> Figure:
             axis.imshow(paint(row, pictures, index), vmin=0, vmax=1, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             if row is rows[0]:
-                axis.set_title(f"latent frame {frame}\n{index / fps:.2f} s", fontsize=10)
+                given = ", given" if first_is_given and frame == 0 else ""
+                axis.set_title(f"latent frame {frame}{given}\n{index / fps:.2f} s", fontsize=10)
         line[0].set_ylabel(row.label, fontsize=10)
         if row.colors:
             extend = "max" if row.colors.norm.vmin >= 0 else "both"
@@ -347,11 +352,12 @@ def video_frames(rows: list[Row]) -> np.ndarray:
 
 
 def predict(
-    args: argparse.Namespace, wan, accelerator: Accelerator, latents: torch.Tensor
+    args: argparse.Namespace, wan, accelerator: Accelerator, tensors: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, np.ndarray]:
     """Predict a clip's noise at `--sigma`: `(C, F, H, W)`, and the squared error of the flow: `(F, H, W)`.
 
-    The error is the one that training minimizes. Raises `ValueError` for latents that are not this model's.
+    `tensors` are those of `encode_clip`. The error is the one that training minimizes. Raises `ValueError` for latents
+    that are not this model's.
     """
     caption = args.validation_prompt[-1]
     files = train_ltd.cache_captions(args, accelerator, {caption})
@@ -361,14 +367,16 @@ def predict(
     if args.transformer:
         tuned["transformer"] = args.transformer[0]
     model = load_model(args, wan, accelerator.device, **tuned)
-    if model.config.in_channels != len(latents):
-        raise ValueError(f"--latents has {len(latents)} channels, the model {model.config.in_channels}")
+    latents = tensors["latents"]
+    if model.config.out_channels != len(latents):
+        raise ValueError(f"--latents has {len(latents)} channels, the model {model.config.out_channels}")
     generator = torch.Generator().manual_seed(args.seed)
-    sample = {
-        "latents": latents,
+    sample = tensors | {
         "noise": torch.randn(latents.shape, generator=generator),
         "prompt_embeds": train_ltd.LatentDataset([], files, args).load_prompt(caption),
     }
+    if args.first_frame_share and wan.first_frame == "replaced":
+        sample["first_frame_given"] = torch.tensor(True)
     batch = {name: tensor[None].to(accelerator.device) for name, tensor in sample.items()}
     batch["sigmas"] = torch.tensor(args.sigma, device=accelerator.device)
     with accelerator.autocast():
@@ -387,14 +395,18 @@ def make_maps(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if not args.ltd_only:
         wan = check_models(args)
     elif args.video:
-        train_ltd.identify_wan(args)
+        wan = train_ltd.identify_wan(args)
     if args.latents:
+        if wan and wan.first_frame == "channels":
+            raise ValueError("--latents: an image-to-video model is given the picture too; give --video")
         latents = read_latents(args.latents)
+        tensors = {"latents": latents}
         pictures = picture_latents(latents)
         fps = (args.fps or 16.0) / FRAME_PICTURES  # no model is asked, and 16 is the rate of most
         label = "latents"
     else:
-        latents, pictures = encode_video(args, accelerator.device)
+        tensors, pictures = encode_video(args, wan, accelerator.device)
+        latents = tensors["latents"]
         fps = args.fps
         label = "video"
 
@@ -406,8 +418,10 @@ def make_maps(args: argparse.Namespace, accelerator: Accelerator) -> None:
         name = Path(args.video or args.latents).name
     spread = f"{ltd.min():.2f} to {ltd.max():.2f}, mean {ltd.mean():.2f}"
     lines = [name, f"ln(e + D): {spread} (frames 0 and 1 hold the VAE's inflated first gap)"]
+    if args.first_frame_share:
+        lines.append("image-to-video: latent frame 0 is given, and its weight falls on what the model is told")
     if not args.ltd_only:
-        noise, error = predict(args, wan, accelerator, latents)
+        noise, error = predict(args, wan, accelerator, tensors)
         colors = ScalarMappable(Normalize(-3, 3), "gray")
         rows.append(Row("noise\nprediction", main_component(latents, noise), colors))
         rows.append(Row("squared\nerror", error, heat(error, 0, "viridis")))
@@ -417,7 +431,7 @@ def make_maps(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
     folder = Path(args.output_dir)
     title = "\n".join(textwrap.fill(line, 100) for line in lines)
-    draw_strip(rows, title, fps).savefig(folder / "ltd_maps.png")
+    draw_strip(rows, title, fps, first_is_given=bool(args.first_frame_share)).savefig(folder / "ltd_maps.png")
     write_video(video_frames(rows), folder / "ltd_maps.mp4", fps)
     print(f"wrote {folder}/ltd_maps.png and ltd_maps.mp4")
 
@@ -471,9 +485,10 @@ def draw_curves(ltd: np.ndarray, errors: dict[str, np.ndarray], title: str) -> F
 def make_curves(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Write `ltd_curves.png` and its numbers, `ltd_curves.json`; of held-out clips if training leaves any."""
     wan = check_models(args)
-    clips, held_out, captions = train_ltd.prepare_data(args, accelerator)
+    clips, held_out, captions = train_ltd.prepare_data(args, accelerator, wan=wan)
     shown = (held_out or clips)[: args.max_eval_clips]
-    dataset = train_ltd.LatentDataset(shown, captions, args)
+    # TI2V-5B is measured from text: the error of a frame that it is given would mean nothing.
+    dataset = train_ltd.LatentDataset(shown, captions, changed(args, first_frame_share=None))
     ltd = np.array([clip.ltd_per_frame for clip in shown])
     numbers = {
         "clips": [clip.name for clip in shown],
@@ -641,7 +656,7 @@ def make_report(args: argparse.Namespace, accelerator: Accelerator) -> None:
         check_table(args)
     # The whole split, whatever training holds out or would refuse
     whole = changed(args, validation_fraction=None, validation_split=None, max_skipped=1.0)
-    clips, _, _ = train_ltd.prepare_data(whole, accelerator, with_captions=False)
+    clips, _, _ = train_ltd.prepare_data(whole, accelerator, with_captions=False, wan=wan)
     folder = Path(args.output_dir)
     skipped = {}
     if (folder / "skipped.jsonl").is_file():

@@ -72,6 +72,22 @@ def tiny_5b(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny_i2v(tmp_path_factory) -> Path:
+    """A pipeline in the form of Wan2.1 I2V-14B: 36 channels, and CLIP."""
+    path = tmp_path_factory.mktemp("models") / "tiny-i2v"
+    build_small_wan(path, **PRESETS["tiny"] | FORMS["i2v-14b"])
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_i2v_experts(tmp_path_factory) -> Path:
+    """A pipeline in the form of Wan2.2 I2V-A14B: 36 channels, and two experts."""
+    path = tmp_path_factory.mktemp("models") / "tiny-i2v-experts"
+    build_small_wan(path, **PRESETS["tiny"] | FORMS["i2v-a14b"])
+    return path
+
+
 def write_clip(
     path: Path, number: int = 0, frames: int = 24, height: int = 48, width: int = 64, fps: int = 16
 ) -> None:

@@ -31,12 +31,19 @@ DOOR = {
     "main",
 }
 # And what one example may take beside: a loss to wrap, the parser for the table of flags, other people's LoRA
-# files, both experts of a pipeline, rows for thumbnails
+# files, both experts of a pipeline, a picture to start from and CLIP for it, rows for thumbnails
 DOOR_OF = {
     "benchmark.py": {"compute_loss"},
     "flags.py": {"build_parser"},
-    "generate.py": {"Wan", "expert_boundary", "find_lora", "read_lora"},
-    "visualize_ltd.py": {"eval_sigmas", "frames_at", "locate_clip", "open_dataset", "video_seconds"},
+    "generate.py": {"Wan", "expert_boundary", "find_lora", "load_image_encoder", "read_image", "read_lora"},
+    "visualize_ltd.py": {
+        "eval_sigmas",
+        "frames_at",
+        "load_image_encoder",
+        "locate_clip",
+        "open_dataset",
+        "video_seconds",
+    },
 }
 
 

@@ -7,9 +7,10 @@
 
 Nothing is downloaded. Flags that are not listed below go to `train_ltd.py`, so any setting of a run can be measured;
 with `--config recipe.yaml` the clips have the recipe's size. Of `a14b` (Wan2.2-T2V-A14B) one expert is trained, the
-one for high noise unless `--expert` is given; `5b` is Wan2.2-TI2V-5B. What is timed is the script itself: its `main()`
-runs, with clocks around the library calls that it makes and around the loss that it is given, and is stopped after the
-last measured step. On a GPU each clock waits for the GPU.
+one for high noise unless `--expert` is given; `5b` is Wan2.2-TI2V-5B, and `i2v-14b` is image-to-video,
+Wan2.1-I2V-14B, with a CLIP of two layers. What is timed is the script itself: its `main()` runs, with clocks around
+the library calls that it makes and around the loss that it is given, and is stopped after the last measured step. On a
+GPU each clock waits for the GPU.
 
 The parts (`--parts`):
     step   the script: forward, loss, backward, clipping, optimizer, data wait; useful FLOP/s, memory
@@ -84,15 +85,18 @@ SHAPES = {
     },
 }
 SHAPES["a14b"] = SHAPES["14b"]  # each of its two experts
+SHAPES["i2v-14b"] = SHAPES["14b"] | FORMS["i2v-14b"]
 SIZES = {  # frames, height, width: what Wan's own configurations sample
     "nano": (33, 96, 96),
     "1.3b": (81, 480, 832),
     "14b": (81, 480, 832),
     "a14b": (81, 480, 832),
+    "i2v-14b": (81, 480, 832),
     "5b": (121, 704, 1280),
 }
 NUM_CLIPS = 4
 TEXT_TOKENS = 512  # that Wan pads a caption to
+IMAGE_TOKENS = 257  # of CLIP, for Wan2.1 I2V
 LTD_SHAPES = [(1, 16, 21, 60, 104), (1, 16, 21, 90, 160), (4, 16, 21, 60, 104)]  # 480p, 720p and four clips; 81 frames
 PARTS = ["step", "bare", "ltd", "cache", "start", "profile"]
 SWEEP = [
@@ -158,7 +162,7 @@ def build_pipeline(args: argparse.Namespace) -> Path:
         if (NANO / "vae").is_dir():
             shutil.copytree(NANO / "vae", partial / "vae", dirs_exist_ok=True)
     device = torch.device("cpu")
-    if args.model in ("14b", "5b") and torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 2**35:
+    if args.model in ("14b", "i2v-14b", "5b") and torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 2**35:
         device = DEVICE  # a CPU takes minutes to draw 14 billion numbers
     torch.set_default_dtype(dtype)
     with device:
@@ -229,9 +233,9 @@ def script_flags(args: argparse.Namespace) -> list[str]:
         "--gradient_accumulation_steps=1",
         "--report_to=none",
         f"--cache_dir={args.work_dir}/cache",
-        f"--train_data_dir={args.work_dir}",
     ]
-    clips = write_clips(args, parse_settings(flags))
+    size = parse_settings([*flags, f"--train_data_dir={args.work_dir}"])  # any folder: the clips' size makes its name
+    clips = write_clips(args, size)
     return [*flags, f"--train_data_dir={clips}"]
 
 
@@ -467,7 +471,9 @@ def training_flops(settings: argparse.Namespace, latents_shape: tuple[int, ...])
             train_ltd.add_lora(model, copy.copy(settings))
     tokens = math.prod(latents_shape[2:]) // math.prod(model.config.patch_size)
     width = model.config.num_attention_heads * model.config.attention_head_dim
-    attention = 4.0 * tokens * (tokens + TEXT_TOKENS) * width * model.config.num_layers
+    image_tokens = IMAGE_TOKENS if model.config.image_dim else 0
+    attended = tokens + TEXT_TOKENS + image_tokens
+    attention = 4.0 * tokens * attended * width * model.config.num_layers
     self_attention = 4.0 * tokens * tokens * width * model.config.num_layers
     forward = attention
     blocks = attention
@@ -476,10 +482,13 @@ def training_flops(settings: argparse.Namespace, latents_shape: tuple[int, ...])
         if not isinstance(layer, torch.nn.Linear | torch.nn.Conv3d):
             continue
         of_text = any(part in name for part in ("attn2.to_k", "attn2.to_v", "text_embedder"))
+        of_image = any(part in name for part in ("add_k_proj", "add_v_proj", "image_embedder"))
         of_time = "time_" in name and not of_text
         rows = tokens
         if of_text:
             rows = TEXT_TOKENS
+        elif of_image:
+            rows = image_tokens
         elif of_time:
             rows = 1
         flops = 2.0 * rows * layer.weight.numel()
@@ -490,7 +499,7 @@ def training_flops(settings: argparse.Namespace, latents_shape: tuple[int, ...])
         useful += flops
         first = name == "patch_embedding" or name.endswith("_embedder.linear_1")
         # Under a LoRA all that comes before the blocks is frozen.
-        input_is_frozen = lora and (of_text or of_time) and ".lora_B" not in name
+        input_is_frozen = lora and (of_text or of_image or of_time) and ".lora_B" not in name
         if not first and not input_is_frozen:
             useful += flops
         if layer.weight.requires_grad:
@@ -638,6 +647,7 @@ def measure_stages(settings: argparse.Namespace) -> dict:
     path = settings.pretrained_model_name_or_path
     size = (settings.num_frames, settings.height, settings.width)
     dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
+    with_condition = train_ltd.identify_wan(settings).first_frame == "channels"
     half = AutoencoderKLWan.from_pretrained(path, subfolder="vae", dtype=torch.bfloat16).to(DEVICE)
     text = WanPipeline.from_pretrained(path, dtype=dtype, transformer=None, vae=None).to(DEVICE)
     vae = train_ltd.load_vae(settings, DEVICE)
@@ -650,7 +660,7 @@ def measure_stages(settings: argparse.Namespace) -> dict:
         with watch.measure("decode"):
             clips, _ = train_ltd.read_clip(str(clip), size, settings.fps)
         with watch.measure("VAE float32"):
-            latents = train_ltd.encode_clip(vae, clips[0])["latents"]
+            latents = train_ltd.encode_clip(vae, clips[0], with_condition)["latents"]
         with watch.measure("VAE bfloat16"):
             difference = encode_in_bfloat16(half, clips[0]) - latents
         with watch.measure("text"):
@@ -678,7 +688,7 @@ def measure_caching(settings: argparse.Namespace) -> dict:
         args = argparse.Namespace(**vars(settings) | {"output_dir": folder, "cache_dir": folder})
         accelerator = train_ltd.build_accelerator(args)
         started = time.perf_counter()
-        clips, _, _ = train_ltd.prepare_data(args, accelerator)
+        clips, _, _ = train_ltd.prepare_data(args, accelerator, wan=train_ltd.identify_wan(args))
         elapsed = time.perf_counter() - started
     result["script"] = {"clips": len(clips), "seconds": elapsed, "clips_per_second": len(clips) / elapsed}
     return result

@@ -1,4 +1,4 @@
-"""Build a complete Wan text-to-video pipeline that is small enough for a laptop CPU, without any download.
+"""Build a complete Wan pipeline that is small enough for a laptop CPU, without any download.
 
 The classes are the real ones (`WanPipeline` and everything in it), so whatever runs on this folder runs on
 `Wan-AI/Wan2.1-T2V-1.3B-Diffusers` too. Only the sizes differ, and the weights are random.
@@ -13,7 +13,8 @@ says nothing about other videos. The transformer and the text encoder stay rando
 and resuming on a GPU without a download.
 
 `--form a14b` makes a pipeline of two experts, as Wan2.2-T2V-A14B is one; `--form 5b` one with the VAE of 48 channels
-and 16x16 pixels and the timestep a token of Wan2.2-TI2V-5B. Sizes are the preset's.
+and 16x16 pixels and the timestep a token of Wan2.2-TI2V-5B. `--form i2v-14b` is image-to-video as Wan2.1 has it, with
+CLIP, and `--form i2v-a14b` as Wan2.2 has it, with two experts. Sizes are the preset's.
 """
 
 import argparse
@@ -25,12 +26,25 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResidualBlock, patchify, unpatchify
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
-from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 # train_ltd.py is a script in the repository's root, and examples/ is folders of scripts: neither is a package.
@@ -46,6 +60,7 @@ PRESETS = {
         "base_dim": 3,
         "dim_mult": (1, 1, 1, 1),
         "text_dim": 32,
+        "image_dim": 16,
         "num_layers": 2,
         "num_attention_heads": 2,
         "attention_head_dim": 12,
@@ -71,6 +86,7 @@ PRESETS = {
         "dim_mult": (1, 2, 4, 4),
         "num_res_blocks": 2,
         "text_dim": 4096,
+        "image_dim": 1280,
         "num_layers": 30,
         "num_attention_heads": 12,
         "attention_head_dim": 128,
@@ -83,6 +99,8 @@ PRESETS = {
 FORMS = {
     "wan2.1": {},
     "a14b": {"boundary_ratio": 0.875},
+    "i2v-14b": {"image_to_video": True, "image_encoder": True},
+    "i2v-a14b": {"image_to_video": True, "boundary_ratio": 0.9},
     "5b": {"z_dim": 48, "dim_mult": (1, 1, 2, 2), "patch_size": 2, "expand_timesteps": True, "flow_shift": 5.0},
 }
 # Of the demo on real clips
@@ -139,6 +157,19 @@ def build_text_encoder(vocab_size, text_dim):
     return UMT5EncoderModel(config).eval()
 
 
+def build_image_encoder(image_dim):
+    """Build a random `CLIPVisionModel` of as many tokens as Wan2.1 I2V's, 257, of width `image_dim`, in two layers."""
+    config = CLIPVisionConfig(
+        hidden_size=image_dim,
+        intermediate_size=2 * image_dim,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=224,
+        patch_size=14,
+    )
+    return CLIPVisionModel(config).eval()
+
+
 def smooth_videos(batch_size=4, num_frames=9, height=64, width=64):
     """Draw random smooth videos in [-1, 1], `(batch_size, 3, num_frames, height, width)` float32."""
     coarse = torch.randn(batch_size, 3, 3, 5, 5)
@@ -166,6 +197,9 @@ def build_small_wan(
     num_res_blocks=1,
     patch_size=None,
     text_dim=64,
+    image_dim=64,
+    image_encoder=False,
+    image_to_video=False,
     num_layers=6,
     num_attention_heads=4,
     attention_head_dim=36,
@@ -179,13 +213,15 @@ def build_small_wan(
     vae_videos=None,
     vae_steps=800,
 ):
-    """Save a `WanPipeline` with random weights to the folder `path`.
+    """Save a `WanPipeline`, or a `WanImageToVideoPipeline`, with random weights to the folder `path`.
 
     Args:
-        path (`str` or `Path`): The folder; `WanPipeline.from_pretrained(path)` loads it.
+        path (`str` or `Path`): The folder; `from_pretrained(path)` of the pipeline's class loads it.
         base_dim, decoder_base_dim, z_dim, dim_mult, num_res_blocks, patch_size: The VAE, always 4x in time. With a
             `patch_size` it is of Wan2.2's kind: on patches of pixels, with residual branches around its stages.
         text_dim (`int`): Width of the text encoder, hence of the prompt embeddings.
+        image_dim (`int`), image_encoder (`bool`): Width of CLIP, and whether there is one.
+        image_to_video (`bool`): Whether the transformer takes an image, by more channels.
         num_layers, num_attention_heads, attention_head_dim, ffn_dim, freq_dim, rope_max_seq_len: The transformer.
         boundary_ratio (`float`, *optional*): Share of the noise from which on `transformer` samples; below it
             `transformer_2` does, which has weights of its own.
@@ -218,9 +254,16 @@ def build_small_wan(
             measure_latents(vae, [video[None] for video in vae_videos])
         else:
             measure_latents(vae, [smooth_videos()])
+        in_channels = z_dim
+        if image_to_video:
+            in_channels = 2 * z_dim + 4  # the noisy latents, a mask, and the condition
+        image_shape = {}
+        if image_encoder:
+            image_shape = {"image_dim": image_dim, "added_kv_proj_dim": num_attention_heads * attention_head_dim}
         transformer = WanTransformer3DModel(
-            in_channels=z_dim,
+            in_channels=in_channels,
             out_channels=z_dim,
+            **image_shape,
             text_dim=text_dim,
             num_layers=num_layers,
             num_attention_heads=num_attention_heads,
@@ -232,14 +275,20 @@ def build_small_wan(
         transformer_2 = None
         if boundary_ratio:
             transformer_2 = WanTransformer3DModel.from_config(transformer.config)
+        image_components = {}
+        if image_encoder:
+            image_components["image_encoder"] = build_image_encoder(image_dim)
+            image_components["image_processor"] = CLIPImageProcessor()
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
-    pipeline = WanPipeline(
-        tokenizer,
-        text_encoder,
-        vae,
-        scheduler,
-        transformer,
-        transformer_2,
+    pipeline_class = WanImageToVideoPipeline if image_to_video else WanPipeline
+    pipeline = pipeline_class(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae,
+        scheduler=scheduler,
+        transformer=transformer,
+        transformer_2=transformer_2,
+        **image_components,
         boundary_ratio=boundary_ratio,
         expand_timesteps=expand_timesteps,
     )

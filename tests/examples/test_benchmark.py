@@ -91,6 +91,35 @@ def test_shapes_are_those_of_wan(flags, tmp_path, model, latents, parameters, fo
         assert flops["useful"] / 1e12 == pytest.approx(useful, rel=0.005)
 
 
+def test_flops_of_image_to_video(flags, tmp_path, tiny_i2v):
+    """With CLIP's tokens: as torch counts them; of the true shape 1,686 teraFLOPs forward for 81 frames at 480p."""
+    settings = settings_for(flags, tmp_path, pretrained_model_name_or_path=tiny_i2v)
+    model = train_ltd.load_transformer(settings, train_ltd.identify_wan(settings))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(
+            torch.randn(2, 36, *LATENTS[2:]),
+            torch.rand(2),
+            torch.randn(2, 512, model.config.text_dim),
+            encoder_hidden_states_image=torch.randn(2, 257, model.config.image_dim),
+        )
+    settings.train_type = "full"
+    assert counter.get_total_flops() == benchmark.training_flops(settings, LATENTS)["forward"]
+    shape = benchmark.SHAPES["i2v-14b"]
+    width = shape["num_attention_heads"] * shape["attention_head_dim"]
+    config = model.config | {
+        "num_layers": shape["num_layers"],
+        "ffn_dim": shape["ffn_dim"],
+        "added_kv_proj_dim": width,
+    }
+    for name in ("num_attention_heads", "attention_head_dim", "text_dim", "freq_dim", "image_dim", "rope_max_seq_len"):
+        config[name] = shape.get(name, config[name])
+    with torch.device("meta"):
+        WanTransformer3DModel.from_config(config).save_config(tmp_path / "wan/transformer")
+    settings.pretrained_model_name_or_path = str(tmp_path / "wan")
+    flops = benchmark.training_flops(settings, (1, 16, 21, 60, 104))
+    assert flops["forward"] / 1e12 == pytest.approx(1686, rel=0.002)
+
+
 def test_stopwatch_counts_nested_calls_once_and_medians_the_measured_steps(monkeypatch):
     times = itertools.count()
     monkeypatch.setattr(benchmark, "now", lambda: float(next(times)))  # each look at the clock is a second later

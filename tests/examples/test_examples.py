@@ -22,6 +22,7 @@ ACTIONS = {a.dest: a for a in train_ltd.build_parser()._actions}
 def test_all_recipes_are_there():
     names = {"paper_full", "lora_1.3b", "lora_14b", "lora_14b_24gb", "nano", "nano_base", "real_clips"}
     names |= {"lora_5b", "lora_a14b_high", "lora_a14b_low"}
+    names |= {"lora_i2v_14b", "lora_i2v_a14b_high", "lora_i2v_a14b_low"}
     assert names == {path.stem for path in RECIPES}
 
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import WanPipeline
 from helpers import assert_same
 from safetensors.torch import load_file
+from transformers import CLIPVisionModel
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +102,19 @@ def test_wan21_form_has_neither(build):
     index = json.loads((path / "model_index.json").read_text())
     assert (index["transformer_2"], index["boundary_ratio"], index["expand_timesteps"]) == ([None, None], None, False)
     assert not (path / "transformer_2").exists()
+
+
+def test_i2v_forms_take_an_image(build):
+    """The first with CLIP's 257 tokens, the second with two experts that change at 0.9."""
+    for form, has_clip in (("i2v-14b", True), ("i2v-a14b", False)):
+        path = build(form)
+        config = json.loads((path / "transformer/config.json").read_text())
+        assert (config["in_channels"], config["out_channels"]) == (36, 16)
+        assert (config["image_dim"] is not None, (path / "image_encoder").is_dir()) == (has_clip, has_clip)
+        assert (path / "transformer_2").is_dir() != has_clip
+        index = json.loads((path / "model_index.json").read_text())
+        assert index["_class_name"] == "WanImageToVideoPipeline"
+        assert index["boundary_ratio"] == (None if has_clip else 0.9)
+    clip = CLIPVisionModel.from_pretrained(build("i2v-14b") / "image_encoder")
+    pixels = torch.zeros(1, 3, 224, 224)
+    assert clip(pixels, output_hidden_states=True).hidden_states[-2].shape[1] == 257

@@ -131,6 +131,33 @@ def test_maps_of_a_cache_entry(run, flags, tmp_path):
     assert max(changes[:2]) < 0.5 and min(changes[2:]) > 1.5
 
 
+@pytest.mark.parametrize("ltd_only", [True, False])
+def test_maps_mark_the_frame_that_is_given(flags, clips, tmp_path, tiny_i2v, monkeypatch, ltd_only):
+    """Of image-to-video, whose picture goes in as in training."""
+    titles = []
+    set_title = visualize_ltd.Axes.set_title
+
+    def keep(axes, text, **kwargs):
+        titles.append(text)
+        return set_title(axes, text, **kwargs)
+
+    monkeypatch.setattr(visualize_ltd.Axes, "set_title", keep)
+    line = flags(rank=None, pretrained_model_name_or_path=tiny_i2v)
+    visualize("maps", f"--video={clips / '1.mp4'}", *["--ltd_only"] * ltd_only, *line)
+    assert titles[0].startswith("latent frame 0, given\n") and titles[1].startswith("latent frame 1\n")
+    if not ltd_only:
+        visualize("curves", *flags(pretrained_model_name_or_path=tiny_i2v))
+        (errors,) = json.loads((tmp_path / "run/ltd_curves.json").read_text())["mse"].values()
+        assert np.array(errors).shape == (7, 1 + NUM_FRAMES // 4)
+
+
+def test_maps_of_image_to_video_need_the_picture(flags, tmp_path, tiny_i2v):
+    save_file({"latents": torch.zeros(16, 3, 4, 6)}, tmp_path / "latents.safetensors")
+    with pytest.raises(ValueError, match="is given the picture too; give --video"):
+        line = flags(rank=None, pretrained_model_name_or_path=tiny_i2v)
+        visualize("maps", f"--latents={tmp_path / 'latents.safetensors'}", *line)
+
+
 # --- curves ----------------------------------------------------------------------------------------------------------
 
 
