@@ -4686,6 +4686,9 @@ def run_facts(run: Run, args: argparse.Namespace) -> dict:
     accelerator = run.accelerator
     samples = run.dataset.clips
     clips = {(clip.source, clip.order): clip for clip in samples}.values()
+    repeated = ""
+    if len(samples) > len(clips):
+        repeated = f", {len(samples)} samples an epoch"
     transformer = accelerator.unwrap_model(run.transformer)
     shapes = []
     for clip in {clip.bucket: clip for clip in samples}.values():
@@ -4697,7 +4700,7 @@ def run_facts(run: Run, args: argparse.Namespace) -> dict:
     if accelerator.device.type == "cuda":
         device = torch.cuda.get_device_name()
     return {
-        "clips": f"{len(clips)}, and {len(run.held_out)} held out; {len(samples)} samples an epoch",
+        "clips": f"{len(clips)}, and {len(run.held_out)} held out{repeated}",
         "captions": sum(len(clip.captions) for clip in clips),
         "latents": "; ".join(shapes),
         "updates": f"{run.max_steps} of {run.samples_per_update} clips, {run.updates_per_epoch} an epoch",

@@ -294,7 +294,7 @@ def test_run_on_two_sources(run, two_sources, tmp_path, log):
     assert {"val/mse_cats", "val/mse_dogs"} < set(row)  # the first two that are measured are one of each
     assert row["val/mse"] == pytest.approx((row["val/mse_cats"] + row["val/mse_dogs"]) / 2)
     card = (output / "README.md").read_text()
-    assert "| clips | 5, and 3 held out; 7 samples an epoch |" in card  # of 5 cats 2 are held out, of 3 dogs 1
+    assert "| clips | 5, and 3 held out, 7 samples an epoch |" in card  # of 5 cats 2 are held out, of 3 dogs 1
     assert str(tmp_path) not in card and str(tmp_path) not in (output / "training_settings.json").read_text()
     lines = [line for line in log() if "times an epoch" in line]
     assert [line.split(";")[0].split("/")[-1] for line in lines] == [

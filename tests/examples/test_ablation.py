@@ -291,6 +291,7 @@ def small_ablation(tiny_wan, clips, tmp_path):
 
 
 def test_own_model_and_data(small_ablation, tmp_path):
+    small_ablation = [*small_ablation, "--steps=2"]  # after one of Adam's, all weights may differ by their signs alone
     pytest.importorskip("cv2", reason="the DIS dynamic degree needs opencv-python-headless")
     ablation.main(*ablation.parse_args([*small_ablation, "--arms", "base", "mse", "ltd", "scale_16", "--seeds", "1"]))
     runs = ablation.read_runs(tmp_path / "out" / "runs.jsonl")
