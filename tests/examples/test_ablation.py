@@ -259,7 +259,7 @@ def test_arms_by_group_and_by_name():
         (["--config=none.yaml"], "--config none.yaml is not a file"),
         (["--transformer_path=x"], "--transformer_path: not supported here"),
         (["--ltd_scale=4"], "--ltd_scale: the arms set LTD's form"),
-        (["--learning_rat=1"], "unrecognized"),
+        (["--learning_rat=1"], "there is no flag --learning_rat; the nearest is --learning_rate"),
     ],
 )
 def test_flags_are_checked_before_anything_runs(flags, message, capsys):
