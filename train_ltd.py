@@ -89,7 +89,7 @@ from accelerate.utils import (
 )
 from accelerate.utils.fsdp_utils import load_fsdp_optimizer, save_fsdp_optimizer
 from datasets.distributed import split_dataset_by_node
-from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
@@ -1223,9 +1223,10 @@ def load_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKLWan
     return vae.requires_grad_(False).to(device)
 
 
-def load_image_encoder(args: argparse.Namespace, device: torch.device) -> WanImageToVideoPipeline:
+def load_image_encoder(args: argparse.Namespace, device: torch.device) -> "diffusers.WanImageToVideoPipeline":
     """Load CLIP, frozen and in float32, as a pipeline of nothing else: its `encode_image` prepares pictures too."""
-    pipeline = WanImageToVideoPipeline.from_pretrained(
+    # Named in full, so that it is imported only here: without torchvision that import warns.
+    pipeline = diffusers.WanImageToVideoPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
         revision=args.revision,
         variant=args.variant,
@@ -1244,7 +1245,7 @@ def encode_clip(
     vae: AutoencoderKLWan,
     frames: torch.Tensor,
     with_condition: bool = False,
-    image_encoder: WanImageToVideoPipeline | None = None,
+    image_encoder: "diffusers.WanImageToVideoPipeline | None" = None,
 ) -> dict[str, torch.Tensor]:
     """Encode frames `(F, 3, H, W)` uint8 to the tensors that training needs of a clip, float32.
 
@@ -2279,7 +2280,7 @@ def read_captions(value: str | list | None, name: str, args: argparse.Namespace)
 
 def encode_video(
     vae: AutoencoderKLWan,
-    image_encoder: WanImageToVideoPipeline | None,
+    image_encoder: "diffusers.WanImageToVideoPipeline | None",
     video: Video,
     reader: ClipReader,
     args: argparse.Namespace,
@@ -3833,7 +3834,7 @@ def sample_videos(run: "Run", args: argparse.Namespace) -> None:
     pipeline_class = WanPipeline
     image_components = {}
     if args.first_frame_share:
-        pipeline_class = WanImageToVideoPipeline
+        pipeline_class = diffusers.WanImageToVideoPipeline
     if run.wan.image_embeds:
         encoder = load_image_encoder(args, accelerator.device)
         image_components = {"image_encoder": encoder.image_encoder, "image_processor": encoder.image_processor}

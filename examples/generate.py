@@ -40,18 +40,13 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from datasets import load_dataset
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-    WanImageToVideoPipeline,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
@@ -787,7 +782,9 @@ def load_pipeline(args: argparse.Namespace, models: list[Model], scheduler, acce
         encoder = train_ltd.load_image_encoder(args, torch.device("cpu"))
         components["image_encoder"] = encoder.image_encoder
         components["image_processor"] = encoder.image_processor
-    pipeline_class = WanImageToVideoPipeline if args.image else WanPipeline
+    pipeline_class = WanPipeline
+    if args.image:
+        pipeline_class = diffusers.WanImageToVideoPipeline  # without torchvision its import warns
     pipeline = pipeline_class(
         tokenizer=None,
         text_encoder=None,

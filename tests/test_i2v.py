@@ -189,6 +189,13 @@ def test_first_frame_is_drawn_last(prepare, families):
     given = [bool(item["first_frame_given"]) for item in items[0.5]]
     assert True in given and False in given
     assert all(item["first_frame_given"] for item in items[1.0])
+    # Held-out clips always get the same, whatever the epoch.
+    args.first_frame_share = 0.5
+    dataset = train_ltd.LatentDataset(clips, captions, args)
+    fixed = [bool(dataset.load_fixed(i)["first_frame_given"]) for i in range(len(clips))]
+    dataset.epoch = 1
+    assert fixed == [bool(dataset.load_fixed(i)["first_frame_given"]) for i in range(len(clips))]
+    assert True in fixed and False in fixed
     clips, _, captions, args = prepare(**families["5b"], num_frames=1)
     assert not any(item["first_frame_given"] for item in train_ltd.LatentDataset(clips, captions, args))
 

@@ -23,7 +23,7 @@ import train_ltd
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("model_index.json", {"_class_name": "WanImageToVideoPipeline"}, "the class WanImageToVideoPipeline"),
+        ("model_index.json", {"_class_name": "WanImageToVideoPipeline"}, "16 in_channels, where I2V has 36"),
         ("model_index.json", {"_class_name": "WanVACEPipeline"}, "the class WanVACEPipeline"),
         ("transformer/config.json", {"image_dim": 1280}, "has I2V's"),
         ("transformer/config.json", {"in_channels": 36}, "has I2V's"),

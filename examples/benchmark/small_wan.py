@@ -24,27 +24,16 @@ import string
 import sys
 from pathlib import Path
 
+import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    AutoencoderKLWan,
-    UniPCMultistepScheduler,
-    WanImageToVideoPipeline,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+import transformers
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResidualBlock, patchify, unpatchify
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    T5Tokenizer,
-    UMT5Config,
-    UMT5EncoderModel,
-)
+from transformers import CLIPVisionConfig, CLIPVisionModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 ROOT = Path(__file__).resolve().parents[2]
 # train_ltd.py is a script in the repository's root, and examples/ is folders of scripts: neither is a package.
@@ -278,9 +267,12 @@ def build_small_wan(
         image_components = {}
         if image_encoder:
             image_components["image_encoder"] = build_image_encoder(image_dim)
-            image_components["image_processor"] = CLIPImageProcessor()
+            # Its import warns without torchvision, as does that of the pipeline below.
+            image_components["image_processor"] = transformers.CLIPImageProcessor()
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
-    pipeline_class = WanImageToVideoPipeline if image_to_video else WanPipeline
+    pipeline_class = WanPipeline
+    if image_to_video:
+        pipeline_class = diffusers.WanImageToVideoPipeline
     pipeline = pipeline_class(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
