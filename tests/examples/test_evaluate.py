@@ -537,6 +537,7 @@ def test_what_was_computed_offline_is_not_published_as_vbench(tmp_path):
     assert "model-index" not in card.read_text()
 
 
+@pytest.mark.slow
 def test_card_on_the_hub(scored, tmp_path):
     from hub_server import HubServer
 

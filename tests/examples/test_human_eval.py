@@ -677,6 +677,7 @@ def test_the_receiver_limits_what_it_takes_and_gives(server, study, monkeypatch)
     assert ask(address, "GET", f"/clips/{clip}.mp4", Range=f"bytes={len(whole)}-")[0] == 416
 
 
+@pytest.mark.slow
 def test_collect_as_a_command_listens_on_loopback_and_stops_cleanly(study, tmp_path):
     folder, page, _ = study
     with pytest.raises(SystemExit, match="--votes"):
@@ -863,6 +864,7 @@ def test_demo_votes_are_called_synthetic_everywhere(small_key, capsys):
 
 
 @pytest.mark.parametrize("script", ["build.py", "collect.py", "analyse.py"])
+@pytest.mark.slow
 def test_help(script):
     result = subprocess.run([sys.executable, SCRIPTS / script, "--help"], capture_output=True, text=True)
     assert result.returncode == 0 and "python examples/human_eval/" in result.stdout
