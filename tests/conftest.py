@@ -48,6 +48,33 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a GPU: LTD_TEST_CUDA=1 python -m pytest -m cuda")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark as slow whatever uses a fixture that starts a browser, a server or processes."""
+    for item in items:
+        if {"chromium", "forks", "hub", "server"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def no_processes(request, monkeypatch):
+    """A test that is not marked slow starts no process, but for ffmpeg, by which imageio writes videos."""
+    if request.node.get_closest_marker("slow"):
+        return
+    popen = subprocess.Popen.__init__
+
+    def start(self, args, *others, **kwargs):
+        program = args if isinstance(args, str | os.PathLike) else args[0]
+        assert "ffmpeg" in Path(program).name, f"{program} is a process: mark this test slow"
+        popen(self, args, *others, **kwargs)
+
+    def fork(self):
+        raise AssertionError("this is a process: mark this test slow")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", start)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", fork)
+
+
 @pytest.fixture(scope="session")
 def tiny_wan(tmp_path_factory) -> Path:
     """A complete WanPipeline folder below 0.5 MB, real classes, random weights."""

@@ -265,6 +265,7 @@ def samples(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_vbench_survives_and_resumes_by_dimension(samples, vbench_python, capfd, monkeypatch):
     dimensions = "aesthetic_quality dynamic_degree imaging_quality temporal_flickering".split()
     command = ["vbench", samples, "--vbench_python", vbench_python, "--dimensions", *dimensions]
@@ -295,6 +296,7 @@ def test_vbench_survives_and_resumes_by_dimension(samples, vbench_python, capfd,
     assert scores_of(samples, "vbench_standard")["temporal_flickering"]["score"] == pytest.approx(0.62)
 
 
+@pytest.mark.slow
 def test_vbench_custom_input_missing_samples_and_static_filter(samples, vbench_python, capfd):
     command = ["vbench", samples, "--vbench_python", vbench_python, "--dimensions", "temporal_flickering"]
     assert run(*command, "--static_filter") == 0
@@ -539,6 +541,7 @@ def test_what_was_computed_offline_is_not_published_as_vbench(tmp_path):
     assert "model-index" not in card.read_text()
 
 
+@pytest.mark.slow
 def test_card_on_the_hub(scored, tmp_path):
     from hub_server import HubServer
 

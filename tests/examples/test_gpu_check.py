@@ -36,6 +36,7 @@ def test_the_first_item_is_what_the_recipe_for_24_gb_computes():
     assert "--quantization nf4" in flags and "--gradient_checkpointing offload" in flags
 
 
+@pytest.mark.slow
 def test_without_a_gpu_every_item_is_left_out_by_name(tmp_path, capsys):
     lines = gpu_check.main(gpu_check.parse_args([f"--output_dir={tmp_path}"]))
     assert lines == {item.name: "left out: torch finds no GPU" for item in gpu_check.ITEMS}
@@ -43,6 +44,7 @@ def test_without_a_gpu_every_item_is_left_out_by_name(tmp_path, capsys):
     assert "torch 2." in printed and f"Python {sys.version_info.major}." in printed
 
 
+@pytest.mark.slow
 def test_items_are_run_in_turn_and_none_ends_the_others(tmp_path, monkeypatch, capsys):
     """One writes a benchmark's result, one fails, one is stopped, and one has no package."""
     result = {"seconds_per_step": 2.5, "peak_memory_gib": 19.6, "losses": [3.0, 2.0], "mfu": 0.5}

@@ -779,6 +779,7 @@ def test_a_port_that_is_taken_is_said(server, study, tmp_path):
         collect.main(collect.parse_args(words))
 
 
+@pytest.mark.slow
 def test_collect_as_a_command_listens_on_loopback_and_stops_cleanly(study, tmp_path):
     folder, page, _ = study
     with pytest.raises(SystemExit, match="--votes"):
@@ -1042,6 +1043,7 @@ def test_demo_votes_are_called_synthetic_everywhere(small_key, capsys):
 
 
 @pytest.mark.parametrize("script", ["build.py", "collect.py", "analyse.py"])
+@pytest.mark.slow
 def test_help(script):
     result = subprocess.run([sys.executable, SCRIPTS / script, "--help"], capture_output=True, text=True)
     assert result.returncode == 0 and "python examples/human_eval/" in result.stdout

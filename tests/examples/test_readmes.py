@@ -76,6 +76,7 @@ def test_the_main_readme_has_both_commands():
     assert "bash examples/quickstart.sh" in text and "bash tests/run.sh" in text
 
 
+@pytest.mark.slow
 def test_the_flags_are_listed_as_they_are():
     command = [sys.executable, ROOT / "examples/recipes/flags.py", "--check"]
     message = "examples/recipes/README.md is out of date: python examples/recipes/flags.py"
