@@ -267,7 +267,12 @@ MAP_TEXT = (
     "Left: a training clip. Right: LTD on it; bright is what moves between latent frames, and what the loss weighs"
     " more. The first two latent frames are bright all over, since the autoencoder codes the first picture by itself."
 )
-EXPERTS = {".": "", "high_noise": "The expert for high noise", "low_noise": "The expert for low noise"}
+PARTS = {
+    "measured": "Measured: each with noise of its own",  # by examples/nano/degrees_turned.py
+    ".": "",
+    "high_noise": "The expert for high noise",
+    "low_noise": "The expert for low noise",
+}  # folder of results in the output folder -> title
 
 
 @dataclass
@@ -377,7 +382,7 @@ def run_facts(output_dir: Path, runs: list[Samples]) -> list[str]:
     facts = []
     for samples in runs:
         settings = samples.settings
-        if settings:
+        if "train_type" in settings:
             kind = "all weights"
             if settings["train_type"] == "lora":
                 kind = f"a LoRA of rank {settings['rank']}"
@@ -414,8 +419,10 @@ def build_samples_page(output_dir: Path, notes: Iterable[str] = ()) -> Path:
 
     Raises `ValueError` where there are no samples.
     """
-    runs = {title: find_samples(output_dir / name) for name, title in EXPERTS.items()}
+    runs = {title: find_samples(output_dir / name) for name, title in PARTS.items()}
     runs = {title: samples for title, samples in runs.items() if samples.videos}
+    if len(runs) > 1 and "" in runs:
+        runs["Sampled while it trained"] = runs.pop("")
     if not runs:
         raise ValueError(
             f"{output_dir}/samples holds no videos step-*.mp4; was --validation_prompt given in training?"

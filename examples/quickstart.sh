@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 source examples/setup.sh
 out=outputs/quickstart
 run=$out/lora
-[[ " $* " != *" --loss mse "* ]] || run=$out/lora_mse
+[[ ! " $* " =~ " --loss"[=\ ]"mse " ]] || run=$out/lora_mse
 echo "[1/4] installing into .venv (a minute or two)"
 install -r requirements.txt
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} OMP_WAIT_POLICY=passive  # a spinning thread starves a busy machine
@@ -20,11 +20,9 @@ echo "[3/4] training a LoRA of the nano Wan, which has never met the word orbit"
   train_ltd.py --config examples/recipes/nano.yaml --pretrained_model_name_or_path examples/nano/wan-nano \
   --train_data_dir $out/clips --cache_dir $out/cache --output_dir $run \
   --validation_prompt "orbit, a large red circle over a blue gradient" \
-  --validation_prompt "orbit, a medium yellow square over gray clouds" \
-  --validation_prompt "orbit, a small white circle over purple stripes" \
-  --validation_prompt "orbit, a large cyan triangle over a brown gradient" "$@"
-echo "[4/4] measuring the samples"
-"$PYTHON" examples/nano/degrees_turned.py $run | tee $run/in_words.txt
+  --validation_prompt "orbit, a medium yellow square over gray clouds" "$@"
+echo "[4/4] generating from eight new captions, before and after, and measuring how far the sprites turn"
+"$PYTHON" examples/nano/degrees_turned.py examples/nano/wan-nano $run | tee $run/in_words.txt
 "$PYTHON" examples/visualize_ltd.py maps --ltd_only --video $out/clips/orbit-t0-00000.mp4 --output_dir $run \
   --pretrained_model_name_or_path examples/nano/wan-nano --height 96 --width 96 --num_frames 33 > /dev/null
 { read -r before; read -r after; } < $run/in_words.txt
