@@ -4633,7 +4633,7 @@ def survey(args: argparse.Namespace) -> int:
     dataset, folder = open_dataset(args, args.dataset_split)
     lines = []
     for row in tqdm(dataset, desc="looking through all videos", unit="video", leave=False):
-        reason = find_fault(row["video"], folder, args)
+        reason = row.get("reason") or find_fault(row["video"], folder, args)
         if reason:
             lines.append({"file": str(row["video"]), "reason": reason})
     rows = len(dataset)
@@ -4660,7 +4660,7 @@ def find_fault(value: str | dict | bytes | None, folder: Path, args: argparse.Na
     except ClipError as error:
         return str(error)
     except (OSError, av.FFmpegError) as error:
-        return f"cannot be read: {error}"
+        return f"cannot be read: {error.strerror or error}"
     frames = max(1, int(seconds * args.fps + TIME_TOLERANCE))
     shortest = min(bucket.frames for bucket in training_buckets(args))
     if frames < shortest:
