@@ -222,7 +222,8 @@ def test_crop_share_and_portrait_warning(prepare, log, tmp_path):
     prepare(train_data_dir=folder)
     # 48 x 32 out of 48 x 144 keeps two ninths.
     share = round(100 * (0 + 7 / 9) / 2)
-    assert [m for m in log() if "crop:" in m] == [f"crop: {share}% of the picture is thrown away"]
+    (line,) = [m for m in log() if "cropped away" in m]
+    assert f"2 clips; {share}% of the picture is cropped away" in line
     (warning,) = [m for m in log("WARNING") if "portrait" in m]
     assert "tall.mp4" in warning and "wide.mp4" not in warning
 

@@ -219,7 +219,7 @@ def test_output_name_is_that_of_the_folder(flags, tmp_path):
     "name", ["", "..", "a/b", "a\\b", "dog.safetensors", "pytorch_lora_weights", "my_PyTorch_LoRA_weights", "x" * 250]
 )
 def test_output_name_that_cannot_be_a_file_is_refused(flags, name):
-    with pytest.raises(ValueError, match=rf"\n- --output_name {re.escape(name)}: give a plain, short name[^\n]*$"):
+    with pytest.raises(ValueError, match=rf"^--output_name {re.escape(name)}: give a plain, short name[^\n]*$"):
         train_ltd.parse_args(flags(output_name=name))
 
 

@@ -229,6 +229,18 @@ def test_two_processes_equal_accumulation(run_mixed, flags, mixed, tmp_path):
     assert_same(weights(alone, "lora"), weights(tmp_path / "two", "lora"))
 
 
+@pytest.mark.slow
+def test_compiled_graphs_do_not_grow_with_the_number_of_sizes(run_mixed, log):
+    """The first size, then one for all sizes, then pictures, whose one frame is a constant to the compiler."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run_mixed(torch_compile=True, max_train_steps=9)
+    said = next(line for line in log() if line.startswith("compiled graphs: "))
+    graphs = int(re.match(r"compiled graphs: (\d+), for 4 sizes", said)[1])
+    assert 2 <= graphs <= 4
+    torch._dynamo.reset()
+
+
 def test_a_size_with_too_few_clips_is_refused_by_name(run_mixed):
     with pytest.raises(ValueError, match=r"2 clips of 64x32x[15] are fewer than the 3 of one .*take the size off"):
         run_mixed(sizes=["64x32x9", "64x32x5", "64x32x1"], train_batch_size=3, max_skipped=1.0)
