@@ -92,7 +92,7 @@ PAN_SPEED = 1.0  # px per frame
 # things are when, and a base model of this size had learned no direction after ten thousand steps.
 MIDDLE = 16.0
 # Of the circle that a sprite of the mix "orbit" runs around the middle, px. It starts anywhere on it and goes either
-# way round: trained on one way alone, a LoRA of the nano Wan went around in 100 steps, but half the time the other way.
+# way: trained on one way alone, a LoRA of the nano Wan went around after 100 steps, but half the time the other way.
 ORBIT_RADIUS = 22.0
 ORBIT_RATE = 2 * np.pi / (FRAMES - 1)  # rad per frame: once around in a clip
 ORBIT = "orbit"  # the path, and the word that begins the caption
