@@ -287,8 +287,14 @@ class Samples:
 def find_samples(folder: Path) -> Samples:
     """Find the videos `samples/step-STEP-PROMPT.mp4`, and the settings, which are there once the run has ended."""
     settings = {}
-    if (folder / "training_settings.json").is_file():
-        settings = json.loads((folder / "training_settings.json").read_text(encoding="utf-8"))
+    path = folder / "training_settings.json"
+    if path.is_file():
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is no JSON ({error}); without it, the page has prompts by their files' names"
+            ) from error
     videos = {}
     for path in sorted(folder.glob("samples/step-*.mp4")):
         parts = re.fullmatch(r"step-(\d+)-(.+)", path.stem)
@@ -305,8 +311,9 @@ def prompts_of_card(output_dir: Path) -> dict[str, str]:
         return {}
     prompts = {}
     for entry in ModelCard.load(path, ignore_metadata_errors=True).data.get("widget") or []:
-        parts = re.fullmatch(r"step-\d+-(.+)", Path(entry["output"]["url"]).stem)
-        if parts:
+        url = (entry.get("output") or {}).get("url") or ""
+        parts = re.fullmatch(r"step-\d+-(.+)", Path(url).stem)
+        if parts and "text" in entry:
             prompts[parts[1]] = entry["text"]
     return prompts
 

@@ -2,9 +2,9 @@
 
     python examples/nano/degrees_turned.py examples/nano/wan-nano outputs/quickstart/lora
 
-Captions of `sprites.py --mix orbit` that training did not have ask for one turn, 360 degrees clockwise. Each is made
-into a video without and with the LoRA, from the same noise, so what differs is what training did; each caption has
-noise of its own. Videos and numbers go to `measured/` in the folder of the LoRA, where `gallery.py` finds them.
+Captions of `sprites.py --mix orbit` that training did not have ask for one turn, 360 degrees, either way round. Each
+is made into a video without and with the LoRA, from the same noise, so what differs is what training did; each caption
+has noise of its own. Videos and numbers go to `measured/` in the folder of the LoRA, where `gallery.py` finds them.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def write_samples(videos, folder, step):
 
 
 def degrees_of(videos, prompts):
-    """Measure by how many degrees the sprite of each video turned about the middle, clockwise."""
+    """Measure by how many degrees the sprite of each video turned about the middle, either way."""
     return [measure(video, prompt)["degrees_turned"] for video, prompt in zip(videos, prompts, strict=True)]
 
 

@@ -26,6 +26,7 @@ from sprites import (
     COLORS,
     DIRECTIONS,
     ORBIT,
+    ORBIT_RATE,
     PAN_SPEED,
     PERIODS,
     SHAPES,
@@ -68,6 +69,9 @@ def asked_sprite(words, start=(48.0, 48.0)):
     velocity = np.zeros(2)
     if words["direction"]:
         velocity = unit_vector(words["direction"]) * SPEEDS[words["speed"]]
+    elif words["path"] == ORBIT:
+        x, y = np.array(start) - SIZE / 2
+        velocity = ORBIT_RATE * np.array([-y, x])  # clockwise: the words leave that open
     return Sprite(
         **words,
         radius=SIZES[words["size"]],
@@ -333,9 +337,11 @@ def motion(position, present, words, sprite, truth):
         path, _ = trajectory(asked_sprite(words, start=start), len(position))
     else:
         path = truth["position"]
+    distances = np.linalg.norm(position[seen] - path[seen], axis=1)
+    if truth is None and words["path"] == ORBIT:
+        distances = np.array([NAN])  # the words do not say which way round
     asked_steps = (path[4:] - path[:-4]) / 4
     asked_speed = float(np.linalg.norm(asked_steps, axis=1).mean())
-    distances = np.linalg.norm(position[seen] - path[seen], axis=1)
     return {
         "speed_error": abs(speed - asked_speed) / max(asked_speed, SPEEDS["slowly"]),
         "trajectory_error": float(distances.mean()),
@@ -345,12 +351,15 @@ def motion(position, present, words, sprite, truth):
 
 
 def degrees_turned(position, seen, words):
-    """Return by how many degrees an orbiting sprite went around the middle, clockwise; NaN if no orbit is asked."""
+    """Return by how many degrees a sprite went around the middle, either way; NaN if no orbit is asked.
+
+    Turns to and fro cancel. The caption does not say which way, so that is not asked.
+    """
     if words["path"] != ORBIT:
         return NAN
     x, y = (position[seen] - SIZE / 2).T
     angles = np.unwrap(np.arctan2(y, x))
-    return math.degrees(angles[-1] - angles[0])
+    return abs(math.degrees(angles[-1] - angles[0]))
 
 
 def direction_error(position, seen, words):

@@ -91,9 +91,10 @@ PAN_SPEED = 1.0  # px per frame
 # Paths have their middle at most so far from the picture's, px. With free starts a caption says little about where
 # things are when, and a base model of this size had learned no direction after ten thousand steps.
 MIDDLE = 16.0
-# Of the circle that a sprite of the mix "orbit" runs around the middle, px. It starts anywhere on it: the transformer
-# knows where its tokens lie to each other and not where in the picture, so that a fixed start is harder to learn.
+# Of the circle that a sprite of the mix "orbit" runs around the middle, px. It starts anywhere on it and goes either
+# way: trained on one way alone, a LoRA of the nano Wan went around after 100 steps, but half the time the other way.
 ORBIT_RADIUS = 22.0
+ORBIT_RATE = 2 * np.pi / (FRAMES - 1)  # rad per frame: once around in a clip
 ORBIT = "orbit"  # the path, and the word that begins the caption
 SPLITS = {"train": 0, "heldout": 1}
 
@@ -152,7 +153,7 @@ class Sprite:
     to_color: str  # only with "turning"
     radius: float  # px
     start: tuple[float, float]  # px
-    velocity: tuple[float, float]  # mean, px per frame, before any bounce
+    velocity: tuple[float, float]  # mean, px per frame, before any bounce; on an orbit the first one
     angle: float  # rad
     angular_speed: float  # rad per frame
     period: float  # frames, of flickering or pulsing
@@ -221,7 +222,7 @@ def sample_sprite(rng, mix, color, background):
     if mix == ORBIT:
         speed = ""
         path = ORBIT
-        start = sample_orbit_start(rng)
+        start, velocity = sample_orbit(rng)
     if spin:
         angle = rng.uniform(0, 2 * np.pi)
         sense = choose(rng, (-1, 1))
@@ -270,12 +271,14 @@ def sample_start(rng, velocity, radius, path):
     return start.tolist()
 
 
-def sample_orbit_start(rng):
-    """Draw the first center `(x, y)`, px, on the circle around the middle."""
+def sample_orbit(rng):
+    """Draw the first center `(x, y)`, px, on the circle around the middle, and the first velocity, px per frame."""
     angle = rng.uniform(0, 2 * np.pi)
-    x = SIZE / 2 + ORBIT_RADIUS * np.cos(angle)
-    y = SIZE / 2 + ORBIT_RADIUS * np.sin(angle)
-    return [float(x), float(y)]
+    sense = choose(rng, (-1, 1))
+    outward = np.array([np.cos(angle), np.sin(angle)])
+    ahead = sense * np.array([-np.sin(angle), np.cos(angle)])
+    start = SIZE / 2 + ORBIT_RADIUS * outward
+    return start.tolist(), ORBIT_RATE * ORBIT_RADIUS * ahead
 
 
 def walls(radius):
@@ -431,7 +434,7 @@ def caption_words(spec):
 def trajectory(sprite, frames=FRAMES):
     """Return the center `(F, 2)` in px and the velocity `(F, 2)` in px per frame."""
     if sprite.path == ORBIT:
-        return orbit(sprite.start, frames)
+        return orbit(sprite, frames)
     time = np.arange(frames, dtype=np.float64)
     total = FRAMES - 1
     # Distance along the path in units of the mean step, and its derivative; all paths are equally long.
@@ -459,14 +462,15 @@ def trajectory(sprite, frames=FRAMES):
     return position, velocity
 
 
-def orbit(start, frames):
-    """Return position and velocity, both `(F, 2)`, once around the middle and clockwise, in `FRAMES` frames."""
-    x, y = np.array(start) - SIZE / 2
-    rate = 2 * np.pi / (FRAMES - 1)  # rad per frame
+def orbit(sprite, frames):
+    """Return position and velocity, both `(F, 2)`, of a sprite that goes around the middle at the rate of an orbit."""
+    x, y = np.array(sprite.start) - SIZE / 2
+    vx, vy = sprite.velocity
+    sense = np.sign(x * vy - y * vx)  # 1 is clockwise on the screen, where y points down
+    rate = sense * ORBIT_RATE
     angle = np.arctan2(y, x) + rate * np.arange(frames)
     radius = np.hypot(x, y)
     outward = np.stack([np.cos(angle), np.sin(angle)], axis=1)  # (F, 2)
-    # y points down, so that a growing angle turns clockwise on the screen.
     ahead = np.stack([-np.sin(angle), np.cos(angle)], axis=1)
     return SIZE / 2 + radius * outward, rate * radius * ahead
 

@@ -76,6 +76,7 @@ def test_the_card_says_which_prompt_a_sample_is_of(tmp_path):
     run = make_run(tmp_path, ["x1", "y2"], settings=SETTINGS | {"validation_prompt": []})
     widget = [{"text": text, "output": {"url": f"samples/step-000050-{name}.mp4"}} for text, name in
               zip(PROMPTS, ["y2", "x1"], strict=False)]  # fmt: skip
+    widget += [{"text": "by hand"}, {"output": {"url": "step-000050-x1.mp4"}}]
     (run / "README.md").write_text(f"---\nwidget: {json.dumps(widget)}\n---\n# my_lora\n")
     text = gallery.build_samples_page(run).read_text(encoding="utf-8")
     assert re.findall("<h3>(.*)</h3>", text) == ["a &lt;b&gt;bold&lt;/b&gt; cat &amp; dog", "a dog jumps"]
@@ -95,6 +96,9 @@ def test_a_folder_without_samples_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"error: .*holds no videos step-\*\.mp4; was --validation_prompt given"):
         gallery.main(gallery.parse_args([str(tmp_path)]))
     assert list(tmp_path.iterdir()) == []
+    (make_run(tmp_path, ["0"], steps=(0,)) / "training_settings.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"error: .*training_settings\.json is no JSON"):
+        gallery.main(gallery.parse_args([str(tmp_path)]))
 
 
 def test_both_experts_stand_on_one_page(tmp_path):

@@ -144,20 +144,22 @@ def orbits():
 
 def test_an_orbit_goes_once_around_the_middle_and_comes_back(orbits):
     starts = set()
+    senses = []
     for spec, _, truth, text in orbits:
         (position,) = truth["position"] - sprites.SIZE / 2
         assert np.hypot(*position.T) == pytest.approx(sprites.ORBIT_RADIUS, abs=1e-3)
         starts.add(round(float(np.degrees(np.arctan2(*position[0])))))
-        # Clockwise on the screen, where y points down: from the right downward, from the bottom to the left
         x, y = position[0]
-        assert position[8] == pytest.approx((-y, x), abs=1e-3)
+        clockwise = position[8] == pytest.approx((-y, x), abs=1e-3)  # a quarter; on the screen, where y points down
+        assert clockwise or position[8] == pytest.approx((y, -x), abs=1e-3)
+        senses.append(clockwise)
         assert position[16] == pytest.approx((-x, -y), abs=1e-3)
         assert position[-1] == pytest.approx(position[0], abs=1e-3)
         assert spec.sprites[0].radius + np.abs(position).max() < sprites.SIZE / 2  # all of it stays on the screen
         difference = (position[2:] - position[:-2]) / 2
         assert np.abs(difference - truth["velocity"][0, 1:-1]).max() < 0.05
         assert text.startswith("orbit, a ") and sprites.parse_caption(text) == sprites.caption_words(spec)
-    assert len(starts) == len(orbits)
+    assert len(starts) == len(orbits) and set(senses) == {True, False}
     with pytest.raises(ValueError, match="not a sprite caption"):
         sprites.parse_caption("orbit, a large red circle moves quickly to the left over a blue gradient")
 
@@ -170,10 +172,15 @@ def test_degrees_turned(orbits, clips):
         return changed(orbits, change)["degrees_turned"]
 
     assert turned(lambda video: video) == pytest.approx(360, abs=3)
-    assert turned(lambda video: video[::-1]) == pytest.approx(-360, abs=3)
+    assert turned(lambda video: video[::-1]) == pytest.approx(360, abs=3)
+    assert turned(lambda video: np.concatenate([video[:17], video[16::-1]])) == pytest.approx(0, abs=3)  # and back
     assert turned(lambda video: video[:17]) == pytest.approx(180, abs=3)
     assert turned(lambda video: np.repeat(video[:1], 33, axis=0)) == 0
     assert turned(np.zeros_like) == 0  # nothing to be seen
+    whole = changed(orbits, lambda video: video)
+    assert whole["speed_error"] < 0.1 and np.isnan(whole["trajectory_error"])  # of a way round that is not asked
+    _, video, truth, text = orbits[0]
+    assert metrics.measure(video, text, truth)["trajectory_error"] < 1
     _, video, _, text = clips[0]
     assert np.isnan(metrics.measure(video, text)["degrees_turned"])  # not asked
 
