@@ -49,7 +49,7 @@ PRESETS = {
         "base_dim": 3,
         "dim_mult": (1, 1, 1, 1),
         "text_dim": 32,
-        "image_dim": 16,
+        "clip_dim": 16,
         "num_layers": 2,
         "num_attention_heads": 2,
         "attention_head_dim": 12,
@@ -75,7 +75,7 @@ PRESETS = {
         "dim_mult": (1, 2, 4, 4),
         "num_res_blocks": 2,
         "text_dim": 4096,
-        "image_dim": 1280,
+        "clip_dim": 1280,
         "num_layers": 30,
         "num_attention_heads": 12,
         "attention_head_dim": 128,
@@ -146,11 +146,11 @@ def build_text_encoder(vocab_size, text_dim):
     return UMT5EncoderModel(config).eval()
 
 
-def build_image_encoder(image_dim):
-    """Build a random `CLIPVisionModel` of as many tokens as Wan2.1 I2V's, 257, of width `image_dim`, in two layers."""
+def build_image_encoder(clip_dim):
+    """Build a random `CLIPVisionModel` of as many tokens as Wan2.1 I2V's, 257, of width `clip_dim`, in two layers."""
     config = CLIPVisionConfig(
-        hidden_size=image_dim,
-        intermediate_size=2 * image_dim,
+        hidden_size=clip_dim,
+        intermediate_size=2 * clip_dim,
         num_hidden_layers=2,
         num_attention_heads=2,
         image_size=224,
@@ -186,7 +186,7 @@ def build_small_wan(
     num_res_blocks=1,
     patch_size=None,
     text_dim=64,
-    image_dim=64,
+    clip_dim=64,
     image_encoder=False,
     image_to_video=False,
     num_layers=6,
@@ -209,7 +209,7 @@ def build_small_wan(
         base_dim, decoder_base_dim, z_dim, dim_mult, num_res_blocks, patch_size: The VAE, always 4x in time. With a
             `patch_size` it is of Wan2.2's kind: on patches of pixels, with residual branches around its stages.
         text_dim (`int`): Width of the text encoder, hence of the prompt embeddings.
-        image_dim (`int`), image_encoder (`bool`): Width of CLIP, and whether there is one.
+        clip_dim (`int`), image_encoder (`bool`): Width of CLIP, and whether there is one.
         image_to_video (`bool`): Whether the transformer takes an image, by more channels.
         num_layers, num_attention_heads, attention_head_dim, ffn_dim, freq_dim, rope_max_seq_len: The transformer.
         boundary_ratio (`float`, *optional*): Share of the noise from which on `transformer` samples; below it
@@ -248,7 +248,7 @@ def build_small_wan(
             in_channels = 2 * z_dim + 4  # the noisy latents, a mask, and the condition
         image_shape = {}
         if image_encoder:
-            image_shape = {"image_dim": image_dim, "added_kv_proj_dim": num_attention_heads * attention_head_dim}
+            image_shape = {"image_dim": clip_dim, "added_kv_proj_dim": num_attention_heads * attention_head_dim}
         transformer = WanTransformer3DModel(
             in_channels=in_channels,
             out_channels=z_dim,
@@ -266,7 +266,7 @@ def build_small_wan(
             transformer_2 = WanTransformer3DModel.from_config(transformer.config)
         image_components = {}
         if image_encoder:
-            image_components["image_encoder"] = build_image_encoder(image_dim)
+            image_components["image_encoder"] = build_image_encoder(clip_dim)
             # Its import warns without torchvision, as does that of the pipeline below.
             image_components["image_processor"] = transformers.CLIPImageProcessor()
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)

@@ -110,8 +110,9 @@ def test_flops_of_image_to_video(flags, tmp_path, tiny_i2v):
         "num_layers": shape["num_layers"],
         "ffn_dim": shape["ffn_dim"],
         "added_kv_proj_dim": width,
+        "image_dim": shape["clip_dim"],
     }
-    for name in ("num_attention_heads", "attention_head_dim", "text_dim", "freq_dim", "image_dim", "rope_max_seq_len"):
+    for name in ("num_attention_heads", "attention_head_dim", "text_dim", "freq_dim", "rope_max_seq_len"):
         config[name] = shape.get(name, config[name])
     with torch.device("meta"):
         WanTransformer3DModel.from_config(config).save_config(tmp_path / "wan/transformer")
