@@ -5042,8 +5042,13 @@ def log_what_next(run: Run, args: argparse.Namespace) -> None:
     if args.expert == "low":
         source += "_2"
     model = f"--pretrained_model_name_or_path {shlex.quote(args.pretrained_model_name_or_path)}"
-    if run.wan.architecture == "wan2.2":
-        model += " --preset wan22-t2v" if args.expert else " --preset ti2v-5b"
+    if args.expert:
+        model += " --preset wan22-i2v" if args.first_frame_share else " --preset wan22-t2v"
+    elif run.wan.architecture == "wan2.2":
+        model += " --preset ti2v-5b"
+    if args.first_frame_share:
+        image = args.validation_image[0] if args.validation_image else "first_frame.png"
+        model += f" --image {shlex.quote(image)}"
     prompt = args.validation_prompt[0] if args.validation_prompt else run.dataset.clips[0].captions[0]
     generate = f"python {examples}/generate.py {model} --prompt {shlex.quote(prompt)}"
     videos = shlex.quote(os.path.join(args.output_dir, "videos"))

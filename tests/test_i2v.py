@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -415,6 +416,21 @@ def test_two_processes(run, flags, families, tmp_path):
     name = "pytorch_lora_weights.safetensors"
     assert_same(load_file(alone / name), load_file(tmp_path / "two" / name))
     assert (tmp_path / "two/samples/step-000002-0-a-square.mp4").is_file()
+
+
+def test_last_lines_say_how_to_start_from_a_picture(run, families, log, tmp_path):
+    """The command is one that `generate.py` takes."""
+    picture = tmp_path / "a picture.png"
+    picture_of(moving_frames(families["high"])).save(picture)
+    run(**families["high"], max_train_steps=1)
+    (line,) = [line for line in log() if line.startswith("to use it: ")]
+    assert "--preset wan22-i2v --image first_frame.png" in line
+    run(**families["5b"], **SAMPLED, validation_image=picture, max_train_steps=1, output_dir=tmp_path / "5b")
+    line = [line for line in log() if line.startswith("to use it: ")][1]
+    words = shlex.split(line.removeprefix("to use it: "))
+    args = generate.parse_args(words[2:])
+    assert (args.preset, args.image) == ("ti2v-5b", [str(picture)])
+    assert [model.wan.first_frame for model in generate.identify_models(args)] == ["replaced"]
 
 
 # --- Cache -----------------------------------------------------------------------------------------------------------
