@@ -215,8 +215,8 @@ def write_page(text: str, path: Path) -> Path:
 
 
 def write_poster(frames: np.ndarray, path: Path) -> None:
-    """Write the first of `frames` `(F, H, W, 3)`, what a page shows before the video is loaded."""
-    picture = Image.fromarray(frames[0])
+    """Write the middle one of `frames` `(F, H, W, 3)`: what a page shows until the video plays."""
+    picture = Image.fromarray(frames[len(frames) // 2])
     picture.thumbnail((POSTER_WIDTH, POSTER_WIDTH))
     picture.save(path, quality=80)
 
@@ -232,7 +232,9 @@ SAMPLES_PAGE = Template("""<!doctype html>
 body { font: 16px/1.4 system-ui, sans-serif; margin: 1rem; color: #222; background: #fff }
 h1 { font-size: 1.4rem; margin: 0 0 .5rem }
 h2 { font-size: 1.1rem; margin: 2rem 0 .3rem }
-h3 { font-size: 1rem; font-weight: 600; margin: 1.5rem 0 .3rem }
+h3 { font-size: 1rem; font-weight: 600; margin: .8rem 0 .3rem }
+.prompts { display: grid; gap: .4rem 2rem }
+.prompts { grid-template-columns: repeat(auto-fit, minmax(min(var(--row), 100%), 1fr)) }
 ul { padding-left: 1.2rem }
 .steps { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fit, minmax(min(${least}px, 45%), 1fr)) }
 figure { margin: 0; max-width: 28rem }
@@ -351,6 +353,9 @@ def samples_section(samples: Samples, output_dir: Path, title: str) -> str:
         place = prompts.index(prompt) if prompt in prompts else len(prompts)
         rows.append((place, prompt, steps))
     rows.sort(key=lambda row: row[0])  # which keeps the order of names where there is no other
+    most = max(len(steps) for steps in samples.videos.values())
+    # As many prompts side by side as have room for all their steps
+    parts.append(f'<div class="prompts" style="--row: {most * (LEAST_WIDTH + 10)}px">')
     for _, prompt, steps in rows:
         figures = []
         for step, path in sorted(steps.items()):
@@ -360,7 +365,9 @@ def samples_section(samples: Samples, output_dir: Path, title: str) -> str:
             video = SAMPLE_VIDEO.substitute(video=address(path, output_dir), poster=address(poster, output_dir))
             figure = f"<figure><figcaption>{label}</figcaption>{video}</figure>"
             figures.append(figure)
-        parts.append(f'<h3>{html.escape(prompt)}</h3>\n<div class="steps">' + "\n".join(figures) + "</div>")
+        row = f'<div class="steps">{"".join(figures)}</div>'
+        parts.append(f"<div><h3>{html.escape(prompt)}</h3>\n{row}</div>")
+    parts.append("</div>")
     return "\n".join(parts)
 
 

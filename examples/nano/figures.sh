@@ -25,8 +25,8 @@ generate ltd --lora $lora
 python examples/generate.py --compare $out/videos/{base,ltd} --labels base LTD --output_dir $out/compare
 python examples/nano/ablation.py --output_dir examples/nano/ablation --report_only > /dev/null
 mv examples/nano/ablation/ablation.png $images
-cp $lora/curves.png $images/quickstart_curves.png
-python examples/videos.py --output $images/quickstart_samples.png --columns 9 $lora/samples/step-000000-*.mp4 \
-  $lora/samples/step-000150-*.mp4
+strips=()
+for number in 0 1 2; do strips+=($lora/measured/samples/step-000{000,150}-$number.mp4); done
+python examples/videos.py --output $images/quickstart_strips.jpg --columns 9 "${strips[@]}"
 cp $out/ltd_report.png $out/ltd_curves.png $out/ltd_maps.png $images
 cp "$out/compare/strips/$(caption 3)-0.jpg" $images/compare_strip.jpg
