@@ -586,7 +586,7 @@ def test_four_processes_equal_accumulation_of_four(run, flags, tmp_path):
     a, b = (load_file(folder / train_ltd.LORA_FILE) for folder in (alone, tmp_path / "four"))
     assert a.keys() == b.keys()
     for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=0, atol=2e-6)
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-5)  # Adam magnifies rounding
     for a, b in zip(losses(alone), losses(tmp_path / "four"), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
 

@@ -234,6 +234,7 @@ def test_a_histogram_of_few_clips_shows_each(monkeypatch, ltds):
     for number, ltd in enumerate(ltds):
         cut = number == 3
         clip = SimpleNamespace(ltd=ltd, name=f"{number}.mp4", order=(0, number, 0))
+        clip.bucket = train_ltd.Bucket(9, 8, 8)
         clip.largest_jump = lambda: (1.5, 1)
         clip.cut_is_suspected = lambda cut=cut: cut
         clips.append(clip)
@@ -392,7 +393,7 @@ def test_refuses_a_table_that_could_not_be_trained_on(flags, clips, monkeypatch,
         (["maps", f"--latents={__file__}", "--lora=a", "--transformer=b"], "maps takes at most 1 of --lora"),
         (["maps", f"--latents={__file__}", "--sigma=1"], r"--sigma must lie in (0, 1), got [1.0]"),
         (["curves", *["--lora=a"] * 7], "curves takes at most 6 of --lora and --transformer"),
-        (["report", "--lora=a"], "unrecognized arguments: --lora=a"),
+        (["report", "--lora=a"], "there is no flag --lora; the nearest is --init_lora"),
         (["report", "--min_ltd=1"], "--min_ltd, --max_ltd and --drop_cuts need --write_metadata"),
     ],
 )
