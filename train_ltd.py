@@ -396,7 +396,7 @@ REMOVED_FLAGS = {
     "min_ltd": "filter the table by `examples/visualize_ltd.py report --write_metadata kept.jsonl --min_ltd ...`",
     "max_ltd": "filter the table by `examples/visualize_ltd.py report --write_metadata kept.jsonl --max_ltd ...`",
     "drop_cuts": "filter the table by `examples/visualize_ltd.py report --write_metadata kept.jsonl --drop_cuts`",
-    "dry_run": "try a small run: --max_train_samples 4 --max_train_steps 1",
+    "dry_run": "try a small run: --max_train_samples 8 --max_train_steps 1",
     "skip_vae_check": "leave it out, there is no such check any more",
 }
 # Not for the card, and free to change when a run is resumed
