@@ -678,7 +678,7 @@ def test_many_entries_start_without_their_latents_and_in_little_memory(prepare, 
     with monkeypatch.context() as patch:
         latents = torch.randn(16, 21, HEIGHT // 8, WIDTH // 8)
         patch.setattr(train_ltd, "read_clip", lambda *args: (frames, PLAIN))
-        patch.setattr(train_ltd, "encode_clip", lambda vae, clip: {"latents": latents})
+        patch.setattr(train_ltd, "encode_clip", lambda *args: {"latents": latents})
         prepare(train_data_dir=data)
     assert len(list((tmp_path / "cache/latents").iterdir())) == ENTRIES
     no_models()

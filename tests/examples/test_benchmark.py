@@ -172,6 +172,7 @@ def bench(tiny_wan, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_type", ["lora", "full"])
 def test_script_bare_loop_and_adapter_train_the_same(bench, tmp_path, capsys, train_type):
     (tmp_path / "other.py").write_text(ADAPTER)
@@ -204,6 +205,7 @@ def test_the_scripts_model_is_gone_before_the_next_one_is_built(flags, tmp_path)
     assert sum(type(thing) is WanTransformer3DModel for thing in gc.get_objects()) <= before
 
 
+@pytest.mark.slow
 def test_the_loss_has_a_clock_of_its_own_and_settings_hold_no_path(bench, tmp_path):
     results = bench("--parts", "step", "--loss=ltd")
     assert results["step"]["results"]["train_ltd.py"]["loss"] > 0
@@ -247,6 +249,7 @@ def test_caching_and_start(bench):
     assert 0 < start["warm"] and 0 < start["cold"]
 
 
+@pytest.mark.slow
 def test_profile_shares_sum_to_one(bench):
     profile = bench("--parts", "profile", "--steps=1")["profile"]
     assert sum(profile["kinds"].values()) == pytest.approx(1)
