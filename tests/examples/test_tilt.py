@@ -201,16 +201,17 @@ def test_two_arms_are_the_scripts_own_losses(name, batch):
 
 def test_captions_leave_the_speed_open_and_nothing_else(clip_folder):
     rows = read_table(clip_folder / "training.jsonl")
-    assert len(rows) == 4 and len(read_table(clip_folder / "held_out.jsonl")) == 4
+    repeated = [row["file_name"] for row in read_table(clip_folder / "repeated.jsonl")]
+    assert len(rows) == len(repeated) == 16  # as many updates an epoch
+    assert len({row["file_name"] for row in rows}) == 4 and len(read_table(clip_folder / "held_out.jsonl")) == 4
     speeds = {}
     for row in rows:
         words = sprites.parse_caption(row["words"])["sprites"][0]
         assert row["file_name"].startswith(words["speed"])
         speeds.setdefault(row["text"], []).append(words["speed"])
     assert len(speeds) == 2
-    assert all(sorted(of_caption) == ["quickly", "slowly"] for of_caption in speeds.values())
-    repeated = [row["file_name"] for row in read_table(clip_folder / "repeated.jsonl")]
-    assert len(repeated) == 8 and sum(tilt.clip_is_fast(name) for name in repeated) == 6
+    assert all(sorted(of_caption) == 4 * ["quickly"] + 4 * ["slowly"] for of_caption in speeds.values())
+    assert sum(tilt.clip_is_fast(name) for name in repeated) == 12
     assert {row["file_name"] for row in rows} == set(repeated)
 
 
@@ -221,7 +222,7 @@ def test_videos_are_asked_for_in_the_words_of_the_clips(clip_folder):
     assert [tilt.without_speed(text) for text in asked] == prompts
     with_words, also_asked = tilt.video_captions(tilt.ARMS["ltd_words"], 32)
     assert with_words == asked == also_asked
-    assert sorted(with_words) == sorted(8 * [row["words"] for row in rows])  # each as often
+    assert sorted(with_words) == sorted(2 * [row["words"] for row in rows])  # each as often
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -311,9 +312,7 @@ def test_the_words_check_is_a_difference_of_differences():
     [(0.1, -0.1, True), (0.1, 0.1, False), (-0.1, -0.1, False), (0.03, -0.1, False), (0.1, -0.03, False)],
 )
 def test_the_verdict_needs_both_signs_beyond_the_smallest_effect(cubed, inverse, expected):
-    noise = np.array(
-        [0.01, -0.01, 0.01, -0.01]
-    )  # its interval reaches 0.018 to both sides
+    noise = np.array([0.01, -0.01, 0.01, -0.01])  # its interval reaches 0.018 to both sides
     speeds = {
         "mse": [[1.4, 1.4]] * 4,
         "ltd_cubed": [[1.4 + cubed + value] * 2 for value in noise],
