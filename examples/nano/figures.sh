@@ -10,11 +10,13 @@ lora=outputs/quickstart/lora  # what the quickstart trains
 [ -d $lora ] || { echo "first: bash examples/quickstart.sh"; exit 1; }
 [ -f $out/heldout/metadata.jsonl ] ||
   python examples/nano/sprites.py $out/heldout --mix orbit --count 64 --seed 0 --split heldout
+[ -f $out/dynamic/metadata.jsonl ] ||
+  python examples/nano/sprites.py $out/dynamic --mix dynamic --count 64 --seed 0 --split heldout
 draw() {  # command, flags
   python examples/visualize_ltd.py "$1" --pretrained_model_name_or_path examples/nano/wan-nano --height 96 --width 96 \
     --num_frames 33 --fps 16 --output_dir $out "${@:2}"
 }
-draw report --train_data_dir $out/heldout
+draw report --train_data_dir $out/dynamic  # these differ in how much they move
 draw curves --train_data_dir $out/heldout --max_eval_clips 64 --lora $lora
 caption() { python -c "import json; print(json.loads(open('$out/heldout/metadata.jsonl').readlines()[$1])['text'])"; }
 draw maps --video $out/heldout/orbit-h0-00003.mp4 --prompt "$(caption 3)" --lora $lora
