@@ -24,6 +24,7 @@ This repository's own examples take a few more, which may change; tests/test_sty
 """
 
 import argparse
+import collections
 import contextlib
 import csv
 import ctypes
@@ -382,7 +383,7 @@ INEXACT_SETTINGS = (
 # What it may change with effect
 LASTING_SETTINGS = ("learning_rate", "max_train_steps", "num_train_epochs")
 DECAYING_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial")
-# That take several values
+# Flags that take several values
 LIST_FLAGS = (
     "dataset_name",
     "train_data_dir",
@@ -491,6 +492,11 @@ class Source(NamedTuple):
     repeats: int = 1  # how many samples an epoch has of each clip, each with noise of its own
     caption_column: str | None = None  # in place of the flag, as is the next
     video_column: str | None = None
+
+    @property
+    def place(self) -> str:
+        """The folder or the dataset, as the user has named it."""
+        return self.path or self.name
 
 
 def user_path(text: str) -> str:
@@ -812,16 +818,16 @@ def read_recipe(path: str, parser: argparse.ArgumentParser) -> dict:
         name = str(key.value)
         if name in REMOVED_FLAGS:
             raise ValueError(f"--config {path}: `{name}` is gone: {REMOVED_FLAGS[name]}")
-        if name == "sources":
-            values[name] = read_sources(yaml.load(yaml.serialize(node), Loader=yaml.BaseLoader), path)
-            continue
-        if name not in actions:
+        if name not in actions and name != "sources":
             nearest = difflib.get_close_matches(name, actions, n=1, cutoff=0)[0]
             raise ValueError(f"--config {path}: there is no flag `{name}`; the nearest is `{nearest}`")
         if name in given:
             line = key.start_mark.line + 1
             raise ValueError(f"--config {path}: line {line} gives `{name}` once more; keep one of them")
         given.add(name)
+        if name == "sources":
+            values[name] = read_sources(yaml.load(yaml.serialize(node), Loader=yaml.BaseLoader), path)
+            continue
         plain = isinstance(node, yaml.ScalarNode) and not node.style
         if node.value == "" or (plain and node.value in ("null", "~")):
             continue
@@ -887,7 +893,7 @@ def check_args(args: argparse.Namespace) -> None:
     for source in args.sources:
         if source.path and not os.path.exists(source.path):
             problems.append(f"--train_data_dir {source.path} does not exist")
-    places = [source.path or source.name for source in args.sources]
+    places = [source.place for source in args.sources]
     for place in sorted(set(places)):
         if places.count(place) > 1:
             problems.append(f"{place} is given more than once; to train on it more often, give `repeats` in a recipe")
@@ -1017,7 +1023,7 @@ class Wan:
     scheduler: str  # class of the pipeline's own scheduler, by which samples are made
     size_multiple: int  # of height and width, in pixels: what one token covers
     frame_multiple: int  # a clip has a multiple of this many frames, and one more
-    defaults: "Bucket"  # what Wan's own configuration samples
+    defaults: Bucket  # what Wan's own configuration samples
     fps: float  # at this rate
 
 
@@ -1482,6 +1488,13 @@ class ClipError(ValueError):
     def __init__(self, reason: str, num_frames: int | None = None):
         super().__init__(reason)
         self.num_frames = num_frames
+
+
+def describe_fault(error: ClipError | OSError | av.FFmpegError) -> str:
+    """Say for `skipped.jsonl` why a video cannot be used."""
+    if isinstance(error, ClipError):
+        return str(error)
+    return f"cannot be read: {error.strerror or error}"
 
 
 def open_dataset(args: argparse.Namespace, split: str) -> tuple[datasets.Dataset | datasets.IterableDataset, Path]:
@@ -2126,11 +2139,17 @@ class ClipReader(torch.utils.data.IterableDataset):
         self.dataset, self.folder = open_dataset(args, split)
         self.streaming = isinstance(self.dataset, datasets.IterableDataset)
         self.buckets = training_buckets(args)
-        self.encoder_identity = model_identity(args, "vae")
+        encoders = ["vae"]
         if self.with_image_embeds:
-            self.encoder_identity = model_identity(args, "vae", "image_encoder", "image_processor")
+            encoders += ["image_encoder", "image_processor"]
+        identity = model_identity(args, *encoders)
         if self.with_condition:
-            self.encoder_identity = f"{self.encoder_identity} with condition"
+            identity = f"{identity} with condition"
+        self.keys = {}  # of the entries of each size: its own counts, and not the list
+        for bucket in self.buckets:
+            self.keys[bucket] = cache_key(
+                CACHE_FORMAT, identity, bucket, args.fps, args.clips_per_video, args.cache_dtype
+            )
 
     def count(self) -> int | None:
         """Return how many rows this rank reads; `None` for a stream."""
@@ -2175,11 +2194,9 @@ class ClipReader(torch.utils.data.IterableDataset):
                 self.read_as(self.buckets[0], source, video)
             else:
                 self.read_by_size(source, video)
-        except ClipError as error:
-            video.reason = str(error)
-            video.num_frames = error.num_frames
-        except (OSError, av.FFmpegError) as error:
-            video.reason = f"cannot be read: {error.strerror or error}"
+        except (ClipError, OSError, av.FFmpegError) as error:
+            video.reason = describe_fault(error)
+            video.num_frames = getattr(error, "num_frames", None)
         return video
 
     def read_as(self, bucket: Bucket, source: str | bytes, video: Video) -> None:
@@ -2215,16 +2232,8 @@ class ClipReader(torch.utils.data.IterableDataset):
         raise too_short
 
     def entry_path(self, video: Video, window: int) -> str:
-        """Name the cache entry of a clip, relative to the cache folder. Its own size counts, and not the list."""
-        key = cache_key(
-            CACHE_FORMAT,
-            self.encoder_identity,
-            video.bucket,
-            self.args.fps,
-            self.args.clips_per_video,
-            self.args.cache_dtype,
-        )
-        return f"latents/{cache_key(key, video.identity, window)}.safetensors"
+        """Name the cache entry of a clip, relative to the cache folder."""
+        return f"latents/{cache_key(self.keys[video.bucket], video.identity, window)}.safetensors"
 
     def cached_statistics(self, video: Video) -> list[dict]:
         """Load the statistics of all clips of a video; none when one of them is not in the cache."""
@@ -2401,13 +2410,12 @@ def usable_clips(args: argparse.Namespace, accelerator: Accelerator, split: str,
     """
     clips_of_sources = []
     for number, source in enumerate(args.sources):
-        place = source.path or source.name
         clips, skipped = cache_clips(of_source(args, source), accelerator, split, wan)
         if not clips and not skipped:
-            raise ValueError(f"there is no video in the split {split} of {place}")
+            raise ValueError(f"there is no video in the split {split} of {source.place}")
         count = len({clip.order[:2] for clip in clips}) + len(skipped)
         if skipped and accelerator.is_main_process:
-            logger.warning(f"{len(skipped)} of {count} videos of {place} were skipped; see skipped.jsonl")
+            logger.warning(f"{len(skipped)} of {count} videos of {source.place} were skipped; see skipped.jsonl")
             with open(Path(args.output_dir, "skipped.jsonl"), "a", encoding="utf-8") as file:
                 for video in skipped:
                     line = json.dumps({"file": video.name, "reason": video.reason}, ensure_ascii=False)
@@ -2451,8 +2459,7 @@ def prepare_data(
 
     `identify_wan` comes before it, and settles the clips' size and rate in `args`; the `wan` that it returns is needed
     for I2V alone, whose clips have more tensors in the cache. Without `with_captions` no text encoder is loaded, and
-    there are no files. Raises `ValueError` when too few videos can be used, or none is left to
-    train on.
+    there are no files. Raises `ValueError` when too few videos can be used, or none is left to train on.
     """
     Path(args.output_dir, "skipped.jsonl").unlink(missing_ok=True)
     clips_of_sources = usable_clips(args, accelerator, args.dataset_split, wan)
@@ -2468,11 +2475,11 @@ def prepare_data(
     in_turn = itertools.chain(*itertools.zip_longest(*held_out_of_sources))
     held_out = [clip for clip in in_turn if clip is not None]
     both = clips + held_out
-    size = sum(Path(args.cache_dir, clip.path).stat().st_size for clip in both)
     encoded = sum(clip.encoded for clip in both)
+    mebibytes = cached_bytes(both, args) / 2**20
     logger.info(
-        f"cache: {len(clips)} training and {len(held_out)} held-out clips, {size / 2**20:.1f} MiB in "
-        f"{args.cache_dir}; {encoded} were encoded now"
+        f"cache: {len(clips)} training and {len(held_out)} held-out clips, {mebibytes:.1f} MiB in {args.cache_dir}; "
+        f"{encoded} were encoded now"
     )
     summarize(args, clips)
     if not with_captions:
@@ -2481,6 +2488,11 @@ def prepare_data(
     for clip in both:
         captions.update(clip.captions)
     return clips, held_out, cache_captions(args, accelerator, captions)
+
+
+def cached_bytes(clips: list[Clip], args: argparse.Namespace) -> int:
+    """Add up the sizes of the clips' entries in the cache."""
+    return sum(Path(args.cache_dir, clip.path).stat().st_size for clip in clips)
 
 
 def hold_out(clips: list[Clip], args: argparse.Namespace) -> tuple[list[Clip], list[Clip]]:
@@ -2525,8 +2537,7 @@ def summarize(args: argparse.Namespace, clips: list[Clip]) -> None:
         for number, source in enumerate(args.sources):
             own = [clip.ltd for clip in clips if clip.source == number]
             logger.info(
-                f"{source.path or source.name}: {len(own)} clips, {source.repeats} times an epoch; LTD mean "
-                f"{np.mean(own):.3f}"
+                f"{source.place}: {len(own)} clips, {source.repeats} times an epoch; LTD mean {np.mean(own):.3f}"
             )
     logger.info(f"latents: mean {mean:.3f}, std {std:.3f}")
     logger.info(f"LTD: mean {np.mean(ltd):.3f}; over clips (0, 10, 50, 90, 100 %) {quantiles}")
@@ -2655,6 +2666,7 @@ class BucketSampler(torch.utils.data.Sampler):
 
     def __init__(self, clips: list[Clip], samples_per_update: int, seed: int):
         self.buckets = [clip.bucket for clip in clips]
+        self.counts = collections.Counter(self.buckets)
         self.samples_per_update = samples_per_update
         self.seed = seed
         self.epoch = 0
@@ -2664,14 +2676,12 @@ class BucketSampler(torch.utils.data.Sampler):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        updates = 0
-        for bucket in set(self.buckets):
-            updates += self.buckets.count(bucket) // self.samples_per_update
+        updates = sum(count // self.samples_per_update for count in self.counts.values())
         return updates * self.samples_per_update
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        waiting = {bucket: [] for bucket in self.buckets}
+        waiting = {bucket: [] for bucket in self.counts}
         for index in torch.randperm(len(self.buckets), generator=generator).tolist():
             samples = waiting[self.buckets[index]]
             samples.append(index)
@@ -2922,16 +2932,16 @@ def read_lora(name: str, transformer: torch.nn.Module, expert: str | None = None
 
 
 def check_expert(weights: Path, metadata: dict[str, str], expert: str) -> None:
-    """Refuse the LoRA of the other expert, which loads without a message and spoils what it samples.
+    """Refuse a LoRA of the other expert: it would load without a message, and spoil the samples.
 
-    Its metadata say whose it is, or its name does. Raises `ValueError`.
+    The metadata say whose it is, or else the name of the file. Raises `ValueError`.
     """
     named = EXPERT_IN_NAME.search(weights.name)
-    of = metadata.get("expert") or (named and named[1].lower())
-    if not of:
+    trained = metadata.get("expert") or (named and named[1].lower())
+    if not trained:
         logger.info(f"{weights.name} names no expert: it is taken for one of the {expert} expert")
-    elif of != expert:
-        raise ValueError(f"{weights.name} is of the {of} expert, and the {expert} one is to take it")
+    elif trained != expert:
+        raise ValueError(f"{weights.name} is of the {trained} expert, and the {expert} one is to take it")
 
 
 def find_lora(name: str, expert: str | None = None) -> tuple[Path, Path | None]:
@@ -3070,17 +3080,19 @@ def comfyui_state_dict(state_dict: dict[str, torch.Tensor], rank: int, alpha: fl
     return converted
 
 
+def expert_suffix(expert: str | None) -> str:
+    """Return what the names of an expert's files end in, for each program loads one file into each expert."""
+    return f"_{expert}_noise" if expert else ""
+
+
 def lora_file(expert: str | None) -> str:
-    """Return the name of the file that diffusers loads: one an expert, for it can load one into each."""
-    if not expert:
-        return LORA_FILE
-    return LORA_FILE.replace(".", f"_{expert}_noise.")
+    """Return the name of the file that diffusers loads."""
+    return LORA_FILE.replace(".", f"{expert_suffix(expert)}.")
 
 
 def comfyui_file(folder: Path, args: argparse.Namespace) -> Path:
-    """Return the file in a folder that is for ComfyUI, where each expert has a loader of its own."""
-    suffix = f"_{args.expert}_noise" if args.expert else ""
-    return folder / f"{args.output_name}{suffix}.safetensors"
+    """Return the file in a folder that is for ComfyUI."""
+    return folder / f"{args.output_name}{expert_suffix(args.expert)}.safetensors"
 
 
 def file_metadata(wan: Wan, args: argparse.Namespace, step: int) -> dict[str, str]:
@@ -3695,8 +3707,9 @@ def evaluate(
     sigmas: Sequence[float] | None = None,
     measure: Callable[..., dict[str, torch.Tensor]] | None = None,
 ) -> list[dict]:
-    """Measure the error of the first `--max_eval_clips` clips at fixed noise and sigmas; the ranks share them. The
-    sigmas are those of `eval_sigmas` by default.
+    """Measure the error of the first `--max_eval_clips` clips at fixed noise and sigmas; the ranks share them.
+
+    The sigmas are those of `eval_sigmas`, unless others are given.
 
     Returns a row for each clip and sigma, in that order and on every rank: `clip` (its index), `sigma`, and the
     scalars of `motion_errors`. `measure(prediction, target, latents)`, of three tensors `(1, C, F, H, W)`, may return
@@ -3743,8 +3756,7 @@ def held_out_metrics(rows: list[dict], clips: list[Clip], args: argparse.Namespa
     sources = sorted({clips[row["clip"]].source for row in rows})
     for number in sources if len(sources) > 1 else []:
         errors = torch.stack([row["mse"] for row in rows if clips[row["clip"]].source == number])
-        source = args.sources[number]
-        metrics[f"val/mse_{Path(source.path or source.name).name}"] = errors.double().mean().item()
+        metrics[f"val/mse_{Path(args.sources[number].place).name}"] = errors.double().mean().item()
     return metrics
 
 
@@ -4522,8 +4534,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
     dataset = LatentDataset(samples, captions, args)
     per_update = samples_per_update(args, accelerator)
     sampler = BucketSampler(samples, per_update, args.seed)
-    for bucket in set(sampler.buckets):
-        count = sampler.buckets.count(bucket)
+    for bucket, count in sampler.counts.items():
         if count < per_update:
             of_size = f" of {bucket}" if args.sizes else ""
             more = ", take the size off --sizes, or give its clips `repeats` in a recipe" if args.sizes else ""
@@ -4657,10 +4668,8 @@ def find_fault(value: str | dict | bytes | None, folder: Path, args: argparse.Na
     """Say why a video cannot be used, as far as its packets tell."""
     try:
         seconds = video_seconds(locate_clip(value, folder, args))
-    except ClipError as error:
-        return str(error)
-    except (OSError, av.FFmpegError) as error:
-        return f"cannot be read: {error.strerror or error}"
+    except (ClipError, OSError, av.FFmpegError) as error:
+        return describe_fault(error)
     frames = max(1, int(seconds * args.fps + TIME_TOLERANCE))
     shortest = min(bucket.frames for bucket in training_buckets(args))
     if frames < shortest:
@@ -4829,7 +4838,7 @@ def estimate_run(run: Run, step_seconds: list[float], args: argparse.Namespace) 
     """Compute from its first steps what the run takes in hours and GiB; of a trial, what the whole folder takes."""
     both = run.dataset.clips + run.held_out.clips
     clips = len(both)
-    cache = sum(Path(args.cache_dir, clip.path).stat().st_size for clip in both)
+    cache = cached_bytes(both, args)
     encoded = sum(clip.encoded for clip in both)
     updates_per_epoch = run.updates_per_epoch
     caching = run.seconds["caching"]

@@ -169,6 +169,7 @@ def test_sources_of_a_recipe(flags, clips, tmp_path):
         ("sources:\n- path: a\n  repeats: 0", "`repeats` of .* must be a whole number above 0"),
         ("sources:\n- path: a\n  repeats: many", "`repeats` of .* must be a whole number above 0"),
         ("sources:\n- path: /nowhere", "/nowhere does not exist"),
+        ("sources:\n- path: a\nsources:\n- path: b", "line 3 gives `sources` once more; keep one of them"),
     ],
 )
 def test_sources_that_cannot_work(flags, tmp_path, text, message):
