@@ -277,6 +277,20 @@ def clock(monkeypatch) -> Clock:
 
 
 @pytest.fixture
+def sampled_frames(monkeypatch):
+    """The frames of each sample, before they are compressed; the files are made all the same."""
+    frames = {}
+    write = train_ltd.export_to_video
+
+    def keep(video, path, fps):
+        frames[Path(path).name] = torch.tensor(video)
+        return write(video, path, fps)
+
+    monkeypatch.setattr(train_ltd, "export_to_video", keep)
+    return frames
+
+
+@pytest.fixture
 def no_models(monkeypatch):
     """Function after which loading the VAE (and, by default, the text encoder) is an error."""
 

@@ -1,5 +1,6 @@
 """Functions that more than one file of tests needs: what a run has left, and blows that it gets."""
 
+import contextlib
 import json
 import os
 import re
@@ -111,3 +112,29 @@ def run_in_a_process(line: list[str]) -> None:
     """Train as the script does; for a process that `forks` starts."""
     torch.set_num_threads(1)
     train_ltd.main(train_ltd.parse_args(line))
+
+
+# --- Models of the family: the flags of each, with its `expert` if it has one ----------------------------------------
+
+SIZE_5B = {"height": 32, "width": 64}
+SAMPLED = {"validation_prompt": "a square", "validation_num_inference_steps": 4, "cache_dtype": "float32"}
+
+
+def suffix(family: dict) -> str:
+    return f"_{family['expert']}_noise" if "expert" in family else ""
+
+
+def lora_of(output: Path, family: dict) -> Path:
+    return output / f"pytorch_lora_weights{suffix(family)}.safetensors"
+
+
+@contextlib.contextmanager
+def recorded(model: torch.nn.Module, seen: list):
+    """Meanwhile: keep what a transformer is fed, and what comes out."""
+
+    def hook(module, args, kwargs, output):
+        seen.append(kwargs | {"output": output[0]})
+
+    handle = model.register_forward_hook(hook, with_kwargs=True)
+    yield
+    handle.remove()

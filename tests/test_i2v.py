@@ -1,6 +1,5 @@
 """Image-to-video: Wan2.1 I2V-14B, Wan2.2 I2V-A14B, and TI2V-5B with an image, each through the whole of a run."""
 
-import contextlib
 import json
 import math
 import re
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import HEIGHT, NUM_FRAMES, WIDTH, launch, write_clip
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
-from helpers import assert_same, code_block, matter, metrics
+from helpers import SAMPLED, SIZE_5B, assert_same, code_block, lora_of, matter, metrics, recorded, suffix
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -24,9 +23,7 @@ from safetensors.torch import load_file, save_file
 import train_ltd
 from ltd_loss import ltd_weights
 
-SIZE_5B = {"height": 32, "width": 64}
 FAMILIES = ("i2v", "high", "low", "5b")
-SAMPLED = {"validation_prompt": "a square", "validation_num_inference_steps": 4, "cache_dtype": "float32"}
 
 
 @pytest.fixture
@@ -49,14 +46,6 @@ def size_of(family: dict) -> dict:
     return {"height": family.get("height", HEIGHT), "width": family.get("width", WIDTH)}
 
 
-def suffix(family: dict) -> str:
-    return f"_{family['expert']}_noise" if "expert" in family else ""
-
-
-def lora_of(output: Path, family: dict) -> Path:
-    return output / f"pytorch_lora_weights{suffix(family)}.safetensors"
-
-
 def stock_pipeline(family: dict) -> WanImageToVideoPipeline:
     pipeline = WanImageToVideoPipeline.from_pretrained(family["pretrained_model_name_or_path"])
     pipeline.set_progress_bar_config(disable=True)
@@ -75,18 +64,6 @@ def moving_frames(family: dict) -> torch.Tensor:
 
 def picture_of(frames: torch.Tensor) -> Image.Image:
     return Image.fromarray(frames[0].permute(1, 2, 0).numpy())
-
-
-@contextlib.contextmanager
-def recorded(model: torch.nn.Module, seen: list):
-    """Meanwhile: keep what a transformer is fed, and what comes out."""
-
-    def hook(module, args, kwargs, output):
-        seen.append(kwargs | {"output": output[0]})
-
-    handle = model.register_forward_hook(hook, with_kwargs=True)
-    yield
-    handle.remove()
 
 
 # --- Inputs ----------------------------------------------------------------------------------------------------------
@@ -254,20 +231,6 @@ def test_given_frame_counts_neither_as_motion_nor_as_static(batch):
 
 
 # --- A whole run -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def sampled_frames(monkeypatch):
-    """The frames of each sample, before they are compressed; the files are made all the same."""
-    frames = {}
-    write = train_ltd.export_to_video
-
-    def keep(video, path, fps):
-        frames[Path(path).name] = torch.tensor(video)
-        return write(video, path, fps)
-
-    monkeypatch.setattr(train_ltd, "export_to_video", keep)
-    return frames
 
 
 def stock_sample(pipeline: WanImageToVideoPipeline, family: dict, picture: Image.Image) -> torch.Tensor:

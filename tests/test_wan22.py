@@ -1,10 +1,8 @@
 """Wan2.2: the experts of T2V-A14B, and TI2V-5B from text, each through the whole of a run."""
 
-import contextlib
 import json
 import re
 import shutil
-from pathlib import Path
 
 import av
 import generate
@@ -12,15 +10,13 @@ import pytest
 import torch
 from conftest import HEIGHT, NUM_FRAMES, WIDTH, launch
 from diffusers import WanPipeline, WanTransformer3DModel
-from helpers import assert_same, code_block, metrics, output_of
+from helpers import SAMPLED, SIZE_5B, assert_same, code_block, lora_of, metrics, output_of, recorded, suffix
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train_ltd
 
-SIZE_5B = {"height": 32, "width": 64}
 FAMILIES = ("high", "low", "5b")
-SAMPLED = {"validation_prompt": "a square", "validation_num_inference_steps": 4, "cache_dtype": "float32"}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -31,34 +27,14 @@ def family(request, tiny_experts, tiny_5b) -> dict:
     return {"pretrained_model_name_or_path": tiny_experts, "expert": request.param}
 
 
-def suffix(family: dict) -> str:
-    return f"_{family['expert']}_noise" if "expert" in family else ""
-
-
 def subfolder(family: dict) -> str:
     return "transformer_2" if family.get("expert") == "low" else "transformer"
-
-
-def lora_of(output: Path, family: dict) -> Path:
-    return output / f"pytorch_lora_weights{suffix(family)}.safetensors"
 
 
 def stock_pipeline(family: dict) -> WanPipeline:
     pipeline = WanPipeline.from_pretrained(family["pretrained_model_name_or_path"])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-@contextlib.contextmanager
-def recorded(model: torch.nn.Module, seen: list):
-    """Meanwhile: keep what a transformer is fed, and what comes out."""
-
-    def hook(module, args, kwargs, output):
-        seen.append(kwargs | {"output": output[0]})
-
-    handle = model.register_forward_hook(hook, with_kwargs=True)
-    yield
-    handle.remove()
 
 
 # --- Inputs ----------------------------------------------------------------------------------------------------------
@@ -202,20 +178,6 @@ def test_folder_of_another_family_is_refused(run, tiny_5b):
 
 
 # --- A whole run -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def sampled_frames(monkeypatch):
-    """The frames of each sample, before they are compressed; the files are made all the same."""
-    frames = {}
-    write = train_ltd.export_to_video
-
-    def keep(video, path, fps):
-        frames[Path(path).name] = torch.tensor(video)
-        return write(video, path, fps)
-
-    monkeypatch.setattr(train_ltd, "export_to_video", keep)
-    return frames
 
 
 def stock_sample(pipeline: WanPipeline, family: dict) -> torch.Tensor:
