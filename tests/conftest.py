@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "LTD_TEST_CUDA" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is compared to the bit is compared on a CPU
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -146,6 +147,13 @@ def fresh_accelerate():
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     PartialState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def default_attention():
+    """Afterwards: `set_attention_backend` sets one for the whole process, and the next run's bits depend on it."""
+    with diffusers.attention_backend("native"):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -135,13 +135,6 @@ class KernelCount(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def default_attention():
-    """Afterwards: diffusers sets a backend for the whole process."""
-    with diffusers.attention_backend("native"):
-        yield
-
-
 def gradients(args, compiled: bool = False) -> tuple[dict[str, torch.Tensor], torch.nn.Module, int]:
     """Of one step on random numbers, and how often the attention kernel ran forward in it."""
     torch.manual_seed(0)
@@ -349,7 +342,6 @@ def test_offloaded_inputs_in_two_processes(run, flags, tmp_path):
 # --- Attention -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("default_attention")
 @pytest.mark.parametrize("backend", train_ltd.FLASH_ATTENTION)
 @pytest.mark.parametrize(
     ("machine", "message"),
@@ -396,7 +388,6 @@ def test_attention_backends_agree(flags):
         torch.testing.assert_close(plain[0][name], gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.usefixtures("default_attention")
 def test_training_and_sampling_use_the_attention_backend(run, tmp_path):
     outputs = {name: run(output_dir=tmp_path / f"{name}", attention_backend=name) for name in (None, "_native_math")}
     assert metrics(outputs["_native_math"]) == pytest.approx(metrics(outputs[None]), rel=1e-5)
