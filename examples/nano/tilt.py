@@ -531,8 +531,9 @@ def guidance_adds(runs: list[dict]) -> dict[str, list[float]]:
         if run["arm"] == "mse" and run.get("guided"):
             guided = video_metrics(run["guided"])
             plain = video_metrics(run["videos"][: len(run["guided"])])
-            for metric, values in added.items():
-                values.append(guided[metric] - plain[metric])
+            if guided and plain:  # of videos in which the sprite is seen
+                for metric, values in added.items():
+                    values.append(guided[metric] - plain[metric])
     return {metric: confidence(np.array(values)) for metric, values in added.items()}
 
 
