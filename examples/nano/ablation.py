@@ -627,7 +627,7 @@ def without_nan(value):
     """Return `value` with None for NaN, which JSON does not know."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [without_nan(item) for item in value]
     if isinstance(value, float) and math.isnan(value):
         return None
