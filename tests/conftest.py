@@ -4,10 +4,15 @@ import gc
 import json
 import logging
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
+import runpy
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,7 +25,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils.launch import prepare_multi_gpu_env
 from corpus import NAMES, ffmpeg_frames, make_videos
 from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.utils import export_to_video
@@ -161,36 +168,64 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+def write_line(**values) -> list[str]:
+    """A command line from flags without dashes; of a list each value, of `None` nothing."""
+    line = []
+    for key, value in values.items():
+        if isinstance(value, bool):
+            line.append(f"--{key}" if value else f"--no-{key}")
+        elif value is not None:
+            line += [f"--{key}={v}" for v in (value if isinstance(value, list | tuple) else [value])]
+    return line
+
+
+def tiny_run(model: Path, clips: Path, folder: Path) -> dict:
+    """The flags of a run that takes a second, into `folder/run`."""
+    return {
+        "pretrained_model_name_or_path": model,
+        "train_data_dir": clips,
+        "output_dir": folder / "run",
+        "cache_dir": folder / "cache",
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_frames": NUM_FRAMES,
+        "fps": 16,
+        "rank": 4,
+        "learning_rate": 1e-2,
+        "max_train_steps": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "seed": 3,
+    }
+
+
 @pytest.fixture
 def flags(tiny_wan, clips, tmp_path):
     """Function that returns a command line for a tiny run into `tmp_path/run`; keyword arguments override or add."""
+    return lambda **kwargs: write_line(**tiny_run(tiny_wan, clips, tmp_path) | kwargs)
 
-    def build(**kwargs) -> list[str]:
-        values = {
-            "pretrained_model_name_or_path": tiny_wan,
-            "train_data_dir": clips,
-            "output_dir": tmp_path / "run",
-            "cache_dir": tmp_path / "cache",
-            "height": HEIGHT,
-            "width": WIDTH,
-            "num_frames": NUM_FRAMES,
-            "fps": 16,
-            "rank": 4,
-            "learning_rate": 1e-2,
-            "max_train_steps": 2,
-            "logging_steps": 1,
-            "report_to": "none",
-            "seed": 3,
-        } | kwargs
-        line = []
-        for key, value in values.items():
-            if isinstance(value, bool):
-                line.append(f"--{key}" if value else f"--no-{key}")
-            elif value is not None:
-                line += [f"--{key}={v}" for v in (value if isinstance(value, list | tuple) else [value])]
-        return line
 
-    return build
+def train_here(line: list[str], **kwargs) -> Path:
+    """Train in this process, and return the output folder."""
+    args = train_ltd.parse_args(line)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    train_ltd.main(args, **kwargs)
+    return Path(args.output_dir)
+
+
+@pytest.fixture(scope="session")
+def filled_cache(tiny_wan, clips, tmp_path_factory) -> Path:
+    """What a run with `flags()` caches, made once for all tests."""
+    folder = tmp_path_factory.mktemp("cached")
+    train_here(write_line(**tiny_run(tiny_wan, clips, folder) | {"max_train_steps": 0}))
+    return folder / "cache"
+
+
+@pytest.fixture
+def warm_cache(filled_cache, tmp_path):
+    """For tests that are not about the cache: the clips, the captions of `flags()` need not be encoded once more."""
+    shutil.copytree(filled_cache, tmp_path / "cache")
 
 
 @pytest.fixture
@@ -198,36 +233,86 @@ def run(flags):
     """Function that trains in this process with `flags(**kwargs)` and returns the output folder."""
 
     def train(compute_loss=None, **kwargs) -> Path:
-        args = train_ltd.parse_args(flags(**kwargs))
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        train_ltd.main(args, **({"compute_loss": compute_loss} if compute_loss else {}))
-        return Path(args.output_dir)
+        return train_here(flags(**kwargs), **({"compute_loss": compute_loss} if compute_loss else {}))
 
     return train
 
 
+# --- Processes -------------------------------------------------------------------------------------------------------
+
+
 def launcher(processes: int) -> list[str]:
     """`accelerate launch train_ltd.py`; with `ACCELERATE_USE_CPU`, for `--cpu` would silently run one process only."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}", "--num_machines=1"]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    return [*command, *["--multi_gpu"] * (processes > 1), str(ROOT / "train_ltd.py")]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher_options(processes)]
+    return [*command, str(ROOT / "train_ltd.py")]
+
+
+def launcher_options(processes: int) -> list[str]:
+    options = [f"--num_processes={processes}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    return [*options, "--main_process_port=0", *["--multi_gpu"] * (processes > 1)]
+
+
+def launch_for_real(command_line: list[str], processes: int = 1):
+    """The script by `accelerate launch`: 10 s for what each process imports."""
+    command, env = [*launcher(processes), *command_line], os.environ | CPU
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=HOUR, cwd=ROOT)
 
 
 def launch(
     command_line: list[str],
     processes: int = 1,
     env: dict | None = None,
-):
-    """The script in processes of its own."""
-    return subprocess.run(
-        [*launcher(processes), *command_line],
-        env=os.environ | CPU | (env or {}),
-        capture_output=True,
-        text=True,
-        timeout=HOUR,
-        cwd=ROOT,
-    )
+    script: Path = ROOT / "train_ltd.py",
+    options: list[str] | None = None,
+) -> subprocess.CompletedProcess:
+    """A script as `accelerate launch` runs it, in its variables, but by processes that have the imports behind them."""
+    variables = CPU | (env or {})
+    if processes > 1:
+        args = launch_command_parser().parse_args([*(options or launcher_options(processes)), str(script)])
+        args, _, _ = _validate_launch_command(args)
+        variables = prepare_multi_gpu_env(args) | variables
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks, context, folder = [], fork_context(), Path(tempfile.mkdtemp())
+    for rank in range(processes):
+        if processes > 1:
+            variables = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            variables |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        process = context.Process(target=run_script, args=(script, command_line, variables, folder / str(rank)))
+        process.start()
+        ranks.append(process)
+    for process in ranks:
+        process.join()
+    said = {name: "".join(path.read_text() for path in sorted(folder.glob(f"*.{name}"))) for name in ("out", "err")}
+    shutil.rmtree(folder)
+    code = next((process.exitcode for process in ranks if process.exitcode), 0)
+    return subprocess.CompletedProcess(command_line, code, said["out"], said["err"])
+
+
+def run_script(script: Path, command_line: list[str], variables: dict, said: Path) -> None:
+    """In a process that `forks` starts: `python SCRIPT COMMAND_LINE`, whose words go to files beside `said`."""
+    os.environ |= variables
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(said.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(ROOT)
+    sys.argv = [str(script), *command_line]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def fork_context():
+    """Of processes that need not import everything again, from a server that has not trained: torch forbids that."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "train_ltd"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server knows no other path
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture(scope="module")
+def forks():
+    return fork_context()
 
 
 @pytest.fixture
@@ -336,18 +421,16 @@ def expected_latents(tiny_wan, originals) -> list[torch.Tensor]:
     return [reference_latents(vae, ffmpeg_frames(originals / name, HEIGHT, WIDTH)[:NUM_FRAMES]) for name in NAMES]
 
 
+@pytest.fixture(scope="session")
+def straight_run(tiny_wan, clips, filled_cache, tmp_path_factory) -> Path:
+    values = tiny_run(tiny_wan, clips, tmp_path_factory.mktemp("straight")) | {"cache_dir": filled_cache}
+    return train_here(write_line(**values | STEPS))
+
+
 @pytest.fixture
-def straight(run, tmp_path) -> Path:
-    """The output folder of a run that nothing happened to."""
-    return run(output_dir=tmp_path / "straight", **STEPS)
-
-
-@pytest.fixture(scope="module")
-def forks():
-    """Processes that need not import everything again, from a server that has not trained: torch forbids that."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "train_ltd"])
-    return context
+def straight(straight_run, tmp_path) -> Path:
+    """The output folder of a run that nothing happened to, to be done with as a test pleases."""
+    return shutil.copytree(straight_run, tmp_path / "straight")
 
 
 def wait_for(happened, process: subprocess.Popen) -> None:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from conftest import CPU, HEIGHT, HOUR, NUM_FRAMES, ROOT, STEPS, WIDTH, launch, launcher, write_clip
+from conftest import CPU, HEIGHT, HOUR, NUM_FRAMES, ROOT, STEPS, WIDTH, launch, launch_for_real, launcher, write_clip
 from corpus import NAMES, ffmpeg_frames, metadata_folder
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from helpers import (
@@ -151,7 +151,8 @@ def test_resume_is_bit_identical(run, flags, tmp_path, variant):
 @pytest.mark.slow
 def test_two_processes_equal_accumulation_bitwise(run, flags, tmp_path):
     alone = run(output_dir=tmp_path / "alone", max_train_steps=3, gradient_accumulation_steps=2, logging_steps=1)
-    result = launch(flags(output_dir=tmp_path / "two", max_train_steps=3, logging_steps=1), processes=2)
+    line = flags(output_dir=tmp_path / "two", max_train_steps=3, logging_steps=1)
+    result = launch_for_real(line, processes=2)
     assert result.returncode == 0, result.stderr
     assert "| hardware | 2 x" in (tmp_path / "two/README.md").read_text()
     assert_same(weights(alone, "lora"), weights(tmp_path / "two", "lora"))
@@ -616,12 +617,12 @@ def losses(folder: Path) -> list[list[float]]:
     return [[row[k] for k in ("loss", "mse", "grad_norm", "val/mse") if k in row] for row in rows]
 
 
-def launch_fsdp(command_line: list[str], file: Path = FSDP_FILE, env: dict | None = None):
+FSDP_SCRIPT = ROOT / "tests/fsdp_ranks.py"
+
+
+def launch_fsdp(command_line: list[str], env: dict | None = None):
     """Two CPU ranks as `fsdp2.yaml` sets them up."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={file}", "--num_processes=2"]
-    command += ["--main_process_port=0", str(ROOT / "tests/fsdp_ranks.py"), *command_line]
-    env = CPU | {"PYTHONPATH": str(ROOT)} | (env or {})
-    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=HOUR, cwd=ROOT)
+    return launch(command_line, 2, env, FSDP_SCRIPT, [f"--config_file={FSDP_FILE}", "--num_processes=2"])
 
 
 @pytest.mark.slow
@@ -716,11 +717,14 @@ def test_sharded_bf16_base_under_a_float32_lora(flags, tmp_path):
 
 @pytest.mark.slow
 def test_sharded_files_in_checkpoints_are_refused(flags, tmp_path):
-    """They would be pickles."""
+    """They would be pickles. By `accelerate launch` itself."""
     file = tmp_path / "sharded.yaml"
     text = FSDP_FILE.read_text()
     file.write_text(text.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT"))
-    result = launch_fsdp(flags(), file)
+    command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={file}", "--num_processes=2"]
+    command += ["--main_process_port=0", str(FSDP_SCRIPT), *flags()]
+    env = os.environ | CPU | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=HOUR, cwd=ROOT)
     assert result.returncode != 0 and "fsdp_state_dict_type: FULL_STATE_DICT on GPUs is needed" in result.stderr
 
 
