@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: nothing may reach for the network
@@ -58,10 +59,16 @@ def pytest_runtest_setup(item):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark as slow whatever uses a fixture that starts a browser, a server or processes."""
+    """Mark as slow whatever uses a fixture that starts a browser, a server or processes.
+
+    The files with most of them come first, so that no long one is left for the end when two workers share them.
+    """
+    weights = Counter()
     for item in items:
         if {"chromium", "forks", "hub", "server"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+        weights[item.path] += 10 if item.get_closest_marker("slow") else 1
+    items.sort(key=lambda item: (-weights[item.path], item.path))
 
 
 @pytest.fixture(autouse=True)
@@ -224,13 +231,16 @@ def filled_cache(tiny_wan, clips, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def warm_cache(filled_cache, tmp_path):
-    """For tests that are not about the cache: the clips, the captions of `flags()` need not be encoded once more."""
+    """So that clips and captions of `flags()` need not be encoded once more in each test."""
     shutil.copytree(filled_cache, tmp_path / "cache")
 
 
 @pytest.fixture
-def run(flags):
-    """Function that trains in this process with `flags(**kwargs)` and returns the output folder."""
+def run(flags, warm_cache):
+    """Function that trains in this process with `flags(**kwargs)` and returns the output folder.
+
+    A test that is about the cache gives a `cache_dir` of its own.
+    """
 
     def train(compute_loss=None, **kwargs) -> Path:
         return train_here(flags(**kwargs), **({"compute_loss": compute_loss} if compute_loss else {}))
@@ -265,7 +275,7 @@ def launch(
     script: Path = ROOT / "train_ltd.py",
     options: list[str] | None = None,
 ) -> subprocess.CompletedProcess:
-    """A script as `accelerate launch` runs it, in its variables, but by processes that have the imports behind them."""
+    """A script in the variables of `accelerate launch`, by processes that have the imports behind them."""
     variables = CPU | (env or {})
     if processes > 1:
         args = launch_command_parser().parse_args([*(options or launcher_options(processes)), str(script)])
@@ -433,10 +443,11 @@ def straight(straight_run, tmp_path) -> Path:
     return shutil.copytree(straight_run, tmp_path / "straight")
 
 
-def wait_for(happened, process: subprocess.Popen) -> None:
+def wait_for(happened, process: subprocess.Popen | multiprocessing.process.BaseProcess) -> None:
     """Return once `happened()` is true; fail if the process ends before."""
+    running = process.is_alive if hasattr(process, "is_alive") else lambda: process.poll() is None
     for _ in range(100 * HOUR):
-        ended = process.poll() is not None
+        ended = not running()
         if happened():
             return
         assert not ended, "the process has ended too early"

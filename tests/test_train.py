@@ -289,9 +289,9 @@ def test_too_few_clips_for_one_update(run):
 
 def test_a_trial_on_the_first_rows(run, prepare, tmp_path):
     """--max_train_samples counts rows of the dataset, before any is encoded."""
-    clips, held_out, _, _ = prepare(max_train_samples=4, validation_fraction=0.25)
+    clips, held_out, _, _ = prepare(max_train_samples=4, validation_fraction=0.25, cache_dir=tmp_path / "cold")
     assert sorted(clip.name for clip in clips + held_out) == ["0.mp4", "1.mp4", "2.mp4", "3.mp4"]
-    assert len(list((tmp_path / "cache/latents").iterdir())) == 4
+    assert len(list((tmp_path / "cold/latents").iterdir())) == 4
     assert len(prepare(max_train_samples=100)[0]) == 7
     card = (run(max_train_samples=4, max_train_steps=1) / "README.md").read_text()
     assert "| clips | 4, and 0 held out |" in card and "| updates | 1 of 1 clips, 4 an epoch |" in card
@@ -360,7 +360,7 @@ def test_what_the_run_will_take_is_said_after_its_first_steps(run, clock, log, m
     assert "11 steps in 1:25:22 (caching 0:11:40, training 0:00:22" in line and "1000 steps 0:33:20" in line
 
 
-def test_what_a_trial_says_of_the_whole_folder(run, clock, log, monkeypatch):
+def test_what_a_trial_says_of_the_whole_folder(run, clock, log, monkeypatch, tmp_path):
     """Three of seven rows, encoded in 30 s: all of them take 70 s."""
 
     def work(*args):
@@ -369,12 +369,12 @@ def test_what_a_trial_says_of_the_whole_folder(run, clock, log, monkeypatch):
 
     strike(monkeypatch, train_ltd, "prepare_data", None, lambda: clock.pass_time(30))
     epochs = {"max_train_steps": None, "num_train_epochs": 5}
-    output = run(work, max_train_samples=3, **epochs)
+    output = run(work, max_train_samples=3, cache_dir=tmp_path / "cold", **epochs)
     estimate = estimate_of(output)
     assert 3600 * estimate["hours"]["caching"] == pytest.approx(70)
     assert (estimate["clips"], estimate["updates_per_epoch"], estimate["steps"]) == (7, 7, 35)
     assert 3600 * estimate["hours"]["training"] == pytest.approx(70)
-    cached = sum(path.stat().st_size for path in (output.parent / "cache/latents").iterdir())
+    cached = sum(path.stat().st_size for path in (tmp_path / "cold/latents").iterdir())
     assert estimate["cache_gib"] == pytest.approx(cached / 3 * 7 / 2**30)
     assert any(line.startswith("computed for all 7 videos from 4 steps of 2 s: 35 steps") for line in log("INFO"))
 
