@@ -46,6 +46,7 @@ import train_ltd
 pytest.register_assert_rewrite("helpers")
 gc.freeze()  # main() collects garbage often: what the imports made need not be walked each time
 
+SCRIPT = ROOT / "train_ltd.py"
 HEIGHT, WIDTH, NUM_FRAMES = 32, 48, 9
 CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # the environment of a process
 HOUR = 3600  # ends what hangs; no test counts on less, for a busy machine may be slow
@@ -254,7 +255,7 @@ def run(flags, warm_cache):
 def launcher(processes: int) -> list[str]:
     """`accelerate launch train_ltd.py`; with `ACCELERATE_USE_CPU`, for `--cpu` would silently run one process only."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher_options(processes)]
-    return [*command, str(ROOT / "train_ltd.py")]
+    return [*command, str(SCRIPT)]
 
 
 def launcher_options(processes: int) -> list[str]:
@@ -272,8 +273,10 @@ def launch(
     command_line: list[str],
     processes: int = 1,
     env: dict | None = None,
-    script: Path = ROOT / "train_ltd.py",
+    script: Path = SCRIPT,
     options: list[str] | None = None,
+    folder: Path = ROOT,
+    context=None,
 ) -> subprocess.CompletedProcess:
     """A script in the variables of `accelerate launch`, by processes that have the imports behind them."""
     variables = CPU | (env or {})
@@ -284,45 +287,64 @@ def launch(
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    ranks, context, folder = [], fork_context(), Path(tempfile.mkdtemp())
+    ranks, context, files = [], context or fork_context(), Path(tempfile.mkdtemp())
     for rank in range(processes):
         if processes > 1:
             variables = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             variables |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        process = context.Process(target=run_script, args=(script, command_line, variables, folder / str(rank)))
+        said = files / str(rank)
+        process = context.Process(target=run_script, args=(command_line, variables, said, folder, script))
         process.start()
         ranks.append(process)
     for process in ranks:
         process.join()
-    said = {name: "".join(path.read_text() for path in sorted(folder.glob(f"*.{name}"))) for name in ("out", "err")}
-    shutil.rmtree(folder)
+    said = {name: "".join(path.read_text() for path in sorted(files.glob(f"*.{name}"))) for name in ("out", "err")}
+    shutil.rmtree(files)
     code = next((process.exitcode for process in ranks if process.exitcode), 0)
     return subprocess.CompletedProcess(command_line, code, said["out"], said["err"])
 
 
-def run_script(script: Path, command_line: list[str], variables: dict, said: Path) -> None:
-    """In a process that `forks` starts: `python SCRIPT COMMAND_LINE`, whose words go to files beside `said`."""
+def run_script(
+    command_line: list[str], variables: dict, said: Path, folder: Path = ROOT, script: Path = SCRIPT
+) -> None:
+    """In a process that `forks` starts: `python SCRIPT COMMAND_LINE` in that folder; its words go to `said.err`."""
     os.environ |= variables
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(said.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT), number)
-    os.chdir(ROOT)
+        os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(folder)
     sys.argv = [str(script), *command_line]
     runpy.run_path(str(script), run_name="__main__")
 
 
-def fork_context():
-    """Of processes that need not import everything again, from a server that has not trained: torch forbids that."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "train_ltd"])
+def start_fork_server(server, variables: dict | None = None) -> None:
+    """Start a process that imports what tests need, in these variables, and then only forks."""
+    server.set_forkserver_preload(["conftest", "train_ltd"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server knows no other path
-        multiprocessing.forkserver.ensure_running()
-    return context
+        for name, value in (variables or {}).items():
+            patch.setenv(name, value)
+        server.ensure_running()
+
+
+def fork_context():
+    """Of processes that need not import everything again, from a server that has not trained: torch forbids that."""
+    start_fork_server(multiprocessing.forkserver)
+    return multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture(scope="module")
 def forks():
     return fork_context()
+
+
+@pytest.fixture(scope="module")
+def hub_forks(hub):
+    """As `forks`, from a server of its own: libraries read where the Hub is when they are imported."""
+    server = multiprocessing.forkserver.ForkServer()
+    start_fork_server(server, hub.env() | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing.forkserver, "connect_to_new_process", server.connect_to_new_process)
+        yield multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture

@@ -318,7 +318,7 @@ def test_full_disk(run, flags, forks, straight, tmp_path, limit):
 def run_on_a_small_disk(limit: int, line: list[str], said: Path) -> None:
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    run_script(ROOT / "train_ltd.py", line, CPU, said)
+    run_script(line, CPU, said)
 
 
 def test_older_checkpoints_outlive_a_full_disk(run, straight, monkeypatch):

@@ -290,7 +290,7 @@ def test_a_closed_terminal_stops_with_a_checkpoint_unless_nohup(flags, warm_cach
 def run_without_a_terminal(line: list[str], ignored: bool, said: Path) -> None:
     if ignored:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    run_script(ROOT / "train_ltd.py", line, CPU, said)
+    run_script(line, CPU, said)
 
 
 def test_accelerates_own_dynamo_is_refused(run, monkeypatch):

@@ -620,9 +620,18 @@ def losses(folder: Path) -> list[list[float]]:
 FSDP_SCRIPT = ROOT / "tests/fsdp_ranks.py"
 
 
-def launch_fsdp(command_line: list[str], env: dict | None = None):
+def launch_fsdp(command_line: list[str]):
     """Two CPU ranks as `fsdp2.yaml` sets them up."""
-    return launch(command_line, 2, env, FSDP_SCRIPT, [f"--config_file={FSDP_FILE}", "--num_processes=2"])
+    options = [f"--config_file={FSDP_FILE}", "--num_processes=2"]
+    return launch(command_line, processes=2, script=FSDP_SCRIPT, options=options)
+
+
+def launch_fsdp_for_real(command_line: list[str], file: Path = FSDP_FILE, env: dict | None = None):
+    """The same by `accelerate launch`."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={file}", "--num_processes=2"]
+    command += ["--main_process_port=0", str(FSDP_SCRIPT), *command_line]
+    env = CPU | {"PYTHONPATH": str(ROOT)} | (env or {})
+    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=HOUR, cwd=ROOT)
 
 
 @pytest.mark.slow
@@ -639,7 +648,7 @@ def test_sharded_weights_train_resume_and_publish_as_whole_ones(run, flags, tmp_
     assert result.returncode == 0, result.stderr[-3000:]
     with HubServer(tmp_path / "hub") as hub:
         other = {"push_to_hub": True, "hub_model_id": "tester/sharded", "gradient_checkpointing": "offload"}
-        result = launch_fsdp(flags(output_dir=sharded, **kwargs, **other), env=hub.env())
+        result = launch_fsdp_for_real(flags(output_dir=sharded, **kwargs, **other), env=hub.env())
         assert result.returncode == 0, result.stderr[-3000:]
         published = hub.files("tester/sharded")
     shares = [float(share) for share in re.findall(r"2 ranks, each with ([\d.]+) of a parameter", result.stdout)]
@@ -717,14 +726,11 @@ def test_sharded_bf16_base_under_a_float32_lora(flags, tmp_path):
 
 @pytest.mark.slow
 def test_sharded_files_in_checkpoints_are_refused(flags, tmp_path):
-    """They would be pickles. By `accelerate launch` itself."""
+    """They would be pickles."""
     file = tmp_path / "sharded.yaml"
     text = FSDP_FILE.read_text()
     file.write_text(text.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT"))
-    command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={file}", "--num_processes=2"]
-    command += ["--main_process_port=0", str(FSDP_SCRIPT), *flags()]
-    env = os.environ | CPU | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=HOUR, cwd=ROOT)
+    result = launch_fsdp_for_real(flags(), file)
     assert result.returncode != 0 and "fsdp_state_dict_type: FULL_STATE_DICT on GPUs is needed" in result.stderr
 
 
