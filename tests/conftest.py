@@ -165,10 +165,19 @@ def fresh_accelerate():
 
 
 @pytest.fixture(autouse=True)
-def default_attention():
-    """Afterwards: `set_attention_backend` sets one for the whole process, and the next run's bits depend on it."""
-    with diffusers.attention_backend("native"):
+def settings_of_the_process():
+    """Afterwards as before: the bits of the next run depend on them, and whatever it starts inherits its variables."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    with diffusers.attention_backend("native"):  # `set_attention_backend` sets one for the whole process
         yield
+    torch.set_default_dtype(dtype)
+    torch.set_float32_matmul_precision(precision)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)
+    for name in os.environ.keys() - variables.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update(variables)
 
 
 @pytest.fixture(autouse=True, scope="session")
