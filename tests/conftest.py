@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import re
@@ -305,8 +306,11 @@ def launch(
         process = context.Process(target=run_script, args=(command_line, variables, said, folder, script))
         process.start()
         ranks.append(process)
-    for process in ranks:
-        process.join()
+    while running := [process for process in ranks if process.is_alive()]:
+        multiprocessing.connection.wait([process.sentinel for process in running])
+        if any(process.exitcode for process in ranks):  # then the others go, too
+            for process in running:
+                process.kill()
     said = {name: "".join(path.read_text() for path in sorted(files.glob(f"*.{name}"))) for name in ("out", "err")}
     shutil.rmtree(files)
     code = next((process.exitcode for process in ranks if process.exitcode), 0)
@@ -316,7 +320,10 @@ def launch(
 def run_script(
     command_line: list[str], variables: dict, said: Path, folder: Path = ROOT, script: Path = SCRIPT
 ) -> None:
-    """In a process that `forks` starts: `python SCRIPT COMMAND_LINE` in that folder; its words go to `said.err`."""
+    """In a process that `forks` starts: `python SCRIPT COMMAND_LINE` in that folder; its words go to `said.err`.
+
+    One that would train for hours is made a daemon, which ends with pytest.
+    """
     os.environ |= variables
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT), number)

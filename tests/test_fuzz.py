@@ -108,7 +108,7 @@ def test_damaged_files(flags, forks, tmp_path, num_frames):
         rows.append({"file_name": name, "text": "a"})
     write_metadata(data, rows)
     line = flags(train_data_dir=data, num_frames=num_frames, clips_per_video=2, dataloader_num_workers=0)
-    process = forks.Process(target=read_table, args=(line, tmp_path / "answer.json"))
+    process = forks.Process(target=read_table, args=(line, tmp_path / "answer.json"), daemon=True)
     process.start()
     process.join(HOUR)
     assert process.exitcode == 0

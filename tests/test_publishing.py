@@ -596,7 +596,7 @@ def test_checkpoints_go_to_the_hub_and_come_back(hub, hub_forks, run, tmp_path):
         return sorted(int(name.split("-")[1].split("/")[0]) for name in files if name.endswith("/SHA256SUMS"))
 
     endless = [*flags, "--max_train_steps=100000"]
-    process = hub_forks.Process(target=run_script, args=(endless, CPU, tmp_path / "said", tmp_path))
+    process = hub_forks.Process(target=run_script, args=(endless, CPU, tmp_path / "said", tmp_path), daemon=True)
     process.start()
     wait_for(lambda: len(saved()) >= 2, process)
     process.kill()
@@ -644,7 +644,7 @@ def test_training_does_not_wait_for_a_slow_hub(hub, hub_forks, tmp_path):
     hub.fail(f"/api/models/{repo}/commit/checkpoints", "held")
     flags = ["--output_dir=run", "--rank=4", f"--hub_model_id={repo}", "--push_checkpoints_to_hub", "--report_to=none"]
     line, log = [*TINY, *flags, "--max_train_steps=4", "--checkpointing_steps=1"], tmp_path / "said.err"
-    process = hub_forks.Process(target=run_script, args=(line, CPU, tmp_path / "said", tmp_path))
+    process = hub_forks.Process(target=run_script, args=(line, CPU, tmp_path / "said", tmp_path), daemon=True)
     process.start()
     wait_for(lambda: log.is_file() and "checkpoint-4 is not uploaded yet" in log.read_text(), process)
     hub.released.set()
@@ -676,7 +676,7 @@ def work_off(connection):
 def worker(hub, hub_forks):
     """Function that calls a function of this file in the other process."""
     here, there = hub_forks.Pipe()
-    process = hub_forks.Process(target=work_off, args=(there,))
+    process = hub_forks.Process(target=work_off, args=(there,), daemon=True)
     process.start()
     there.close()  # so that its end is seen
 

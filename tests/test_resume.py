@@ -274,7 +274,7 @@ def test_ctrl_c_under_tee_in_a_terminal(flags, warm_cache, tmp_path):
 def test_a_closed_terminal_stops_with_a_checkpoint_unless_nohup(flags, warm_cache, forks, tmp_path, ignored):
     folder = tmp_path / "run"
     line = endless(flags)[2:]
-    process = forks.Process(target=run_without_a_terminal, args=(line, ignored, tmp_path / "said"))
+    process = forks.Process(target=run_without_a_terminal, args=(line, ignored, tmp_path / "said"), daemon=True)
     process.start()
     wait_for(lambda: has_logged(folder, 1), process)
     os.kill(process.pid, signal.SIGHUP)

@@ -602,7 +602,9 @@ def test_two_processes_share_the_videos_and_make_the_same(run, flags, tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_leaves_whole_videos_and_goes_on(run, flags, forks, tmp_path):
     folder, settings = tmp_path / "base", {"num_samples": 30, "num_frames": 33}
-    process = forks.Process(target=run_script, args=(flags(**settings), CPU, tmp_path / "said", ROOT, SCRIPT))
+    process = forks.Process(
+        target=run_script, args=(flags(**settings), CPU, tmp_path / "said", ROOT, SCRIPT), daemon=True
+    )
     process.start()
     wait_for(lambda: len(find_videos(folder)) >= 2, process)
     process.kill()
