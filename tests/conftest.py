@@ -232,11 +232,19 @@ def train_here(line: list[str], **kwargs) -> Path:
     return Path(args.output_dir)
 
 
+def prepare_here(line: list[str]) -> tuple:
+    """Cache clips and captions in this process, and return them: `(clips, held-out clips, caption files, args)`."""
+    args = train_ltd.parse_args(line)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    return *train_ltd.prepare_data(args, train_ltd.build_accelerator(args)), args
+
+
 @pytest.fixture(scope="session")
 def filled_cache(tiny_wan, clips, tmp_path_factory) -> Path:
     """What a run with `flags()` caches, made once for all tests."""
     folder = tmp_path_factory.mktemp("cached")
-    train_here(write_line(**tiny_run(tiny_wan, clips, folder) | {"max_train_steps": 0}))
+    prepare_here(write_line(**tiny_run(tiny_wan, clips, folder)))
     return folder / "cache"
 
 
@@ -367,13 +375,7 @@ def hub_forks(hub):
 def prepare(flags):
     """Function that caches everything: `(clips, held-out clips, caption files, args)`."""
 
-    def function(**kwargs):
-        args = train_ltd.parse_args(flags(**kwargs))
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        return *train_ltd.prepare_data(args, train_ltd.build_accelerator(args)), args
-
-    return function
+    return lambda **kwargs: prepare_here(flags(**kwargs))
 
 
 @pytest.fixture(scope="module")
