@@ -288,8 +288,8 @@ def test_a_closed_terminal_stops_with_a_checkpoint_unless_nohup(flags, warm_cach
 
 
 def run_without_a_terminal(line: list[str], ignored: bool, said: Path) -> None:
-    if ignored:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Said in both cases: pytest itself may have been started by nohup.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
     run_script(line, CPU, said)
 
 
