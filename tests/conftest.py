@@ -4,11 +4,18 @@ import gc
 import json
 import logging
 import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import re
+import runpy
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: nothing may reach for the network
@@ -20,7 +27,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils.launch import prepare_multi_gpu_env
 from corpus import NAMES, ffmpeg_frames, make_videos
 from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.utils import export_to_video
@@ -38,6 +47,7 @@ import train_ltd
 pytest.register_assert_rewrite("helpers")
 gc.freeze()  # main() collects garbage often: what the imports made need not be walked each time
 
+SCRIPT = ROOT / "train_ltd.py"
 HEIGHT, WIDTH, NUM_FRAMES = 32, 48, 9
 CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # the environment of a process
 HOUR = 3600  # ends what hangs; no test counts on less, for a busy machine may be slow
@@ -51,10 +61,16 @@ def pytest_runtest_setup(item):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark as slow whatever uses a fixture that starts a browser, a server or processes."""
+    """Mark as slow whatever uses a fixture that starts a browser, a server or processes.
+
+    The files with most of them come first, so that no long one is left for the end when two workers share them.
+    """
+    weights = Counter()
     for item in items:
         if {"chromium", "forks", "hub", "server"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+        weights[item.path] += 10 if item.get_closest_marker("slow") else 1
+    items.sort(key=lambda item: (-weights[item.path], item.path))
 
 
 @pytest.fixture(autouse=True)
@@ -150,10 +166,19 @@ def fresh_accelerate():
 
 
 @pytest.fixture(autouse=True)
-def default_attention():
-    """Afterwards: `set_attention_backend` sets one for the whole process, and the next run's bits depend on it."""
-    with diffusers.attention_backend("native"):
+def settings_of_the_process():
+    """Afterwards as before: the bits of the next run depend on them, and whatever it starts inherits its variables."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    with diffusers.attention_backend("native"):  # `set_attention_backend` sets one for the whole process
         yield
+    torch.set_default_dtype(dtype)
+    torch.set_float32_matmul_precision(precision)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)
+    for name in os.environ.keys() - variables.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update(variables)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -161,86 +186,196 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+def write_line(**values) -> list[str]:
+    """A command line from flags without dashes; of a list each value, of `None` nothing."""
+    line = []
+    for key, value in values.items():
+        if isinstance(value, bool):
+            line.append(f"--{key}" if value else f"--no-{key}")
+        elif value is not None:
+            line += [f"--{key}={v}" for v in (value if isinstance(value, list | tuple) else [value])]
+    return line
+
+
+def tiny_run(model: Path, clips: Path, folder: Path) -> dict:
+    """The flags of a run that takes a second, into `folder/run`."""
+    return {
+        "pretrained_model_name_or_path": model,
+        "train_data_dir": clips,
+        "output_dir": folder / "run",
+        "cache_dir": folder / "cache",
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_frames": NUM_FRAMES,
+        "fps": 16,
+        "rank": 4,
+        "learning_rate": 1e-2,
+        "max_train_steps": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "seed": 3,
+    }
+
+
 @pytest.fixture
 def flags(tiny_wan, clips, tmp_path):
     """Function that returns a command line for a tiny run into `tmp_path/run`; keyword arguments override or add."""
+    return lambda **kwargs: write_line(**tiny_run(tiny_wan, clips, tmp_path) | kwargs)
 
-    def build(**kwargs) -> list[str]:
-        values = {
-            "pretrained_model_name_or_path": tiny_wan,
-            "train_data_dir": clips,
-            "output_dir": tmp_path / "run",
-            "cache_dir": tmp_path / "cache",
-            "height": HEIGHT,
-            "width": WIDTH,
-            "num_frames": NUM_FRAMES,
-            "fps": 16,
-            "rank": 4,
-            "learning_rate": 1e-2,
-            "max_train_steps": 2,
-            "logging_steps": 1,
-            "report_to": "none",
-            "seed": 3,
-        } | kwargs
-        line = []
-        for key, value in values.items():
-            if isinstance(value, bool):
-                line.append(f"--{key}" if value else f"--no-{key}")
-            elif value is not None:
-                line += [f"--{key}={v}" for v in (value if isinstance(value, list | tuple) else [value])]
-        return line
 
-    return build
+def train_here(line: list[str], **kwargs) -> Path:
+    """Train in this process, and return the output folder."""
+    args = train_ltd.parse_args(line)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    train_ltd.main(args, **kwargs)
+    return Path(args.output_dir)
+
+
+def prepare_here(line: list[str]) -> tuple:
+    """Cache clips and captions in this process, and return them: `(clips, held-out clips, caption files, args)`."""
+    args = train_ltd.parse_args(line)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    return *train_ltd.prepare_data(args, train_ltd.build_accelerator(args)), args
+
+
+@pytest.fixture(scope="session")
+def filled_cache(tiny_wan, clips, tmp_path_factory) -> Path:
+    """What a run with `flags()` caches, made once for all tests."""
+    folder = tmp_path_factory.mktemp("cached")
+    prepare_here(write_line(**tiny_run(tiny_wan, clips, folder)))
+    return folder / "cache"
 
 
 @pytest.fixture
-def run(flags):
-    """Function that trains in this process with `flags(**kwargs)` and returns the output folder."""
+def warm_cache(filled_cache, tmp_path):
+    """So that clips and captions of `flags()` need not be encoded once more in each test."""
+    shutil.copytree(filled_cache, tmp_path / "cache")
+
+
+@pytest.fixture
+def run(flags, warm_cache):
+    """Function that trains in this process with `flags(**kwargs)` and returns the output folder.
+
+    A test that is about the cache gives a `cache_dir` of its own.
+    """
 
     def train(compute_loss=None, **kwargs) -> Path:
-        args = train_ltd.parse_args(flags(**kwargs))
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        train_ltd.main(args, **({"compute_loss": compute_loss} if compute_loss else {}))
-        return Path(args.output_dir)
+        return train_here(flags(**kwargs), **({"compute_loss": compute_loss} if compute_loss else {}))
 
     return train
 
 
+# --- Processes -------------------------------------------------------------------------------------------------------
+
+
 def launcher(processes: int) -> list[str]:
     """`accelerate launch train_ltd.py`; with `ACCELERATE_USE_CPU`, for `--cpu` would silently run one process only."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}", "--num_machines=1"]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    return [*command, *["--multi_gpu"] * (processes > 1), str(ROOT / "train_ltd.py")]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher_options(processes)]
+    return [*command, str(SCRIPT)]
+
+
+def launcher_options(processes: int) -> list[str]:
+    options = [f"--num_processes={processes}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    return [*options, "--main_process_port=0", *["--multi_gpu"] * (processes > 1)]
+
+
+def launch_for_real(command_line: list[str], processes: int = 1):
+    """The script by `accelerate launch`: 10 s for what each process imports."""
+    command, env = [*launcher(processes), *command_line], os.environ | CPU
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=HOUR, cwd=ROOT)
 
 
 def launch(
     command_line: list[str],
     processes: int = 1,
     env: dict | None = None,
-):
-    """The script in processes of its own."""
-    return subprocess.run(
-        [*launcher(processes), *command_line],
-        env=os.environ | CPU | (env or {}),
-        capture_output=True,
-        text=True,
-        timeout=HOUR,
-        cwd=ROOT,
-    )
+    script: Path = SCRIPT,
+    options: list[str] | None = None,
+    folder: Path = ROOT,
+    context=None,
+) -> subprocess.CompletedProcess:
+    """A script in the variables of `accelerate launch`, by processes that have the imports behind them."""
+    variables = CPU | (env or {})
+    if processes > 1:
+        args = launch_command_parser().parse_args([*(options or launcher_options(processes)), str(script)])
+        args, _, _ = _validate_launch_command(args)
+        variables = prepare_multi_gpu_env(args) | variables
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks, context, files = [], context or fork_context(), Path(tempfile.mkdtemp())
+    for rank in range(processes):
+        if processes > 1:
+            variables = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            variables |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        said = files / str(rank)
+        process = context.Process(target=run_script, args=(command_line, variables, said, folder, script))
+        process.start()
+        ranks.append(process)
+    while running := [process for process in ranks if process.is_alive()]:
+        multiprocessing.connection.wait([process.sentinel for process in running])
+        if any(process.exitcode for process in ranks):  # then the others go, too
+            for process in running:
+                process.kill()
+    said = {name: "".join(path.read_text() for path in sorted(files.glob(f"*.{name}"))) for name in ("out", "err")}
+    shutil.rmtree(files)
+    code = next((process.exitcode for process in ranks if process.exitcode), 0)
+    return subprocess.CompletedProcess(command_line, code, said["out"], said["err"])
+
+
+def run_script(
+    command_line: list[str], variables: dict, said: Path, folder: Path = ROOT, script: Path = SCRIPT
+) -> None:
+    """In a process that `forks` starts: `python SCRIPT COMMAND_LINE` in that folder; its words go to `said.err`.
+
+    One that would train for hours is made a daemon, which ends with pytest.
+    """
+    os.environ |= variables
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(folder)
+    sys.argv = [str(script), *command_line]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def start_fork_server(server, variables: dict | None = None) -> None:
+    """Start a process that imports what tests need, in these variables, and then only forks."""
+    server.set_forkserver_preload(["conftest", "train_ltd"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server knows no other path
+        for name, value in (variables or {}).items():
+            patch.setenv(name, value)
+        server.ensure_running()
+
+
+def fork_context():
+    """Of processes that need not import everything again, from a server that has not trained: torch forbids that."""
+    start_fork_server(multiprocessing.forkserver)
+    return multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture(scope="module")
+def forks():
+    return fork_context()
+
+
+@pytest.fixture(scope="module")
+def hub_forks(hub):
+    """As `forks`, from a server of its own: libraries read where the Hub is when they are imported."""
+    server = multiprocessing.forkserver.ForkServer()
+    start_fork_server(server, hub.env() | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing.forkserver, "connect_to_new_process", server.connect_to_new_process)
+        yield multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture
 def prepare(flags):
     """Function that caches everything: `(clips, held-out clips, caption files, args)`."""
 
-    def function(**kwargs):
-        args = train_ltd.parse_args(flags(**kwargs))
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        return *train_ltd.prepare_data(args, train_ltd.build_accelerator(args)), args
-
-    return function
+    return lambda **kwargs: prepare_here(flags(**kwargs))
 
 
 @pytest.fixture(scope="module")
@@ -336,24 +471,23 @@ def expected_latents(tiny_wan, originals) -> list[torch.Tensor]:
     return [reference_latents(vae, ffmpeg_frames(originals / name, HEIGHT, WIDTH)[:NUM_FRAMES]) for name in NAMES]
 
 
+@pytest.fixture(scope="session")
+def straight_run(tiny_wan, clips, filled_cache, tmp_path_factory) -> Path:
+    values = tiny_run(tiny_wan, clips, tmp_path_factory.mktemp("straight")) | {"cache_dir": filled_cache}
+    return train_here(write_line(**values | STEPS))
+
+
 @pytest.fixture
-def straight(run, tmp_path) -> Path:
-    """The output folder of a run that nothing happened to."""
-    return run(output_dir=tmp_path / "straight", **STEPS)
+def straight(straight_run, tmp_path) -> Path:
+    """The output folder of a run that nothing happened to, to be done with as a test pleases."""
+    return shutil.copytree(straight_run, tmp_path / "straight")
 
 
-@pytest.fixture(scope="module")
-def forks():
-    """Processes that need not import everything again, from a server that has not trained: torch forbids that."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "train_ltd"])
-    return context
-
-
-def wait_for(happened, process: subprocess.Popen) -> None:
+def wait_for(happened, process: subprocess.Popen | multiprocessing.process.BaseProcess) -> None:
     """Return once `happened()` is true; fail if the process ends before."""
+    running = process.is_alive if hasattr(process, "is_alive") else lambda: process.poll() is None
     for _ in range(100 * HOUR):
-        ended = process.poll() is not None
+        ended = not running()
         if happened():
             return
         assert not ended, "the process has ended too early"

@@ -14,5 +14,6 @@ if ! command -v chromium chromium-browser google-chrome > /dev/null; then
   fi
 fi
 "$PYTHON" -m ruff check .
-# A file a process, two at once: more would not fit a small machine. `-m ''`: the slow ones too, which pytest leaves out
-OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -rs -n 2 --dist loadfile -m '' "$@"
+# A file a process, two at once: more would not fit a small machine; in the order of conftest.py, which is by length.
+# `-m ''`: the slow ones too, which pytest leaves out.
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder -m '' "$@"

@@ -126,8 +126,8 @@ def test_long_captions_are_warned_about(prepare, log, tmp_path):
 
 
 def test_only_safetensors(run, clips, tmp_path):
-    run(cache_dtype="float16", max_train_steps=1)
-    files = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    run(cache_dtype="float16", max_train_steps=1, cache_dir=tmp_path / "cold")
+    files = [p for p in (tmp_path / "cold").rglob("*") if p.is_file()]
     assert {p.suffix for p in files if p.parent.name in ("latents", "text")} == {".safetensors"}
     assert {p.parent.name for p in files} <= {"latents", "text", "identities"}
 

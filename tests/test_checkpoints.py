@@ -12,12 +12,11 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, ROOT, STEPS, launch, launcher, wait_for
+from conftest import CPU, ROOT, STEPS, launch, launcher, run_script, wait_for
 from helpers import assert_same, checkpoints, flip, kill, run_in_a_process, same_weights, strike, weights
 from safetensors.torch import load_file
 
@@ -299,23 +298,27 @@ def test_nothing_is_unpickled_from_a_checkpoint(run, straight, tmp_path, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [3_000, 30_000], ids=["a cache entry", "a checkpoint"])
-def test_full_disk(run, flags, straight, tmp_path, limit):
+def test_full_disk(run, flags, forks, straight, tmp_path, limit):
     """A limit on the size of a file stands for it: the same calls fail, and with as little of an `OSError`.
 
     What is written is complete or absent, so that the same command goes on once there is room.
     """
     kwargs = {"cache_dir": tmp_path / "small", "resume_from_checkpoint": "latest"}
-    command = [sys.executable, str(ROOT / "train_ltd.py"), *flags(**STEPS, **kwargs)]
-    env = os.environ | CPU
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    restrict = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))}
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, **restrict)
-    assert done.returncode == 1
+    process = forks.Process(target=run_on_a_small_disk, args=(limit, flags(**STEPS, **kwargs), tmp_path / "said"))
+    process.start()
+    process.join()
+    assert process.exitcode == 1
     assert not checkpoints(tmp_path / "run")
     assert bool(list((tmp_path / "small/text").glob("*.safetensors"))) == (limit == 30_000)
     resumed = run(**STEPS, **kwargs)
     assert same_weights(resumed, straight)
     assert not list(resumed.glob(".checkpoint-*"))
+
+
+def run_on_a_small_disk(limit: int, line: list[str], said: Path) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    run_script(line, CPU, said)
 
 
 def test_older_checkpoints_outlive_a_full_disk(run, straight, monkeypatch):

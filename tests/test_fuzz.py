@@ -5,42 +5,44 @@
 runs as many as the figures in the closing notes; the suite itself is content with fewer.
 """
 
+import faulthandler
 import json
 import os
 import re
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CPU, HOUR, ROOT
+import torch
+from conftest import HOUR
 from corpus import ffmpeg, moving_square, write_metadata
 from PIL import Image
+
+import train_ltd
 
 FILES = int(os.environ.get("LTD_FUZZ_FILES", 200))
 MEMORY = 2 * 2**30  # bytes
 SEED = 14
-# Reads the table that its arguments name, and says what came of it and how much memory that took at most
-SCRIPT = """
-import faulthandler, json, sys, time
-import torch
-import train_ltd
 
-faulthandler.enable()
-torch.set_num_threads(1)
-args = train_ltd.parse_args(sys.argv[1:])
-start = time.perf_counter()
-clips, skipped = train_ltd.cache_clips(args, train_ltd.build_accelerator(args), "train")
-seconds = time.perf_counter() - start
-status = open("/proc/self/status").read()
-print(json.dumps({
-    "read": [clip.name for clip in clips],
-    "skipped": {video.name: video.reason for video in skipped},
-    "seconds": seconds,
-    "peak_kib": int(status.split("VmHWM:")[1].split()[0]),
-}))
-"""
+
+def read_table(line: list[str], answer: Path) -> None:
+    """In a process of its own: read the table that `line` names, write what came of it and the memory it took."""
+    faulthandler.enable()
+    torch.set_num_threads(1)
+    args = train_ltd.parse_args(line)
+    start = time.perf_counter()
+    clips, skipped = train_ltd.cache_clips(args, train_ltd.build_accelerator(args), "train")
+    seconds = time.perf_counter() - start
+    status = Path("/proc/self/status").read_text()
+    outcome = {
+        "read": [clip.name for clip in clips],
+        "skipped": {video.name: video.reason for video in skipped},
+        "seconds": seconds,
+        "peak_kib": int(status.split("VmHWM:")[1].split()[0]),
+    }
+    answer.write_text(json.dumps(outcome))
 
 
 def whole_files(folder: Path) -> list[Path]:
@@ -91,7 +93,7 @@ def mutate(data: bytes, random: np.random.Generator) -> bytes:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("num_frames", [9, 1], ids=["videos", "images"])
-def test_damaged_files(flags, tmp_path, num_frames):
+def test_damaged_files(flags, forks, tmp_path, num_frames):
     whole = tmp_path / "whole"
     whole.mkdir()
     originals = whole_files(whole)
@@ -106,16 +108,11 @@ def test_damaged_files(flags, tmp_path, num_frames):
         rows.append({"file_name": name, "text": "a"})
     write_metadata(data, rows)
     line = flags(train_data_dir=data, num_frames=num_frames, clips_per_video=2, dataloader_num_workers=0)
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *line],
-        env=os.environ | CPU,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=HOUR,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    outcome = json.loads(result.stdout.splitlines()[-1])
+    process = forks.Process(target=read_table, args=(line, tmp_path / "answer.json"), daemon=True)
+    process.start()
+    process.join(HOUR)
+    assert process.exitcode == 0
+    outcome = json.loads((tmp_path / "answer.json").read_text())
     read = {re.sub(r"#\d+$", "", name) for name in outcome["read"]}
     skipped = outcome["skipped"]
     reasons = sorted({re.sub(r"\d+", "N", reason) for reason in skipped.values()})

@@ -509,15 +509,16 @@ def test_flags_of_a_first_frame_that_the_model_does_not_take(run, families, tmp_
     ]
     for kwargs, message in cases:
         with pytest.raises(ValueError, match=message):
-            run(**kwargs)
-    assert not (tmp_path / "cache").exists()
+            run(**kwargs, cache_dir=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_unreadable_picture_is_named_before_anything_is_encoded(run, families, tmp_path):
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(ValueError, match=r"the picture .*a\.png cannot be read"):
-        run(**families["i2v"], validation_prompt="a", validation_image=tmp_path / "a.png")
-    assert not (tmp_path / "cache").exists()
+        kwargs = {"validation_prompt": "a", "validation_image": tmp_path / "a.png", "cache_dir": tmp_path / "none"}
+        run(**families["i2v"], **kwargs)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
@@ -536,8 +537,8 @@ def test_other_models_are_refused_by_name(run, tiny_i2v, tmp_path, file, change,
     path = tmp_path / "model" / file
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=f"is no Wan model that this script trains.*{message}"):
-        run(pretrained_model_name_or_path=tmp_path / "model")
-    assert not (tmp_path / "cache").exists()
+        run(pretrained_model_name_or_path=tmp_path / "model", cache_dir=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

@@ -540,8 +540,8 @@ def test_nothing_is_encoded_before(what, run, no_models, pairs, tmp_path):
         settings = {"init_lora": write(path, tensors), "rank": None} | settings
     no_models()
     with pytest.raises(ValueError, match=re.escape(message)):
-        run(**settings)
-    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+        run(**settings, cache_dir=tmp_path / "none")
+    assert not list((tmp_path / "none").rglob("*.safetensors"))
 
 
 def test_every_linear_layer_can_be_a_target_beside_one_of_a_block(model, flags):

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import select
 import shlex
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import av
 import huggingface_hub
 import pytest
 from accelerate.state import PartialState
-from conftest import CPU, HOUR, STEPS, wait_for
+from conftest import CPU, HOUR, STEPS, launch, run_script, wait_for
 from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from helpers import checkpoints, code_block, matter, strike
@@ -394,6 +393,12 @@ def train(hub, folder, *flags, token=None):
     return done
 
 
+@pytest.fixture(scope="module")
+def train_soon(hub_forks):
+    """Function that trains in `folder`, without the imports, in a home that such runs share."""
+    return lambda folder, *flags: launch([*TINY, *flags], folder=folder, context=hub_forks)
+
+
 TINY = """--pretrained_model_name_or_path=team/tiny-wan --dataset_name=team/clips --height=32 --width=48 --num_frames=9
     --logging_steps=1 --learning_rate=1e-2 --seed=3 --push_to_hub --validation_num_inference_steps=2
     --hub_private_repo""".split()
@@ -441,11 +446,11 @@ def second_run(hub, work, lora_run):
 
 
 @pytest.fixture(scope="module")
-def full_run(hub, work):
+def full_run(hub, train_soon, work):
     """Two steps of all weights. The Hub refuses the commit; the command that the run printed is then typed."""
     hub.fail("/api/models/tester/my-wan/commit/", 403, message="storage quota exceeded")
     flags = ["--train_type=full", "--output_dir=it's full", "--hub_model_id=tester/my-wan", "--max_train_steps=2"]
-    done = train(hub, work, *flags, "--validation_prompt=a square moves", "--report_to=none")
+    done = train_soon(work, *flags, "--validation_prompt=a square moves", "--report_to=none")
     assert done.returncode == 1, done.stderr
     command = re.findall(r"hf upload .*$", done.stderr, re.MULTILINE)[-1]
     before, path = set(hub.files("tester/my-wan")), f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -574,7 +579,7 @@ def test_without_a_token_nothing_is_encoded(hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_checkpoints_go_to_the_hub_and_come_back(hub, run, tmp_path):
+def test_checkpoints_go_to_the_hub_and_come_back(hub, hub_forks, run, tmp_path):
     """Train, kill -9, delete the folder, resume from the Hub: as if nothing had happened, even when it then fails."""
     flags = [flag for flag in TINY if flag != "--push_to_hub"] + ["--rank=4"]
     flags += [
@@ -584,25 +589,24 @@ def test_checkpoints_go_to_the_hub_and_come_back(hub, run, tmp_path):
         "--report_to=none",
     ]
     flags += ["--output_dir=run", "--checkpointing_steps=1", "--checkpoints_total_limit=2"]
-    command = [sys.executable, str(ROOT / "train_ltd.py"), *flags]
-    env = {**os.environ, **hub.env(), **CPU}
 
     def saved():
         there = ("model", "tester/saved") in hub.repos and "checkpoints" in hub.repos["model", "tester/saved"].branches
         files = hub.files("tester/saved", "checkpoints") if there else {}
         return sorted(int(name.split("-")[1].split("/")[0]) for name in files if name.endswith("/SHA256SUMS"))
 
-    with subprocess.Popen(
-        [*command, "--max_train_steps=100000"], env=env, cwd=tmp_path, stderr=subprocess.DEVNULL
-    ) as p:
-        wait_for(lambda: len(saved()) >= 2, p)
-        p.kill()
+    endless = [*flags, "--max_train_steps=100000"]
+    process = hub_forks.Process(target=run_script, args=(endless, CPU, tmp_path / "said", tmp_path), daemon=True)
+    process.start()
+    wait_for(lambda: len(saved()) >= 2, process)
+    process.kill()
+    process.join()
     newest = saved()[-1]  # of two, or of three for as long as the oldest is not deleted yet
     assert len(saved()) <= 3 and hub.repos["model", "tester/saved"].private
     (tmp_path / "run").rename(tmp_path / "lost")
     hub.fail("/api/models/tester/saved/commit/checkpoints", 403, times=10_000)
     resume = [f"--max_train_steps={newest + 2}", "--resume_from_checkpoint=hub"]
-    done = subprocess.run([*command, *resume], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=HOUR)
+    done = launch([*flags, *resume], folder=tmp_path, context=hub_forks)
     hub._faults.clear()
     assert done.returncode == 0, done.stderr
     assert f"resumed run/checkpoint-{newest}, step {newest}" in done.stderr
@@ -619,12 +623,12 @@ def test_checkpoints_go_to_the_hub_and_come_back(hub, run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "times"), [(401, 10_000), ("cut", 1)])
-def test_upload_of_a_checkpoint_meets_a_fault(hub, tmp_path, fault, times):
+def test_upload_of_a_checkpoint_meets_a_fault(hub, train_soon, tmp_path, fault, times):
     """A token revoked in the middle, or a connection that breaks: training does not wait, and the rest is uploaded."""
     repo = f"tester/fault-{fault}"
     hub.fail(f"/api/models/{repo}/commit/checkpoints", fault, times=times)
     flags = ["--output_dir=run", "--rank=4", f"--hub_model_id={repo}", "--push_checkpoints_to_hub", "--report_to=none"]
-    done = train(hub, tmp_path, *flags, "--max_train_steps=2", "--checkpointing_steps=2")
+    done = train_soon(tmp_path, *flags, "--max_train_steps=2", "--checkpointing_steps=2")
     hub._faults.clear()
     assert done.returncode == 0, done.stderr
     assert WEIGHTS in hub.files(repo)
@@ -634,26 +638,19 @@ def test_upload_of_a_checkpoint_meets_a_fault(hub, tmp_path, fault, times):
 
 
 @pytest.mark.slow
-def test_training_does_not_wait_for_a_slow_hub(hub, tmp_path):
+def test_training_does_not_wait_for_a_slow_hub(hub, hub_forks, tmp_path):
     """Checkpoints are left out while the first is on its way; the last one follows when training has ended."""
     repo = "tester/slow"
     hub.fail(f"/api/models/{repo}/commit/checkpoints", "held")
     flags = ["--output_dir=run", "--rank=4", f"--hub_model_id={repo}", "--push_checkpoints_to_hub", "--report_to=none"]
-    command = [
-        sys.executable,
-        str(ROOT / "train_ltd.py"),
-        *TINY,
-        *flags,
-        "--max_train_steps=4",
-        "--checkpointing_steps=1",
-    ]
-    env, said = {**os.environ, **hub.env(), **CPU}, ""
-    with subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            said += line
-            if "checkpoint-4 is not uploaded yet" in line:
-                hub.released.set()
-    assert process.returncode == 0, said
+    line, log = [*TINY, *flags, "--max_train_steps=4", "--checkpointing_steps=1"], tmp_path / "said.err"
+    process = hub_forks.Process(target=run_script, args=(line, CPU, tmp_path / "said", tmp_path), daemon=True)
+    process.start()
+    wait_for(lambda: log.is_file() and "checkpoint-4 is not uploaded yet" in log.read_text(), process)
+    hub.released.set()
+    process.join()
+    said = log.read_text()
+    assert process.exitcode == 0, said
     for step in (2, 3, 4):
         assert f"checkpoint-{step} is not uploaded yet: the network is busy with checkpoint-1" in said
     there = {name.split("/")[0] for name in hub.files(repo, "checkpoints")}
@@ -663,46 +660,37 @@ def test_training_does_not_wait_for_a_slow_hub(hub, tmp_path):
 # --- Single calls, in a worker ---------------------------------------------------------------------------------------
 
 
-def work_off():
-    """The worker's loop: a line `[function, arguments]` in, a line with what it returned out."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
+def work_off(connection):
+    """The worker's loop: `(function, arguments)` in, what it returned out."""
     PartialState(cpu=True)  # train_ltd's logger asks for it
-    for line in sys.stdin:
-        name, arguments = json.loads(line)
+    while True:
+        function, arguments = connection.recv()
         try:
-            result = {"result": globals()[name](**arguments)}
+            result = {"result": function(**arguments)}
         except Exception as error:
             result = {"error": type(error).__name__, "message": str(error), "cause": repr(error.__cause__)}
-        print(json.dumps(result), file=answers, flush=True)
+        connection.send(result)
 
 
 @pytest.fixture(scope="module")
-def worker(hub, tmp_path_factory):
-    """Function that calls a function of this file, by name, in the other process."""
-    folder = tmp_path_factory.mktemp("worker")
-    env = {**os.environ, **hub.env(), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), env.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", f"import {Path(__file__).stem} as tests; tests.work_off()"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": open(folder / "stderr.txt", "w")}
-    with pipes["stderr"], subprocess.Popen(command, env=env, text=True, **pipes) as child:
+def worker(hub, hub_forks):
+    """Function that calls a function of this file in the other process."""
+    here, there = hub_forks.Pipe()
+    process = hub_forks.Process(target=work_off, args=(there,), daemon=True)
+    process.start()
+    there.close()  # so that its end is seen
 
-        def call(function, **arguments):
-            start = len(hub.requests)
-            child.stdin.write(json.dumps([function.__name__, arguments]) + "\n")
-            child.stdin.flush()
-            answered = select.select([child.stdout], [], [], HOUR)[0]
-            line = child.stdout.readline() if answered else ""
-            assert line, (folder / "stderr.txt").read_text()[-3000:]
-            result = SimpleNamespace(**{"result": None, "error": None, "message": "", **json.loads(line)})
-            result.requests = hub.requests[start:]
-            return result
+    def call(function, **arguments):
+        start = len(hub.requests)
+        here.send((function, arguments))
+        assert here.poll(HOUR)
+        result = SimpleNamespace(**{"result": None, "error": None, "message": "", **here.recv()})
+        result.requests = hub.requests[start:]
+        return result
 
-        try:
-            yield call
-        finally:
-            child.kill()
+    yield call
+    process.kill()
+    process.join()
 
 
 @contextlib.contextmanager
@@ -1179,27 +1167,26 @@ def test_no_absolute_path_of_a_split_is_published(flags, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def experts_run(tmp_path_factory, tiny_experts, clips):
+def experts_run(hub, train_soon, tmp_path_factory, tiny_experts):
     """The low expert's run, then the high one's, into one repository, with checkpoints; the same names otherwise."""
     root = tmp_path_factory.mktemp("experts")
-    with HubServer(root / "hub") as server:
-        server.add("team/tiny-wan", all_bytes(tiny_experts))
-        server.add("team/clips", clips, repo_type="dataset")
-        common = [
-            "--rank=4",
-            "--output_name=dog",
-            "--hub_model_id=tester/dog",
-            "--push_checkpoints_to_hub",
-            "--checkpoints_total_limit=1",
-            "--checkpointing_steps=1",
-            "--max_train_steps=2",
-            "--validation_prompt=a square",
-            "--report_to=none",
-        ]
-        for expert in ("low", "high"):
-            done = train(server, root, *common, f"--expert={expert}", f"--output_dir={expert}")
-            assert done.returncode == 0, done.stderr
-        yield SimpleNamespace(hub=server, root=root, files=server.files("tester/dog"))
+    hub.add("team/tiny-experts", all_bytes(tiny_experts))
+    common = [
+        "--pretrained_model_name_or_path=team/tiny-experts",
+        "--rank=4",
+        "--output_name=dog",
+        "--hub_model_id=tester/dog",
+        "--push_checkpoints_to_hub",
+        "--checkpoints_total_limit=1",
+        "--checkpointing_steps=1",
+        "--max_train_steps=2",
+        "--validation_prompt=a square",
+        "--report_to=none",
+    ]
+    for expert in ("low", "high"):
+        done = train_soon(root, *common, f"--expert={expert}", f"--output_dir={expert}")
+        assert done.returncode == 0, done.stderr
+    return SimpleNamespace(hub=hub, root=root, files=hub.files("tester/dog"))
 
 
 @pytest.mark.slow
@@ -1236,7 +1223,7 @@ def test_card_of_two_experts_has_the_code_that_loads_both(experts_run, tiny_expe
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     (tmp_path / "team").mkdir()
-    (tmp_path / "team/tiny-wan").symlink_to(tiny_experts)
+    (tmp_path / "team/tiny-experts").symlink_to(tiny_experts)
     monkeypatch.chdir(tmp_path)
     loaded = {}
     exec(compile(code, "README.md", "exec"), loaded)
@@ -1246,12 +1233,13 @@ def test_card_of_two_experts_has_the_code_that_loads_both(experts_run, tiny_expe
 
 
 @pytest.mark.slow
-def test_expert_resumes_from_its_own_branch(experts_run):
+def test_expert_resumes_from_its_own_branch(experts_run, train_soon):
     """And the other one's checkpoints are no error."""
     flags = ["--rank=4", "--output_name=dog", "--hub_model_id=tester/dog", "--push_checkpoints_to_hub"]
     flags += ["--expert=low", "--output_dir=again", "--resume_from_checkpoint=hub", "--max_train_steps=3"]
     flags += ["--checkpointing_steps=1", "--report_to=none"]
-    done = train(experts_run.hub, experts_run.root, *flags)
+    flags += ["--pretrained_model_name_or_path=team/tiny-experts"]
+    done = train_soon(experts_run.root, *flags)
     assert done.returncode == 0, done.stderr
     assert "resumed again/checkpoint-2, step 2" in done.stderr
     branch = experts_run.hub.files("tester/dog", "checkpoints-high")

@@ -8,10 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, ROOT, wait_for
+from conftest import CPU, ROOT, run_script, tiny_run, train_here, wait_for, write_line
 from corpus import make_videos
 from diffusers import WanTransformer3DModel
 from helpers import assert_same, checkpoints, metrics, weights
@@ -21,10 +22,16 @@ import train_ltd
 SHORT = {"max_train_steps": 2, "checkpointing_steps": 2, "lr_scheduler": "constant"}
 
 
+@pytest.fixture(scope="module")
+def begun_run(tiny_wan, clips, filled_cache, tmp_path_factory):
+    values = tiny_run(tiny_wan, clips, tmp_path_factory.mktemp("begun")) | {"cache_dir": filled_cache}
+    return train_here(write_line(**values | SHORT))
+
+
 @pytest.fixture
-def begun(run):
+def begun(begun_run, tmp_path):
     """The output folder of a run of two steps, to go on with."""
-    return run(**SHORT)
+    return shutil.copytree(begun_run, tmp_path / "run")
 
 
 def resume(run, **kwargs):
@@ -219,7 +226,7 @@ def has_logged(folder, count: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_lost_reader_does_not_end_training(flags, tmp_path):
+def test_a_lost_reader_does_not_end_training(flags, warm_cache, tmp_path):
     """As after `2>&1 | tee log`, when `tee` is gone: it trains on, and a signal still leaves a checkpoint."""
     folder = tmp_path / "run"
     with subprocess.Popen(
@@ -237,7 +244,7 @@ def test_a_lost_reader_does_not_end_training(flags, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_under_tee_in_a_terminal(flags, tmp_path):
+def test_ctrl_c_under_tee_in_a_terminal(flags, warm_cache, tmp_path):
     """A real terminal sends the signal to the whole group: `tee` dies of it first."""
     folder = tmp_path / "run"
     words = " ".join(f"'{word}'" for word in endless(flags))
@@ -264,28 +271,26 @@ def test_ctrl_c_under_tee_in_a_terminal(flags, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ignored", [False, True])
-def test_a_closed_terminal_stops_with_a_checkpoint_unless_nohup(flags, tmp_path, ignored):
+def test_a_closed_terminal_stops_with_a_checkpoint_unless_nohup(flags, warm_cache, forks, tmp_path, ignored):
     folder = tmp_path / "run"
-
-    def ignore():
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-    with subprocess.Popen(
-        endless(flags),
-        env=os.environ | CPU,
-        cwd=ROOT,
-        stderr=subprocess.DEVNULL,
-        preexec_fn=ignore if ignored else None,
-    ) as process:
-        wait_for(lambda: has_logged(folder, 1), process)
-        process.send_signal(signal.SIGHUP)
-        if ignored:
-            count = len((folder / "metrics.jsonl").read_text().splitlines())
-            wait_for(lambda: has_logged(folder, count + 3), process)
-            process.terminate()
-        process.wait()
-    assert process.returncode == train_ltd.EXIT_STOPPED
+    line = endless(flags)[2:]
+    process = forks.Process(target=run_without_a_terminal, args=(line, ignored, tmp_path / "said"), daemon=True)
+    process.start()
+    wait_for(lambda: has_logged(folder, 1), process)
+    os.kill(process.pid, signal.SIGHUP)
+    if ignored:
+        count = len((folder / "metrics.jsonl").read_text().splitlines())
+        wait_for(lambda: has_logged(folder, count + 3), process)
+        process.terminate()
+    process.join()
+    assert process.exitcode == train_ltd.EXIT_STOPPED
     assert len(checkpoints(folder)) == 1
+
+
+def run_without_a_terminal(line: list[str], ignored: bool, said: Path) -> None:
+    # Said in both cases: pytest itself may have been started by nohup.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    run_script(line, CPU, said)
 
 
 def test_accelerates_own_dynamo_is_refused(run, monkeypatch):

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from conftest import CPU, HEIGHT, HOUR, NUM_FRAMES, ROOT, STEPS, WIDTH, launch, launcher, write_clip
+from conftest import CPU, HEIGHT, HOUR, NUM_FRAMES, ROOT, STEPS, WIDTH, launch, launch_for_real, launcher, write_clip
 from corpus import NAMES, ffmpeg_frames, metadata_folder
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from helpers import (
@@ -151,7 +151,8 @@ def test_resume_is_bit_identical(run, flags, tmp_path, variant):
 @pytest.mark.slow
 def test_two_processes_equal_accumulation_bitwise(run, flags, tmp_path):
     alone = run(output_dir=tmp_path / "alone", max_train_steps=3, gradient_accumulation_steps=2, logging_steps=1)
-    result = launch(flags(output_dir=tmp_path / "two", max_train_steps=3, logging_steps=1), processes=2)
+    line = flags(output_dir=tmp_path / "two", max_train_steps=3, logging_steps=1)
+    result = launch_for_real(line, processes=2)
     assert result.returncode == 0, result.stderr
     assert "| hardware | 2 x" in (tmp_path / "two/README.md").read_text()
     assert_same(weights(alone, "lora"), weights(tmp_path / "two", "lora"))
@@ -288,9 +289,9 @@ def test_too_few_clips_for_one_update(run):
 
 def test_a_trial_on_the_first_rows(run, prepare, tmp_path):
     """--max_train_samples counts rows of the dataset, before any is encoded."""
-    clips, held_out, _, _ = prepare(max_train_samples=4, validation_fraction=0.25)
+    clips, held_out, _, _ = prepare(max_train_samples=4, validation_fraction=0.25, cache_dir=tmp_path / "cold")
     assert sorted(clip.name for clip in clips + held_out) == ["0.mp4", "1.mp4", "2.mp4", "3.mp4"]
-    assert len(list((tmp_path / "cache/latents").iterdir())) == 4
+    assert len(list((tmp_path / "cold/latents").iterdir())) == 4
     assert len(prepare(max_train_samples=100)[0]) == 7
     card = (run(max_train_samples=4, max_train_steps=1) / "README.md").read_text()
     assert "| clips | 4, and 0 held out |" in card and "| updates | 1 of 1 clips, 4 an epoch |" in card
@@ -359,7 +360,7 @@ def test_what_the_run_will_take_is_said_after_its_first_steps(run, clock, log, m
     assert "11 steps in 1:25:22 (caching 0:11:40, training 0:00:22" in line and "1000 steps 0:33:20" in line
 
 
-def test_what_a_trial_says_of_the_whole_folder(run, clock, log, monkeypatch):
+def test_what_a_trial_says_of_the_whole_folder(run, clock, log, monkeypatch, tmp_path):
     """Three of seven rows, encoded in 30 s: all of them take 70 s."""
 
     def work(*args):
@@ -368,12 +369,12 @@ def test_what_a_trial_says_of_the_whole_folder(run, clock, log, monkeypatch):
 
     strike(monkeypatch, train_ltd, "prepare_data", None, lambda: clock.pass_time(30))
     epochs = {"max_train_steps": None, "num_train_epochs": 5}
-    output = run(work, max_train_samples=3, **epochs)
+    output = run(work, max_train_samples=3, cache_dir=tmp_path / "cold", **epochs)
     estimate = estimate_of(output)
     assert 3600 * estimate["hours"]["caching"] == pytest.approx(70)
     assert (estimate["clips"], estimate["updates_per_epoch"], estimate["steps"]) == (7, 7, 35)
     assert 3600 * estimate["hours"]["training"] == pytest.approx(70)
-    cached = sum(path.stat().st_size for path in (output.parent / "cache/latents").iterdir())
+    cached = sum(path.stat().st_size for path in (tmp_path / "cold/latents").iterdir())
     assert estimate["cache_gib"] == pytest.approx(cached / 3 * 7 / 2**30)
     assert any(line.startswith("computed for all 7 videos from 4 steps of 2 s: 35 steps") for line in log("INFO"))
 
@@ -616,10 +617,19 @@ def losses(folder: Path) -> list[list[float]]:
     return [[row[k] for k in ("loss", "mse", "grad_norm", "val/mse") if k in row] for row in rows]
 
 
-def launch_fsdp(command_line: list[str], file: Path = FSDP_FILE, env: dict | None = None):
+FSDP_SCRIPT = ROOT / "tests/fsdp_ranks.py"
+
+
+def launch_fsdp(command_line: list[str]):
     """Two CPU ranks as `fsdp2.yaml` sets them up."""
+    options = [f"--config_file={FSDP_FILE}", "--num_processes=2"]
+    return launch(command_line, processes=2, script=FSDP_SCRIPT, options=options)
+
+
+def launch_fsdp_for_real(command_line: list[str], file: Path = FSDP_FILE, env: dict | None = None):
+    """The same by `accelerate launch`."""
     command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={file}", "--num_processes=2"]
-    command += ["--main_process_port=0", str(ROOT / "tests/fsdp_ranks.py"), *command_line]
+    command += ["--main_process_port=0", str(FSDP_SCRIPT), *command_line]
     env = CPU | {"PYTHONPATH": str(ROOT)} | (env or {})
     return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=HOUR, cwd=ROOT)
 
@@ -638,7 +648,7 @@ def test_sharded_weights_train_resume_and_publish_as_whole_ones(run, flags, tmp_
     assert result.returncode == 0, result.stderr[-3000:]
     with HubServer(tmp_path / "hub") as hub:
         other = {"push_to_hub": True, "hub_model_id": "tester/sharded", "gradient_checkpointing": "offload"}
-        result = launch_fsdp(flags(output_dir=sharded, **kwargs, **other), env=hub.env())
+        result = launch_fsdp_for_real(flags(output_dir=sharded, **kwargs, **other), env=hub.env())
         assert result.returncode == 0, result.stderr[-3000:]
         published = hub.files("tester/sharded")
     shares = [float(share) for share in re.findall(r"2 ranks, each with ([\d.]+) of a parameter", result.stdout)]
@@ -720,7 +730,7 @@ def test_sharded_files_in_checkpoints_are_refused(flags, tmp_path):
     file = tmp_path / "sharded.yaml"
     text = FSDP_FILE.read_text()
     file.write_text(text.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT"))
-    result = launch_fsdp(flags(), file)
+    result = launch_fsdp_for_real(flags(), file)
     assert result.returncode != 0 and "fsdp_state_dict_type: FULL_STATE_DICT on GPUs is needed" in result.stderr
 
 

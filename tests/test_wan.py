@@ -4,7 +4,6 @@ import importlib.util
 import json
 import shutil
 
-import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,8 +34,8 @@ def test_other_models_are_refused_by_name(run, tiny_wan, tmp_path, file, change,
     shutil.copytree(tiny_wan, copy)
     (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | change))
     with pytest.raises(ValueError, match=message):
-        run(pretrained_model_name_or_path=copy)
-    assert not (tmp_path / "cache").exists()
+        run(pretrained_model_name_or_path=copy, cache_dir=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_i2v_single_file_is_refused(run, tmp_path):
@@ -62,8 +61,8 @@ def test_missing_model_is_named(run):
 def test_sizes_that_the_model_cannot_make_are_refused(run, tmp_path, sizes, message):
     """Before anything is cached: the VAE would drop frames in silence, the patches pixels."""
     with pytest.raises(ValueError, match=message):
-        run(**sizes)
-    assert not (tmp_path / "cache").exists()
+        run(**sizes, cache_dir=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_is_known_of_a_model_is_read_from_its_configs(flags):

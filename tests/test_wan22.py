@@ -125,8 +125,8 @@ def test_held_out_noise_levels_are_shares_of_the_range(flags, tiny_experts, tiny
 
 def test_expert_must_be_named_where_there_are_two(run, tiny_experts, tmp_path):
     with pytest.raises(ValueError, match="has two experts, and a run trains one: give --expert high or --expert low"):
-        run(pretrained_model_name_or_path=tiny_experts)
-    assert not (tmp_path / "cache").exists()
+        run(pretrained_model_name_or_path=tiny_experts, cache_dir=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_expert_is_refused_where_there_is_one_transformer(run, tiny_wan):
@@ -168,8 +168,8 @@ def test_defaults_are_those_of_the_model(flags, tiny_wan, tiny_5b):
 def test_single_file_of_another_family_is_refused_by_its_shape(run, tmp_path, shape):
     save_file({"patch_embedding.weight": torch.zeros(shape)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=re.escape(f"patch_embedding.weight of shape {shape}, for the base's")):
-        run(transformer_path=tmp_path / "other.safetensors")
-    assert not (tmp_path / "cache").exists()
+        run(transformer_path=tmp_path / "other.safetensors", cache_dir=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_folder_of_another_family_is_refused(run, tiny_5b):

@@ -3,13 +3,8 @@
 import gc
 import importlib.util
 import json
-import os
 import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import gallery
@@ -18,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import CPU, launch, run_script, wait_for
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
@@ -30,6 +26,7 @@ import train_ltd
 pytest_plugins = ["browser"]
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "examples/generate.py"
 SIZE = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 2}
 PROMPTS = ["a red square moves", "a <b>bold</b> cat / dog", "<script>window.hacked = 1</script>"]
 
@@ -587,24 +584,12 @@ def test_values_that_are_not_finite_make_no_video(run, make_lora):
         run(lora=[make_lora(1, gain=float("nan"))])
 
 
-def launch(command_line: list[str], processes: int) -> subprocess.Popen:
-    launcher = ["-m", "accelerate.commands.launch", f"--num_processes={processes}", "--num_machines=1"]
-    launcher += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    launcher += ["--multi_gpu"] if processes > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / "examples/generate.py"), *command_line]
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
 @pytest.mark.slow
 def test_two_processes_share_the_videos_and_make_the_same(run, flags, tmp_path):
     alone = run("alone", num_samples=2)
-    process = launch(flags("shared", num_samples=2), 2)
-    try:
-        _, errors = process.communicate(timeout=600)
-    finally:
-        process.terminate()  # the launcher stops its ranks
-    assert process.returncode == 0, errors
+    result = launch(flags("shared", num_samples=2), 2, script=SCRIPT)
+    errors = result.stderr
+    assert result.returncode == 0, errors
     assert "rank 0 of 2: 3 of 6 missing videos" in errors and "rank 1 of 2: 3 of 6 missing videos" in errors
     assert "6/6" in errors  # the bar
     assert record_of(alone) == record_of(tmp_path / "shared")
@@ -615,15 +600,15 @@ def test_two_processes_share_the_videos_and_make_the_same(run, flags, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_leaves_whole_videos_and_goes_on(run, flags, tmp_path):
+def test_a_killed_run_leaves_whole_videos_and_goes_on(run, flags, forks, tmp_path):
     folder, settings = tmp_path / "base", {"num_samples": 30, "num_frames": 33}
-    process = launch(flags(**settings), 1)
-    deadline = time.time() + 300
-    while len(find_videos(folder)) < 2 and process.poll() is None and time.time() < deadline:
-        time.sleep(0.02)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process = forks.Process(
+        target=run_script, args=(flags(**settings), CPU, tmp_path / "said", ROOT, SCRIPT), daemon=True
+    )
+    process.start()
+    wait_for(lambda: len(find_videos(folder)) >= 2, process)
+    process.kill()
+    process.join()
     made = contents(folder)
     assert 2 <= len(made) < 90
     assert all(len(read_video(folder / name)) == 33 for name in made)
