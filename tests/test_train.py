@@ -325,7 +325,7 @@ def test_a_trial_on_the_first_rows_is_shared_by_the_ranks(flags):
     numbers = []
     for rank in range(2):
         reader = train_ltd.ClipReader(args, "train", SimpleNamespace(process_index=rank, num_processes=2))
-        numbers.append([number for (_, number), _ in reader.local_rows()])
+        numbers.append([number for (_, number), _ in reader.rows()])
         assert reader.count() == len(numbers[rank])
     assert numbers == [[0, 2, 4], [1, 3]]
 
