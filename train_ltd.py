@@ -81,6 +81,7 @@ from accelerate import (
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from accelerate.logging import MultiProcessAdapter
 from accelerate.utils import (
+    AutocastKwargs,
     DynamoBackend,
     GradientAccumulationPlugin,
     ProjectConfiguration,
@@ -4422,6 +4423,8 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # ranks wait for each other's encoding and uploads
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else DDP holds the gradients twice
+            # Else bfloat16 copies of all trained weights, each of which is used once, stay until the forward pass ends.
+            AutocastKwargs(cache_enabled=False),
         ],
     )
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
