@@ -4423,7 +4423,7 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # ranks wait for each other's encoding and uploads
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else DDP holds the gradients twice
-            # Else bfloat16 copies of all trained weights, each of which is used once, stay until the forward pass ends.
+            # Else bfloat16 copies of all trained weights stay until the forward pass ends, which uses each once.
             AutocastKwargs(cache_enabled=False),
         ],
     )
