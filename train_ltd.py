@@ -50,7 +50,7 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -81,6 +81,7 @@ from accelerate import (
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from accelerate.logging import MultiProcessAdapter
 from accelerate.utils import (
+    AutocastKwargs,
     DynamoBackend,
     GradientAccumulationPlugin,
     ProjectConfiguration,
@@ -109,7 +110,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.utils.other import get_pattern_key
 from PIL import ExifTags, Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -259,6 +260,7 @@ STATISTICS = (
     "hdr",
     "windows",  # how many clips the video has
 )
+DECODERS = 4  # threads of a rank that read videos, and how many videos wait for the VAE
 DAMAGE = (SafetensorError, ValueError, KeyError, TypeError)  # what reading a damaged cache entry raises
 STATS_WINDOW = 3  # the window of the LTD statistics, whatever --ltd_window, so that runs stay comparable
 MOTION_QUANTILES = (0.5, 0.9)  # of the dataset's LTD: voxels below the first are "static", above the second "motion"
@@ -2034,7 +2036,7 @@ class Video:
 
     order: tuple[int, int]  # shard and row
     name: str
-    captions: list[str]
+    text: str | list | dict | None  # its captions, as the dataset has them
     identity: str = ""
     statistics: list[dict] = field(default_factory=list)  # of its clips, when they are in the cache
     frames: torch.Tensor | None = None  # (clips, F, 3, H, W) uint8, when they are not
@@ -2042,6 +2044,7 @@ class Video:
     facts: ClipFacts | None = None  # of the frames
     reason: str | None = None  # why it cannot be used
     num_frames: int | None = None  # how many frames there were, when they were too few
+    damage: list[str] = field(default_factory=list)  # warnings of its entries in the cache
 
 
 def cache_key(*parts) -> str:
@@ -2070,8 +2073,8 @@ def save_entry(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write a cache entry: beside, then renamed, so that a killed run leaves no half of one."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # machines that share a cache may share a pid
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
-    set_mode(partial)
+    # `save_file` needs `set_mode`, which changes the umask of other threads for a moment.
+    partial.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
     partial.replace(path)
 
 
@@ -2083,15 +2086,18 @@ def set_mode(path: Path) -> None:
         path.chmod(0o666 & ~umask)
 
 
-def load_statistics(path: Path) -> dict | None:
-    """Load the small tensors of an entry, as numbers and lists; `None` when it is absent or damaged."""
+def load_statistics(path: Path, warn: Callable[[str], None]) -> dict | None:
+    """Load the small tensors of an entry, as numbers and lists; `None` when it is absent or damaged.
+
+    Calls `warn` with what is to be said of the damage.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name).tolist() for name in file.keys() if name in STATISTICS}
     except FileNotFoundError:
         return None
     except DAMAGE as error:
-        logger.warning(f"cache entry {path} is damaged and encoded again: {error}", main_process_only=False)
+        warn(f"cache entry {path} is damaged and encoded again: {error}")
         return None
 
 
@@ -2124,11 +2130,8 @@ def latent_statistics(latents: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-class ClipReader(torch.utils.data.IterableDataset):
-    """Reads this rank's rows of a split: the cached statistics, or decoded frames of what is not cached.
-
-    The processes of a `DataLoader` share the rows. A stream is read by one: `datasets` would split it once more.
-    """
+class ClipReader:
+    """Reads this rank's rows of a split: the cached statistics, or decoded frames of what is not cached."""
 
     def __init__(self, args: argparse.Namespace, split: str, accelerator: Accelerator, wan: Wan | None = None):
         self.args = args
@@ -2158,24 +2161,35 @@ class ClipReader(torch.utils.data.IterableDataset):
         rows = min(len(self.dataset), self.args.max_train_samples or len(self.dataset))
         return len(range(self.rank, rows, self.world))
 
-    def __iter__(self) -> Iterator[Video]:
+    def rows(self) -> Iterator[tuple[tuple[int, int], dict]]:
+        """Yield this rank's rows with their place, `(shard, row)`."""
         if self.streaming and self.args.max_train_samples:
-            first_rows = itertools.islice(enumerate(self.dataset), self.args.max_train_samples)
-            rows = (((0, number), row) for number, row in itertools.islice(first_rows, self.rank, None, self.world))
+            first_rows = enumerate(self.dataset)
+            for number, row in itertools.islice(first_rows, self.rank, self.args.max_train_samples, self.world):
+                yield (0, number), row
         elif self.streaming:
-            rows = stream_rows(self.dataset, self.rank, self.world)
+            yield from stream_rows(self.dataset, self.rank, self.world)
         else:
-            rows = self.local_rows()
-        for order, row in rows:
-            yield self.read(order, row)
+            for position in range(self.count()):
+                number = self.rank + position * self.world
+                yield (0, number), self.dataset[number]
 
-    def local_rows(self) -> Iterator[tuple[tuple[int, int], dict]]:
-        """Yield the rows of this rank and loader process with their place, `(0, row)`."""
-        worker = torch.utils.data.get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        for position in range(first, self.count(), step):
-            number = self.rank + position * self.world
-            yield (0, number), self.dataset[number]
+    def read_ahead(self) -> Iterator[Video]:
+        """Yield this rank's videos in the dataset's order, while threads read the next ones.
+
+        Nothing is logged there, so that what is logged has the order of the videos too.
+        """
+        threads = ThreadPoolExecutor(DECODERS)
+        ahead = collections.deque()
+        try:
+            for order, row in self.rows():
+                ahead.append(threads.submit(self.read, order, row))
+                if len(ahead) > DECODERS:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def read(self, order: tuple[int, int], row: dict) -> Video:
         """Read a row. What makes its video unusable is the result's `reason`, and no exception."""
@@ -2184,7 +2198,7 @@ class ClipReader(torch.utils.data.IterableDataset):
         if not isinstance(name, str):
             name = f"row {order}"
         name = printable(name)
-        video = Video(order, name, read_captions(row["text"], name, self.args))
+        video = Video(order, name, row["text"])
         try:
             if row.get("reason"):
                 raise ClipError(row["reason"])
@@ -2240,7 +2254,8 @@ class ClipReader(torch.utils.data.IterableDataset):
         statistics = []
         windows = 1  # how many there are stands in the first entry
         while len(statistics) < windows:
-            entry = load_statistics(Path(self.args.cache_dir, self.entry_path(video, len(statistics))))
+            path = Path(self.args.cache_dir, self.entry_path(video, len(statistics)))
+            entry = load_statistics(path, video.damage.append)
             if entry is None:
                 return []
             windows = entry.pop("windows")
@@ -2293,26 +2308,27 @@ def encode_video(
     video: Video,
     reader: ClipReader,
     args: argparse.Namespace,
-) -> None:
-    """Encode the clips of a video into the cache, and leave their statistics in place of the frames."""
-    entries = []
+) -> dict[Path, dict[str, torch.Tensor]]:
+    """Encode the clips of a video, and leave their statistics in it. Returns the cache entries, by their places."""
+    entries = {}
     for frames in video.frames:
         tensors = encode_clip(vae, frames, reader.with_condition, image_encoder)
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             video.reason = "the VAE returned values that are not finite"
-            return
+            return {}
         entry = latent_statistics(tensors["latents"])
         for name, value in asdict(video.facts).items():
             entry[name] = torch.tensor(value)
         entry["windows"] = torch.tensor(len(video.frames))
         for name, tensor in tensors.items():
             entry[name] = tensor.to(getattr(torch, args.cache_dtype))
-        entries.append(entry)
-    for window, entry in enumerate(entries):
-        save_entry(entry, Path(args.cache_dir, reader.entry_path(video, window)))
+        path = Path(args.cache_dir, reader.entry_path(video, len(entries)))
+        entries[path] = {name: tensor.cpu() for name, tensor in entry.items()}
+    for entry in entries.values():
         statistics = {name: entry[name].tolist() for name in STATISTICS}
         del statistics["windows"]
         video.statistics.append(statistics)
+    return entries
 
 
 def cache_clips(
@@ -2324,39 +2340,50 @@ def cache_clips(
     order.
     """
     reader = ClipReader(args, split, accelerator, wan)
-    workers = 0 if reader.streaming else args.dataloader_num_workers
-    loader = torch.utils.data.DataLoader(reader, batch_size=None, num_workers=workers)
     vae = None
     image_encoder = None
+    encoded = {}  # statistics of what is encoded now, by its identity
+    writes = ()  # of the newest entries
     clips = []
     skipped = []
     progress = tqdm(total=reader.count(), desc=f"caching {split}", unit="video", disable=reader.rank > 0)
-    for video in loader:
-        encodes = video.frames is not None
-        if encodes:
-            if vae is None:
-                logger.info("loading the VAE")
-                vae = load_vae(args, accelerator.device)
-                if reader.with_image_embeds:
-                    image_encoder = load_image_encoder(args, accelerator.device)
-            encode_video(vae, image_encoder, video, reader, args)
+    with contextlib.closing(reader.read_ahead()) as videos, ThreadPoolExecutor(1) as writer:
+        for video in videos:
+            captions = read_captions(video.text, video.name, args)
+            encodes = video.frames is not None
+            if encodes and encoded.get(video.identity):  # a copy, read before the first one was in the cache
+                video.statistics = encoded[video.identity]
+                encodes = False
+            elif video.damage:
+                logger.warning("; ".join(video.damage), main_process_only=False)
+            if encodes:
+                if vae is None:
+                    logger.info("loading the VAE")
+                    vae = load_vae(args, accelerator.device)
+                    if reader.with_image_embeds:
+                        image_encoder = load_image_encoder(args, accelerator.device)
+                entries = encode_video(vae, image_encoder, video, reader, args)
+                encoded[video.identity] = video.statistics
+                list(writes)  # waits for those of the video before, or raises why they could not be written
+                writes = writer.map(save_entry, entries.values(), entries.keys())
             video.frames = None
-        if video.reason:
-            logger.warning(f"skipped {video.name}: {video.reason}", main_process_only=False)
-            skipped.append(video)
-        for window, statistics in enumerate(video.statistics):
-            clip = Clip(
-                order=(*video.order, window),
-                name=f"{video.name}#{window}" if len(video.statistics) > 1 else video.name,
-                captions=video.captions,
-                identity=video.identity,
-                path=reader.entry_path(video, window),
-                bucket=video.bucket,
-                encoded=encodes,
-                **statistics,
-            )
-            clips.append(clip)
-        progress.update()
+            if video.reason:
+                logger.warning(f"skipped {video.name}: {video.reason}", main_process_only=False)
+                skipped.append(video)
+            for window, statistics in enumerate(video.statistics):
+                clip = Clip(
+                    order=(*video.order, window),
+                    name=f"{video.name}#{window}" if len(video.statistics) > 1 else video.name,
+                    captions=captions,
+                    identity=video.identity,
+                    path=reader.entry_path(video, window),
+                    bucket=video.bucket,
+                    encoded=encodes,
+                    **statistics,
+                )
+                clips.append(clip)
+            progress.update()
+        list(writes)
     progress.close()
     del vae, image_encoder
     free_memory()
@@ -2372,7 +2399,11 @@ def cache_captions(args: argparse.Namespace, accelerator: Accelerator, captions:
     identity = model_identity(args, "text_encoder", "tokenizer")
     key = cache_key(CACHE_FORMAT, identity, str(dtype), args.cache_dtype)
     files = {caption: f"text/{cache_key(key, caption)}.safetensors" for caption in sorted(captions)}
-    missing = [caption for caption, file in files.items() if load_statistics(Path(args.cache_dir, file)) is None]
+    missing = [
+        caption
+        for caption, file in files.items()
+        if load_statistics(Path(args.cache_dir, file), logger.warning) is None
+    ]
     accelerator.wait_for_everyone()  # every rank has looked before any writes
     if missing:
         logger.info(f"loading the text encoder, for {len(missing)} captions")
@@ -4392,6 +4423,8 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # ranks wait for each other's encoding and uploads
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else DDP holds the gradients twice
+            # Else bfloat16 copies of all trained weights stay until the forward pass ends, which uses each once.
+            AutocastKwargs(cache_enabled=False),
         ],
     )
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
@@ -5136,6 +5169,10 @@ if __name__ == "__main__":
     sys.stderr = LastingStream(sys.stderr)
     try:
         main(parse_args())
+    except KeyboardInterrupt:
+        # Die of it, at once: an exit in order waits for threads, which may read long videos.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
     except Exception as error:
         message = user_message(error)
         if message is None:

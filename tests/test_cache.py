@@ -1,8 +1,10 @@
 """Clips and captions are encoded once: what is stored, when it is made again, streams, big data, the summary."""
 
+import concurrent.futures
 import contextlib
 import gc
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -11,6 +13,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -395,18 +399,139 @@ def test_windows_are_entries_of_their_own(prepare, log, tmp_path):
         assert encode_counts(log()) == (3, 0) and cache_files(args) == before
 
 
+# --- Reading ahead ---------------------------------------------------------------------------------------------------
+
+
+def slower_at_first(monkeypatch) -> None:
+    """Of videos that are read at once, let the first be ready last: the order of reading is not that of the rows."""
+    read, count = train_ltd.read_clip, itertools.count()
+
+    def function(*args):
+        time.sleep(0.2 * (-next(count) % train_ltd.DECODERS))
+        return read(*args)
+
+    monkeypatch.setattr(train_ltd, "read_clip", function)
+
+
 @pytest.mark.usefixtures("one_text_encoder")
-@pytest.mark.slow
-def test_processes_that_read_ahead_change_nothing(prepare, tmp_path):
-    """Clips, their order, what is skipped and the cache."""
+def test_reading_ahead_changes_nothing(prepare, log, monkeypatch, tmp_path):
+    """Neither clips, cache nor log, nor their order: with damaged videos and entries, copies and long captions."""
     folder = tmp_path / "data"
-    names = [*make_videos(folder, 6), "missing.mp4"]
-    write_metadata(folder, [{"file_name": name, "text": name} for name in names])
-    plain = prepare(train_data_dir=folder, max_skipped=0.5)
-    skipped = (tmp_path / "run/skipped.jsonl").read_text()
-    ahead = prepare(train_data_dir=folder, max_skipped=0.5, dataloader_num_workers=3, cache_dir=tmp_path / "ahead")
-    assert ahead[:3] == plain[:3] and cache_files(ahead[3]) == cache_files(plain[3])
-    assert (tmp_path / "run/skipped.jsonl").read_text() == skipped and "missing.mp4" in skipped
+    names = make_videos(folder, 6)
+    for number in range(3):
+        (folder / f"broken{number}.mp4").write_bytes(b"no video" * (number + 1))
+        shutil.copy(folder / names[number], folder / f"copy{number}.mp4")
+    broken = [f"broken{number}.mp4" for number in range(3)]
+    copies = [f"copy{number}.mp4" for number in range(3)]
+    order = [names[0], broken[0], copies[0], *names[1:3], "missing.mp4", broken[1], *names[3:], *copies[1:], broken[2]]
+    captions = ["long " * 10_000 if name in (names[1], broken[1], names[4]) else name for name in order]
+    write_metadata(folder, [{"file_name": n, "text": t} for n, t in zip(order, captions, strict=True)])
+    results = []
+    for name in ("one by one", "ahead"):
+        with monkeypatch.context() as patch:
+            if name == "one by one":
+                patch.setattr(train_ltd, "ThreadPoolExecutor", AtOnce)
+            else:
+                slower_at_first(patch)
+            kwargs = {"train_data_dir": folder, "max_skipped": 0.5, "cache_dir": tmp_path / name}
+            before = len(log())
+            first = prepare(**kwargs)
+            for clip in first[0][:5]:
+                Path(tmp_path, name, clip.path).write_bytes(b"damaged")
+            second = prepare(**kwargs)
+            messages = [message.replace(str(tmp_path / name), "cache") for message in log()[before:]]
+            results.append((first[:3], second[:3], cache_files(second[3]), messages))
+    assert results[0] == results[1]
+    messages = results[1][3]
+    assert len([message for message in messages if "skipped broken" in message]) == 2 * len(broken)
+    assert len([message for message in messages if "caption cut to" in message and "characters" in message]) == 6
+    assert len([message for message in messages if "is damaged" in message]) == 4  # one of the five is a copy's
+    sums = [message.split("; ")[1] for message in messages if "MiB in" in message]
+    assert sums == ["6 were encoded now", "4 were encoded now"]
+
+
+class AtOnce:
+    """An executor that does everything in its caller, when it is asked."""
+
+    def __init__(self, threads):
+        pass
+
+    def submit(self, function, *args):
+        future = concurrent.futures.Future()
+        future.set_result(function(*args))
+        return future
+
+    def map(self, function, *columns):
+        return list(map(function, *columns))
+
+    def shutdown(self, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.mark.usefixtures("one_text_encoder")
+def test_several_videos_are_read_at_once_and_only_so_many_wait(prepare, monkeypatch, tmp_path):
+    """Also while the VAE encodes, and while the entries of the video before are written."""
+    names = make_videos(tmp_path / "data", 12)
+    write_metadata(tmp_path / "data", [{"file_name": name, "text": "a"} for name in names])
+    together = threading.Barrier(train_ltd.DECODERS, timeout=HOUR)
+    read, encode, write = train_ltd.read_clip, train_ltd.encode_clip, train_ltd.save_entry
+    begun = itertools.count()
+    done = {"read": 0, "encoded": 0, "written": 0}
+    waiting, unwritten = [], []
+    second_is_encoded = threading.Event()
+
+    def read_together(*args):
+        if next(begun) < train_ltd.DECODERS:
+            together.wait()  # raises if the others never come
+        done["read"] += 1
+        return read(*args)
+
+    def count_waiting(*args):
+        time.sleep(0.05)  # in which as many are read as ever will
+        waiting.append(done["read"] - done["encoded"])
+        done["encoded"] += 1
+        unwritten.append(done["encoded"] - done["written"])
+        if done["encoded"] == 2:
+            second_is_encoded.set()
+        return encode(*args)
+
+    def write_late(tensors, path):
+        if path.parent.name == "latents":
+            assert second_is_encoded.wait(HOUR)
+            done["written"] += 1
+        write(tensors, path)
+
+    monkeypatch.setattr(train_ltd, "read_clip", read_together)
+    monkeypatch.setattr(train_ltd, "encode_clip", count_waiting)
+    monkeypatch.setattr(train_ltd, "save_entry", write_late)
+    prepare(train_data_dir=tmp_path / "data")
+    assert done == {"read": 12, "encoded": 12, "written": 12}
+    assert 2 <= max(waiting) <= train_ltd.DECODERS + 1
+    assert max(unwritten) <= 3
+
+
+STUCK = """
+import av, runpy, sys, threading, time
+sys.argv = sys.argv[1:]
+av.open = lambda *args, **kwargs: print("reading", file=sys.stderr, flush=True) or time.sleep(3600)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_does_not_wait_for_videos_that_are_read(flags, tmp_path):
+    command = [sys.executable, "-c", STUCK, str(ROOT / "train_ltd.py"), *flags()]
+    with subprocess.Popen(command, env=os.environ | CPU, stderr=subprocess.PIPE, text=True) as process:
+        assert any("reading" in line for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()  # ends with the process, and not with the videos
+    assert process.returncode == -signal.SIGINT and "Traceback" not in said
 
 
 def test_interrupted_write_leaves_no_entry(prepare, log, monkeypatch, originals, tmp_path):

@@ -20,6 +20,7 @@ import generate
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from conftest import CPU, HEIGHT, HOUR, NUM_FRAMES, ROOT, STEPS, WIDTH, launch, launch_for_real, launcher, write_clip
@@ -42,9 +43,13 @@ from helpers import (
 from hub_server import HubServer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltd_loss
 import train_ltd
+
+needs_torchao = pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="no torchao: pip install torchao")
 
 # The ten sacred tests: whatever else changes, these stay.
 
@@ -326,7 +331,7 @@ def test_a_trial_on_the_first_rows_is_shared_by_the_ranks(flags):
     numbers = []
     for rank in range(2):
         reader = train_ltd.ClipReader(args, "train", SimpleNamespace(process_index=rank, num_processes=2))
-        numbers.append([number for (_, number), _ in reader.local_rows()])
+        numbers.append([number for (_, number), _ in reader.rows()])
         assert reader.count() == len(numbers[rank])
     assert numbers == [[0, 2, 4], [1, 3]]
 
@@ -445,6 +450,42 @@ def test_bf16_trains(run, train_type):
     assert {v.dtype for v in weights(output, train_type).values()} == {torch.float32}
 
 
+class Casts(TorchDispatchMode):
+    """Watches the bfloat16 copies that autocast makes of trained weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies = []  # (storage, bytes)
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        if operator is torch.ops.aten._to_copy.default and args[0].is_leaf and args[0].requires_grad:
+            self.copies.append((StorageWeakRef(result.untyped_storage()), result.nbytes))
+        return result
+
+    def bytes_alive(self) -> int:
+        return sum(size for storage, size in self.copies if not storage.expired())
+
+
+def test_autocast_keeps_no_copies_of_the_blocks_weights(run, monkeypatch):
+    """At the end of the forward pass of a full fine-tune with checkpointing, but still under autocast."""
+    seen = []
+    forward = WanTransformer3DModel.forward
+
+    def watch(self, **kwargs):
+        with Casts() as casts:
+            result = forward(self, **kwargs)
+            in_blocks = sum(p.numel() for p in self.blocks.parameters())
+            outside = sum(p.numel() for p in self.parameters()) - in_blocks
+            seen.append((casts.bytes_alive(), sum(size for _, size in casts.copies), 2 * in_blocks, 2 * outside))
+        return result
+
+    monkeypatch.setattr(WanTransformer3DModel, "forward", watch)
+    run(train_type="full", rank=None, mixed_precision="bf16", max_train_steps=1)
+    for alive, copied, in_blocks, outside in seen:
+        assert copied > 0.9 * in_blocks and alive <= outside < in_blocks
+
+
 def test_learns(run, tmp_path):
     """Plain overfitting: the loss falls well below its start."""
     losses = metrics(
@@ -490,6 +531,97 @@ def test_regional_compile_trains_like_eager(run, tmp_path):
     eager = run(output_dir=tmp_path / "eager")
     assert weights(compiled, "lora").keys() == weights(eager, "lora").keys()
     assert metrics(compiled) == pytest.approx(metrics(eager), rel=1e-4)
+
+
+# --- Switches of memory and speed: the gradients that `main` trains by -----------------------------------------------
+
+PLAIN = {"gradient_checkpointing": "none", "max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 2}
+# How far the gradients of all updates and the last weights may be from those of plain training, as a share of their
+# norm: in float32, and under autocast to bfloat16, whose steps are of 0.4 %
+EXACT = (0, 0)
+ROUNDING = (1e-4, 0.1)
+SWITCHES = {
+    "full": ({"gradient_checkpointing": "full"}, EXACT),
+    "selective": ({"gradient_checkpointing": "selective"}, EXACT),
+    "offload": ({"gradient_checkpointing": "offload"}, EXACT),
+    "native": ({"attention_backend": "native"}, EXACT),
+    "_native_flash": ({"attention_backend": "_native_flash"}, EXACT),
+    "_native_math": ({"attention_backend": "_native_math"}, ROUNDING),
+    "accumulation": ({"train_batch_size": 1, "gradient_accumulation_steps": 2}, ROUNDING),
+    "selective, accumulation, _native_flash": (
+        {
+            "gradient_checkpointing": "selective",
+            "train_batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "attention_backend": "_native_flash",
+        },
+        ROUNDING,
+    ),
+    "int8": ({"quantization": "int8"}, (0.1, 0.1)),  # another base, as far from this one as 8 bits are
+    "compiled": ({"torch_compile": True}, ROUNDING),
+    "compiled, selective": ({"torch_compile": True, "gradient_checkpointing": "selective"}, ROUNDING),
+}
+MARKS = {"int8": [needs_torchao], "compiled": [pytest.mark.slow], "compiled, selective": [pytest.mark.slow]}
+
+
+@pytest.fixture
+def train_and_record(run, monkeypatch):
+    """Function that trains; returns the output folder and the gradients of each update, before they are clipped."""
+    clip = Accelerator.clip_grad_norm_
+
+    def function(**kwargs) -> tuple[Path, list[dict[int, torch.Tensor]]]:
+        updates = []
+
+        def record(self, parameters, *rest):
+            parameters = list(parameters)
+            updates.append(dict(enumerate(p.grad.clone() for p in parameters if p.grad is not None)))
+            return clip(self, parameters, *rest)
+
+        monkeypatch.setattr(Accelerator, "clip_grad_norm_", record)
+        return run(**PLAIN | kwargs), updates
+
+    return function
+
+
+@pytest.fixture(scope="module")
+def plain_runs(tmp_path_factory) -> tuple[Path, dict]:
+    """A folder for the plain runs, and what they returned, by their precision."""
+    return tmp_path_factory.mktemp("plain"), {}
+
+
+def distance(a: dict, b: dict) -> float:
+    """The norm of the difference as a share of the norm, over all tensors together."""
+    assert a.keys() == b.keys()
+    difference = sum((a[name] - b[name]).double().square().sum() for name in b)
+    return (difference / sum(value.double().square().sum() for value in b.values())).sqrt().item()
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("switch", [pytest.param(name, marks=MARKS.get(name, [])) for name in SWITCHES])
+def test_gradients_of_a_switch_are_those_of_plain_training(
+    train_and_record, plain_runs, tmp_path, switch, mixed_precision
+):
+    """Through `main`, from the start and resumed in the middle, where a plain run goes on with the switch."""
+    kwargs, tolerances = SWITCHES[switch]
+    tolerance = tolerances[mixed_precision == "bf16"]
+    kwargs = {"mixed_precision": mixed_precision, "cache_dir": plain_runs[0] / "cache"} | kwargs
+    if mixed_precision not in plain_runs[1]:
+        plain = {"mixed_precision": mixed_precision, "output_dir": plain_runs[0] / mixed_precision}
+        plain_runs[1][mixed_precision] = train_and_record(**plain, cache_dir=kwargs["cache_dir"])
+    plain, wanted = plain_runs[1][mixed_precision]
+    assert len(wanted) == 4 and all(gradient.any() for gradient in wanted[-1].values())
+    switched, found = train_and_record(output_dir=tmp_path / "switched", **kwargs)
+    origin = switched if "quantization" in kwargs else plain  # another base cannot be changed to
+    resumed = tmp_path / "resumed"
+    shutil.copytree(origin / "checkpoint-2", resumed / "checkpoint-2")
+    _, after = train_and_record(output_dir=resumed, resume_from_checkpoint="latest", **kwargs)
+    assert len(found) == 4 and len(after) == 2
+    pairs = list(zip([*found, *after], [*wanted, *wanted[2:]], strict=True))
+    distances = [distance(a, b) for a, b in pairs]
+    distances += [distance(weights(folder), weights(plain)) for folder in (switched, resumed)]
+    assert max(distances) <= tolerance
+    if origin is switched:
+        assert_same(weights(resumed), weights(switched))
 
 
 # --- Other systems ---------------------------------------------------------------------------------------------------
