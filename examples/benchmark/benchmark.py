@@ -624,7 +624,7 @@ def paired_ratio(contender: Contender, bare: Contender, clock: int) -> dict:
 
 
 def calling_function() -> str:
-    """Name the innermost function that is neither torch's nor a clock, with its package or file; or the backward pass."""
+    """Name the innermost function, neither torch's nor a clock's, with its package or file; or the backward pass."""
     frame = sys._getframe(2)
     while frame.f_code.co_filename.startswith(TORCH_FOLDER) or frame.f_code.co_qualname.startswith("Stopwatch."):
         if frame.f_code.co_name == "_engine_run_backward":
