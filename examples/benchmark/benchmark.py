@@ -169,8 +169,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         args.parts = ["sweep"]
     if args.steps < 1 or args.warmup_steps < 1:
         parser.error("--steps and --warmup_steps must be positive: a first step is never typical")
-    if (args.adapter or "bare" in args.parts) and "step" not in args.parts:
-        parser.error("--parts bare and --adapter train on the batches of the part step: add step")
+    compares = "step" in args.parts or "operators" in args.parts
+    if (args.adapter or "bare" in args.parts) and not compares:
+        parser.error("--parts bare and --adapter are compared with the script: add step or operators")
     return args
 
 
