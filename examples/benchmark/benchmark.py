@@ -516,9 +516,9 @@ class Comparison:
         if self.number >= self.warmup:
             contender.inspector.__exit__(None, None, None)
             contender.laps.append(lap)
-        if DEVICE.type == "cuda" and self.number >= self.warmup:
-            contender.peak = max(contender.peak, peak_memory() - of_others / 2**30)
-        elif self.number == 0:
+            if DEVICE.type == "cuda":
+                contender.peak = max(contender.peak, peak_memory() - of_others / 2**30)
+        if DEVICE.type == "cpu" and self.number == 0:
             contender.peak = peak_memory()  # of the process, which no other has raised yet
 
     def after_optimizer(self, optimizer: torch.optim.Optimizer, *_) -> None:
@@ -596,6 +596,8 @@ def summarize(contender: Contender) -> dict:
         medians[label] = np.median([row.get(label, np.zeros(2)) for row in rows], axis=0).tolist()
     result = {label: value[WALL] for label, value in medians.items()}
     result["cpu"] = {label: value[CPU] for label, value in medians.items()}
+    result["wall_seconds"] = [lap["step"][WALL] for lap in contender.laps]
+    result["cpu_seconds"] = [lap["step"][CPU] for lap in contender.laps]
     result["trained_parameters"] = contender.trained_parameters
     result["first_loss"] = float(contender.first_loss)
     result["losses"] = [float(loss) for loss in contender.losses]
@@ -607,8 +609,8 @@ def summarize(contender: Contender) -> dict:
 def paired_ratio(contender: Contender, bare: Contender, clock: int) -> dict:
     """Return the ratio of a step to the bare loop's of the same round, over the measured rounds.
 
-    `interval` holds the true median with a probability of 95 %: it lies between two of the sorted ratios, by the
-    binomial distribution. `of_totals` also counts what a median hides, work that is done once in a while.
+    `interval` holds the true median with a probability of at least 95 %: from one of the sorted ratios to another, by
+    the binomial distribution. `of_totals` also counts what a median hides, work that is done once in a while.
     """
     own = np.array([lap["step"][clock] for lap in contender.laps])
     other = np.array([lap["step"][clock] for lap in bare.laps])

@@ -145,6 +145,7 @@ def test_stopwatch_counts_nested_calls_once(ticking):
     assert summary["seconds_per_step"] == 10 and summary["cpu"]["seconds_per_step"] == 5
     assert (summary["forward"], summary["loss"], summary["backward"], summary["optimizer"]) == (1, 2, 1, 1)
     assert summary["cpu"]["loss"] == 1
+    assert (summary["wall_seconds"], summary["cpu_seconds"]) == ([10], [5])
     assert summary["rest of loop"] == 5
     assert summary["overhead"] == pytest.approx(7 / 10)
 
@@ -173,6 +174,35 @@ def test_interval_of_a_median_holds_it_as_often_as_it_says():
         low, high = benchmark.paired_ratio(own, bare, benchmark.WALL)["interval"]
         held += low <= math.log(2) <= high
     assert 930 <= held <= 985
+
+
+def test_peak_on_a_gpu_is_without_what_others_keep(monkeypatch, flags, tmp_path):
+    """The script keeps 3 GiB and the other 5; in their steps they take 2 and 4 more. Caching took 50."""
+    allocated = {"now": 0, "peak": 0}
+    monkeypatch.setattr(benchmark, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(benchmark, "now", lambda: np.zeros(2))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: allocated["now"] * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: allocated["peak"] * 2**30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: allocated.update(peak=allocated["now"]))
+    settings = settings_for(flags, tmp_path)
+    comparison = benchmark.Comparison(settings, {"other": None}, warmup=1, steps=1)
+    kept = {benchmark.SCRIPT: 3, "other": 5}
+    for number, name in [
+        (0, benchmark.SCRIPT),
+        (1, "other"),
+        (1, benchmark.SCRIPT),
+        (2, benchmark.SCRIPT),
+        (2, "other"),
+    ]:
+        comparison.begin_step(number, name)
+        if number == 0 or (number, name) == (1, "other"):  # it is built
+            allocated["now"] += kept[name]
+        allocated["peak"] = allocated["now"] + (50 if number == 0 else kept[name] - 1)
+        comparison.end_step()
+    assert {name: contender.peak for name, contender in comparison.contenders.items()} == {
+        "train_ltd.py": 5,
+        "other": 9,
+    }
 
 
 def test_turns_are_drawn_anew_in_each_round():
