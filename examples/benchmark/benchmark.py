@@ -12,18 +12,27 @@ Wan2.1-I2V-14B, with a CLIP of two layers. What is timed is the script itself: i
 the library calls that it makes and around the loss that it is given, and is stopped after the last measured step. On a
 GPU each clock waits for the GPU.
 
+What is compared takes turns: in each round everyone makes one step, in random order, between two steps of the script's
+own loop. So a machine that is busy is busy for all. What is told is the ratio to the bare loop of the same round: its
+median, its quartiles, and an interval that holds the true median 95 times in 100; by the wall clock, and by the
+seconds that the CPUs spent on this process, which others on the machine lengthen less. All models lie in memory at
+once; where that is too much, measure `--parts step` alone.
+
 The parts (`--parts`):
     step   the script: forward, loss, backward, clipping, optimizer, data wait; useful FLOP/s, memory
     bare   the same weights, batches and targets in a loop of a dozen lines, and in other trainers (below)
+    operators  torch's operators in a step of each, and the functions that call them: what the time goes to on a CPU
     ltd    `ltd_loss` against `F.mse_loss`, eager and compiled, beside one read of its inputs at memory bandwidth
     cache  decoding, VAE and text encoder a clip; the VAE in bfloat16 against float32
     start  seconds from the call of the script to the end of its first step, without and with a cache
     profile  what the device's time in one step goes to, by kind of kernel, and its longest kernels
 
-`--adapter file.py` compares another trainer. The file defines a class `Trainer` with the two methods of `BareLoop`:
+`--adapter file.py` compares another trainer. The file defines a class `Trainer` as `BareLoop` is one:
 `__init__(settings)`, where `settings` are the flags of `train_ltd.py` and `settings.pretrained_model_name_or_path` is
-the folder with the weights, and `step(batch)`, which makes one update on `batch`, the CPU tensors `latents`, `noise`,
-`sigmas` and `prompt_embeds`, and returns the loss before it. With `--loss mse` the first losses must be equal.
+the folder with the weights; `model`, the module whose forward pass is to have a clock; and `step(batch)`, which makes
+one update on `batch`, the CPU tensors `latents`, `noise`, `sigmas` and `prompt_embeds`, and returns the loss before.
+An adapter that fails is named with its error, and the others go on. If all train the same, their first losses, plain
+MSE on the first batch, and their numbers of trained parameters are equal.
 """
 
 import argparse
@@ -36,6 +45,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import resource
 import runpy
@@ -47,14 +57,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.training_utils import free_memory
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
@@ -71,6 +84,7 @@ from ltd_loss import ltd_loss
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NANO = ROOT / "examples/nano/wan-nano"
 SHAPES = {
+    "tiny": PRESETS["tiny"],
     "nano": PRESETS["small"] | {"num_attention_heads": 6, "attention_head_dim": 32},
     "1.3b": PRESETS["1.3b"],
     "14b": PRESETS["1.3b"] | {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824},
@@ -87,6 +101,7 @@ SHAPES = {
 SHAPES["a14b"] = SHAPES["14b"]  # each of its two experts
 SHAPES["i2v-14b"] = SHAPES["14b"] | FORMS["i2v-14b"]
 SIZES = {  # frames, height, width: what Wan's own configurations sample
+    "tiny": (9, 32, 48),
     "nano": (33, 96, 96),
     "1.3b": (81, 480, 832),
     "14b": (81, 480, 832),
@@ -98,13 +113,18 @@ NUM_CLIPS = 4
 TEXT_TOKENS = 512  # that Wan pads a caption to
 IMAGE_TOKENS = 257  # of CLIP, for Wan2.1 I2V
 LTD_SHAPES = [(1, 16, 21, 60, 104), (1, 16, 21, 90, 160), (4, 16, 21, 60, 104)]  # 480p, 720p and four clips; 81 frames
-PARTS = ["step", "bare", "ltd", "cache", "start", "profile"]
+TINY_LTD_SHAPES = [(1, 16, 3, 4, 6)]  # of the model tiny
+PACKAGES = ("torch", "diffusers", "accelerate", "peft", "transformers", "torchao", "bitsandbytes", "flash-attn-4")
+PARTS = ["step", "bare", "operators", "ltd", "cache", "start", "profile"]
 SWEEP = [
     "gradient_checkpointing=none,selective,full,offload",
     "attention_backend=native,_native_cudnn",
     "torch_compile=false,true",
     "train_batch_size=1,2",
 ]
+SCRIPT = "train_ltd.py"
+BARE = "bare loop"
+WALL, CPU = 0, 1  # the two clocks
 WORK = ["forward", "backward", "clipping", "optimizer"]
 LABELS = [*WORK, "data wait", "loss", "rest of loop"]  # seconds each
 KERNELS = {  # kind -> pattern of a kernel's name, the first that fits
@@ -112,6 +132,20 @@ KERNELS = {  # kind -> pattern of a kernel's name, the first that fits
     "matrix products": "gemm|nvjet|cutlass|mm$",
     "copies": "memcpy|memset",
 }
+# Pattern of a GPU's name, the first that fits -> dense bf16 FLOP/s of its data sheet
+DATA_SHEETS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100|H200|GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+BACKWARD = "backward pass"
+MODEL_PACKAGES = ("diffusers:", "peft:")
+PRODUCTS = re.compile(r"mm|convolution|scaled_dot_product")  # operators that are matrix products
+TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -119,10 +153,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--model", choices=SHAPES, default="nano", help="shape of the model; nano is for CPUs")
-    add("--parts", nargs="+", choices=PARTS, default=PARTS[:3], help="what to measure (default: step bare ltd)")
-    add("--steps", type=int, default=20, help="measured steps, of which medians are given")
-    add("--warmup_steps", type=int, default=3, help="steps before them")
+    add("--model", choices=SHAPES, default="nano", help="shape of the model; nano is for CPUs, tiny for tests")
+    parts = ["step", "bare", "ltd"]
+    add("--parts", nargs="+", choices=PARTS, default=parts, help=f"what to measure (default: {' '.join(parts)})")
+    add("--steps", type=int, default=20, help="measured rounds, of which medians are given")
+    add("--warmup_steps", type=int, default=3, help="rounds before them")
     add("--adapter", action="append", default=[], help="Python file with another trainer; repeatable")
     what = f"time all combinations of flags of train_ltd.py, the best at the end (default: {' '.join(SWEEP)})"
     add("--sweep", nargs="*", metavar="FLAG=VALUE,VALUE", help=what)
@@ -134,8 +169,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         args.parts = ["sweep"]
     if args.steps < 1 or args.warmup_steps < 1:
         parser.error("--steps and --warmup_steps must be positive: a first step is never typical")
-    if (args.adapter or "bare" in args.parts) and "step" not in args.parts:
-        parser.error("--parts bare and --adapter train on the batches of the part step: add step")
+    compares = "step" in args.parts or "operators" in args.parts
+    if (args.adapter or "bare" in args.parts) and not compares:
+        parser.error("--parts bare and --adapter are compared with the script: add step or operators")
     return args
 
 
@@ -154,9 +190,9 @@ def build_pipeline(args: argparse.Namespace) -> Path:
     build_small_wan(partial, **shape | {"num_layers": 1})
     config = json.loads((partial / "transformer/config.json").read_text())
     config["num_layers"] = shape["num_layers"]
-    dtype = torch.bfloat16  # 28 GB of disk for 14B, not 57
+    # bfloat16: 28 GB of disk for 14B, not 57
+    dtype = torch.float32 if args.model in ("tiny", "nano") else torch.bfloat16
     if args.model == "nano":
-        dtype = torch.float32
         if (NANO / "transformer/config.json").is_file():
             config = json.loads((NANO / "transformer/config.json").read_text())
         if (NANO / "vae").is_dir():
@@ -249,37 +285,35 @@ def parse_settings(flags: list[str]) -> argparse.Namespace:
 # --- Clocks ----------------------------------------------------------------------------------------------------------
 
 
-class Enough(Exception):
-    """Ends the script's run after the last measured step."""
-
-
 class Stopwatch:
-    """Takes the seconds in each labelled call without those in labelled calls inside it.
+    """Takes the seconds, by both clocks, in each labelled call without those in labelled calls inside it."""
 
-    A step ends with the optimizer's. Of `compute_loss`, the script's loss, it keeps the batches and losses.
-    """
-
-    def __init__(self, warmup: int = 0, steps: int = 0, profiler: torch.profiler.profile | None = None):
-        self.warmup = warmup
-        self.wanted = warmup + steps
-        self.profiler = profiler
+    def __init__(self):
         self.open = []  # label, start and seconds in inner calls, of each call that has not ended
-        self.spans = []  # label, end and seconds, of each call that has
-        self.batches = []
-        self.losses = []
+        self.begin_lap()
+
+    def begin_lap(self) -> None:
+        """Forget what was taken, and start the clock of all that follows."""
+        self.seconds = {}
+        self.started = now()
+
+    def lap(self) -> dict[str, np.ndarray]:
+        """Return the seconds of each label since `begin_lap`, and of all, `step`, without the benchmark's own work."""
+        seconds = dict(self.seconds)
+        seconds["step"] = now() - self.started - seconds.pop("benchmark", 0)
+        return seconds
 
     def start(self, label: str, *_) -> None:
-        """Start a clock; also a hook of the optimizer, whose arguments are ignored."""
-        self.open.append([label, now(), 0.0])
+        """Start a clock; also a hook of modules and optimizers, whose arguments are ignored."""
+        self.open.append([label, now(), 0])
 
     def stop(self, *_) -> None:
-        """Stop the clock that was started last."""
-        ended = now()
+        """Stop the clock that was started last; also a hook."""
         label, started, inside = self.open.pop()
-        elapsed = ended - started
+        elapsed = now() - started
         if self.open:
             self.open[-1][2] += elapsed
-        self.spans.append((label, ended, elapsed - inside))
+        self.seconds[label] = self.seconds.get(label, 0) + elapsed - inside
 
     @contextlib.contextmanager
     def measure(self, label: str) -> Iterator[None]:
@@ -316,66 +350,12 @@ class Stopwatch:
             stack.callback(register_optimizer_step_post_hook(self.stop).remove)
             yield
 
-    def compute_loss(
-        self,
-        prediction: torch.Tensor,
-        target: torch.Tensor,
-        batch: dict[str, torch.Tensor],
-        args: argparse.Namespace,
-    ) -> torch.Tensor:
-        """Compute the script's own loss, and keep it and the batch. Raises `Enough` after the last measured step.
 
-        From the loss of the first measured step on, memory's peak counts and the profile is taken.
-        """
-        if len(self.batches) == self.wanted:
-            raise Enough
-        with self.measure("benchmark"):
-            if len(self.batches) == self.warmup:
-                reset_peak_memory()
-                if self.profiler:
-                    self.profiler.start()
-            self.batches.append({name: value.cpu() for name, value in batch.items() if torch.is_tensor(value)})
-        with self.measure("loss"):
-            loss = train_ltd.compute_loss(prediction, target, batch, args)
-        self.losses.append(loss.detach())
-        return loss
-
-    def measured_steps(self) -> list[dict[str, float]]:
-        """Sum each label's seconds a measured step, and what is left of it."""
-        steps = []
-        previous_end = 0.0
-        step = {}
-        number = 0
-        for label, ended, elapsed in self.spans:
-            step[label] = step.get(label, 0.0) + elapsed
-            if label != "optimizer":
-                continue
-            if number >= self.warmup:
-                total = ended - previous_end - step.pop("benchmark", 0.0)
-                work = sum(step.get(name, 0.0) for name in WORK)
-                step["rest of loop"] = total - sum(step.values())
-                step["seconds_per_step"] = total
-                step["overhead"] = 1 - work / total
-                steps.append(step)
-            previous_end = ended
-            step = {}
-            number += 1
-        return steps
-
-    def summary(self) -> dict:
-        """Return medians over the measured steps: seconds of a step and of each label, overhead as a share of it."""
-        steps = self.measured_steps()
-        medians = {}
-        for label in steps[0]:
-            medians[label] = statistics.median(step.get(label, 0.0) for step in steps)
-        return medians | {"losses": [float(loss) for loss in self.losses]}
-
-
-def now() -> float:
-    """Return the time in seconds, when the GPU has done all that was asked of it."""
+def now() -> np.ndarray:
+    """Return the seconds of the wall clock and of this process's CPUs, when the GPU has done all that it was asked."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def reset_peak_memory() -> None:
@@ -431,24 +411,255 @@ class BareLoop:
         return loss.detach()
 
 
-def time_script(settings: argparse.Namespace, warmup: int, steps: int, profiler=None) -> Stopwatch:
-    """Run `train_ltd.main()` up to the last measured step."""
-    watch = Stopwatch(warmup, steps, profiler)
-    with tempfile.TemporaryDirectory() as folder, watch.installed(), contextlib.suppress(Enough):
-        args = argparse.Namespace(**vars(settings) | {"output_dir": folder})
-        train_ltd.main(args, compute_loss=watch.compute_loss)
-    return watch
+def load_adapter(path: str, settings: argparse.Namespace):
+    """Build the `Trainer` of a file."""
+    return runpy.run_path(path)["Trainer"](settings)
 
 
-def time_trainer(trainer, batches: list[dict], warmup: int) -> Stopwatch:
-    """Run an adapter's `Trainer`, or `BareLoop`, on recorded batches."""
-    watch = Stopwatch(warmup)
-    with watch.installed():
-        for number, batch in enumerate(batches):
-            if number == warmup:
-                reset_peak_memory()
-            watch.losses.append(trainer.step(batch))
-    return watch
+def find_trainers(args: argparse.Namespace) -> dict[str, Callable]:
+    """Return what is compared with the script: name -> function that builds it from the script's settings."""
+    trainers = {}
+    if "bare" in args.parts:
+        trainers[BARE] = BareLoop
+    for path in args.adapter:
+        trainers[Path(path).stem] = functools.partial(load_adapter, path)
+    return trainers
+
+
+def draw_turns(names: list[str], rounds: int, seed: int) -> list[tuple[int, str]]:
+    """Draw each round's order. In the first the script is alone: the others train on the batch of the round before."""
+    generator = random.Random(seed)
+    turns = [(0, SCRIPT)]
+    for number in range(1, rounds):
+        order = list(names)
+        generator.shuffle(order)
+        turns += [(number, name) for name in order]
+    return turns
+
+
+@dataclass
+class Contender:
+    """A trainer, and what was measured of it."""
+
+    build: Callable | None = None  # of the script there is nothing to build: it runs
+    trainer: object = None
+    laps: list[dict[str, np.ndarray]] = field(default_factory=list)  # of the measured rounds: label -> seconds
+    losses: list[torch.Tensor] = field(default_factory=list)
+    first_loss: torch.Tensor | None = None  # plain MSE
+    trained_parameters: int = 0
+    held: int = 0  # bytes of the GPU that it keeps between its steps
+    peak: float = 0.0  # GiB of the GPU, without what others keep
+    inspector: contextlib.AbstractContextManager | None = None  # around its last step
+    error: str = ""
+
+
+class Enough(Exception):
+    """Ends the script's run after the last round."""
+
+
+class Comparison:
+    """Runs the script's `main()`, and the others in turn between two steps of its loop.
+
+    A step of the script ends with its optimizer's. `inspect` makes a context manager for each measured step.
+    """
+
+    def __init__(
+        self,
+        settings: argparse.Namespace,
+        trainers: dict[str, Callable],
+        warmup: int,
+        steps: int,
+        inspect: Callable = contextlib.nullcontext,
+    ):
+        self.settings = settings
+        self.inspect = inspect
+        self.contenders = {SCRIPT: Contender()}
+        for name, build in trainers.items():
+            self.contenders[name] = Contender(build)
+        self.warmup = warmup + bool(trainers)
+        turns = draw_turns(list(self.contenders), self.warmup + steps, settings.seed)
+        self.turns = iter(turns)
+        self.batches = []
+        self.watch = Stopwatch()
+
+    def run(self) -> dict[str, Contender]:
+        """Run all rounds; no model is left afterwards."""
+        with tempfile.TemporaryDirectory() as folder, self.watch.installed():
+            hook = register_optimizer_step_post_hook(self.after_optimizer)  # after the clock's own
+            args = argparse.Namespace(**vars(self.settings) | {"output_dir": folder})
+            self.begin_step(*next(self.turns))
+            with contextlib.suppress(Enough):
+                train_ltd.main(args, compute_loss=self.compute_loss)
+            hook.remove()
+        for contender in self.contenders.values():
+            contender.trainer = None
+        free_memory()
+        return self.contenders
+
+    def begin_step(self, number: int, name: str) -> None:
+        """Start a contender's clock in a round, and forget the memory's peak."""
+        self.number = number
+        self.name = name
+        if number >= self.warmup:
+            self.contenders[name].inspector = self.inspect()
+            self.contenders[name].inspector.__enter__()
+        self.memory = torch.cuda.memory_allocated()
+        reset_peak_memory()
+        self.watch.begin_lap()
+
+    def end_step(self) -> None:
+        """Keep what a step took."""
+        lap = self.watch.lap()
+        contender = self.contenders[self.name]
+        of_others = self.memory - contender.held
+        contender.held += torch.cuda.memory_allocated() - self.memory
+        if self.number >= self.warmup:
+            contender.inspector.__exit__(None, None, None)
+            contender.laps.append(lap)
+            if DEVICE.type == "cuda":
+                contender.peak = max(contender.peak, peak_memory() - of_others / 2**30)
+        if DEVICE.type == "cpu" and self.number == 0:
+            contender.peak = peak_memory()  # of the process, which no other has raised yet
+
+    def after_optimizer(self, optimizer: torch.optim.Optimizer, *_) -> None:
+        """Let the others make their steps once the script has made one: a hook of the optimizers of all.
+
+        Raises `Enough` after the last turn.
+        """
+        trained = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+        self.contenders[self.name].trained_parameters = trained
+        if self.name != SCRIPT:
+            return
+        self.end_step()
+        for number, name in self.turns:
+            if name == SCRIPT:
+                self.begin_step(number, name)
+                return
+            if not self.contenders[name].error:
+                self.step_of_other(number, name)
+        raise Enough
+
+    def step_of_other(self, number: int, name: str) -> None:
+        """Let another trainer make its step on the batch of the round before; if it fails, it is out."""
+        contender = self.contenders[name]
+        try:
+            self.begin_step(number, name)
+            if not contender.trainer:
+                contender.trainer = contender.build(copy.copy(self.settings))
+                clock = functools.partial(self.watch.start, "forward")
+                contender.trainer.model.register_forward_pre_hook(clock)
+                contender.trainer.model.register_forward_hook(self.watch.stop)
+            contender.losses.append(contender.trainer.step(self.batches[number - 1]))
+            contender.first_loss = contender.losses[0]
+            self.end_step()
+        except (Exception, SystemExit) as error:  # whatever another trainer does must not end the others
+            contender.error = f"{type(error).__name__}: {error}"
+            print(f"{name} is out of the comparison, in round {number}: {contender.error}", flush=True)
+            contender.trainer = None
+            if contender.inspector:
+                contender.inspector.__exit__(None, None, None)
+            self.watch.open.clear()
+            free_memory()
+
+    def compute_loss(
+        self,
+        prediction: torch.Tensor,
+        target: torch.Tensor,
+        batch: dict[str, torch.Tensor],
+        args: argparse.Namespace,
+    ) -> torch.Tensor:
+        """Compute the script's own loss, and keep it and the batch."""
+        script = self.contenders[SCRIPT]
+        with self.watch.measure("benchmark"):
+            self.batches.append({name: value.cpu() for name, value in batch.items() if torch.is_tensor(value)})
+            if script.first_loss is None:
+                script.first_loss = mse_loss(prediction.detach(), target, batch["latents"])
+        with self.watch.measure("loss"):
+            loss = train_ltd.compute_loss(prediction, target, batch, args)
+        script.losses.append(loss.detach())
+        return loss
+
+
+def summarize(contender: Contender) -> dict:
+    """Return medians over the measured steps: seconds of a step and of each label, overhead as a share of a step."""
+    if contender.error:
+        return {"error": contender.error}
+    rows = []
+    for lap in contender.laps:
+        row = {label: value for label, value in lap.items() if label != "step"}
+        row["rest of loop"] = lap["step"] - sum(row.values())
+        row["seconds_per_step"] = lap["step"]
+        row["overhead"] = 1 - sum(row.get(label, 0) for label in WORK) / lap["step"]
+        rows.append(row)
+    medians = {}
+    for label in rows[0]:
+        medians[label] = np.median([row.get(label, np.zeros(2)) for row in rows], axis=0).tolist()
+    result = {label: value[WALL] for label, value in medians.items()}
+    result["cpu"] = {label: value[CPU] for label, value in medians.items()}
+    result["wall_seconds"] = [lap["step"][WALL] for lap in contender.laps]
+    result["cpu_seconds"] = [lap["step"][CPU] for lap in contender.laps]
+    result["trained_parameters"] = contender.trained_parameters
+    result["first_loss"] = float(contender.first_loss)
+    result["losses"] = [float(loss) for loss in contender.losses]
+    if contender.peak:
+        result["peak_memory_gib"] = contender.peak
+    return result
+
+
+def paired_ratio(contender: Contender, bare: Contender, clock: int) -> dict:
+    """Return the ratio of a step to the bare loop's of the same round, over the measured rounds.
+
+    `interval` holds the true median with a probability of at least 95 %: from one of the sorted ratios to another, by
+    the binomial distribution. `of_totals` also counts what a median hides, work that is done once in a while.
+    """
+    own = np.array([lap["step"][clock] for lap in contender.laps])
+    other = np.array([lap["step"][clock] for lap in bare.laps])
+    ratios = np.sort(own / other)
+    half = 0.98 * math.sqrt(len(ratios))
+    low = max(math.floor(len(ratios) / 2 - half), 0)
+    high = min(math.ceil(len(ratios) / 2 + half), len(ratios) - 1)
+    return {
+        "median": float(np.median(ratios)),
+        "quartiles": np.quantile(ratios, (0.25, 0.75)).tolist(),
+        "interval": [float(ratios[low]), float(ratios[high])],
+        "of_totals": float(own.sum() / other.sum()),
+    }
+
+
+def calling_function() -> str:
+    """Name the innermost function, neither torch's nor a clock's, with its package or file; or the backward pass."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_filename.startswith(TORCH_FOLDER) or frame.f_code.co_qualname.startswith("Stopwatch."):
+        if frame.f_code.co_name == "_engine_run_backward":
+            return BACKWARD
+        frame = frame.f_back
+    path = Path(frame.f_code.co_filename)
+    place = path.stem
+    if "site-packages" in path.parts:
+        place = path.parts[path.parts.index("site-packages") + 1]
+    return f"{place}: {frame.f_code.co_qualname}"
+
+
+class OperatorCounter(TorchDispatchMode):
+    """Counts the operators that reach the device, with their CPU seconds, by the function that called them."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = {}  # function, operator -> calls, seconds
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        started = time.process_time()
+        result = operator(*args, **(kwargs or {}))
+        elapsed = time.process_time() - started
+        row = self.rows.setdefault((calling_function(), str(operator)), np.zeros(2))
+        row += (1, elapsed)
+        return result
+
+    def total(self, kept: Callable = lambda function, operator: True) -> dict:
+        """Return the calls and seconds of the rows that `kept(function, operator)` keeps."""
+        rows = [row for key, row in self.rows.items() if kept(*key)]
+        calls, elapsed = sum(rows, np.zeros(2))
+        return {"calls": int(calls), "seconds": float(elapsed)}
 
 
 # --- What the hardware could do --------------------------------------------------------------------------------------
@@ -524,6 +735,15 @@ def matmul_peak(dtype: torch.dtype) -> float:
     return 2 * size**3 / seconds("a @ b", a=a, b=b)
 
 
+def data_sheet_peak() -> float | None:
+    """Return the dense bf16 FLOP/s that the GPU's maker states, if it is one of those in the table."""
+    if DEVICE.type == "cuda":
+        for pattern, peak in DATA_SHEETS.items():
+            if re.search(pattern, torch.cuda.get_device_name()):
+                return peak
+    return None
+
+
 def memory_bandwidth() -> float:
     """Measure the bytes a second, read and written, of a copy that fits no cache."""
     a = torch.ones(2**28 if DEVICE.type == "cuda" else 2**26, device=DEVICE)
@@ -552,46 +772,123 @@ def peak_bytes(function: Callable, *args) -> int:
 
 def measure_steps(args: argparse.Namespace, settings: argparse.Namespace) -> dict:
     """Measure the parts `step` and `bare`: the script and other loops, and the peaks that they are held against."""
-    watch = time_script(settings, args.warmup_steps, args.steps)
-    results = {"train_ltd.py": watch.summary() | {"peak_memory_gib": peak_memory()}}
-    trainers = {}
-    if "bare" in args.parts:
-        trainers["bare loop"] = BareLoop
-    for path in args.adapter:
-        trainers[Path(path).stem] = runpy.run_path(path)["Trainer"]
-    for name, trainer in trainers.items():
-        free_memory()
-        results[name] = time_trainer(trainer(copy.copy(settings)), watch.batches, args.warmup_steps).summary()
-        if DEVICE.type == "cuda":  # on a CPU the peak is the process's, hence that of whatever ran before
-            results[name]["peak_memory_gib"] = peak_memory()
-
-    shape = watch.batches[0]["latents"].shape
+    comparison = Comparison(settings, find_trainers(args), args.warmup_steps, args.steps)
+    contenders = comparison.run()
+    shape = comparison.batches[0]["latents"].shape
     flops = training_flops(settings, shape)
-    peaks = {"bfloat16": matmul_peak(torch.bfloat16), "float32": matmul_peak(torch.float32)}
-    peak = peaks["bfloat16" if settings.mixed_precision == "bf16" else "float32"]
-    for result in results.values():
+    dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
+    peak = matmul_peak(dtype)
+    sheet = data_sheet_peak() if dtype == torch.bfloat16 else None
+    results = {}
+    for name, contender in contenders.items():
+        result = summarize(contender)
+        results[name] = result
+        if contender.error:
+            continue
         elapsed = result["seconds_per_step"]
         result["clips_per_second"] = shape[0] / elapsed
         result["tflops"] = flops["useful"] / elapsed / 1e12
         result["mfu"] = flops["useful"] / elapsed / peak
         result["hfu"] = flops["hardware"] / elapsed / peak
-    return {"results": results, "latents": list(shape), "flops": flops, "matmul_flops_per_second": peaks}
+        if sheet:
+            result["mfu_of_data_sheet"] = flops["useful"] / elapsed / sheet
+        bare = contenders.get(BARE)
+        if bare and not bare.error and name != BARE:
+            ratios = {"wall": paired_ratio(contender, bare, WALL), "cpu": paired_ratio(contender, bare, CPU)}
+            result["ratio_to_bare_loop"] = ratios
+    return {
+        "results": results,
+        "rounds": args.steps,
+        "latents": list(shape),
+        "flops": flops,
+        "matmul_flops_per_second": peak,
+        "data_sheet_flops_per_second": sheet,
+    }
 
 
 def print_steps(step: dict) -> None:
-    """Print a column a loop."""
-    formats = dict.fromkeys(["seconds_per_step", *LABELS], "{:.5f}")
-    formats |= dict.fromkeys(["overhead", "mfu", "hfu"], "{:.1%}")
+    """Print a column a loop, then the ratios to the bare loop, and what failed."""
+    formats = dict.fromkeys(["seconds_per_step", *LABELS, "first_loss"], "{:.5f}")
+    formats |= dict.fromkeys(["overhead", "mfu", "mfu_of_data_sheet", "hfu"], "{:.1%}")
     formats |= dict.fromkeys(["clips_per_second", "tflops", "peak_memory_gib"], "{:.3f}")
-    print(" " * 20, *(f"{name:>15}" for name in step["results"]))
+    formats["trained_parameters"] = "{:,}"
+    results = step["results"]
+    print(" " * 20, *(f"{name:>15}" for name in results))
     for row, text in formats.items():
         cells = []
-        for result in step["results"].values():
+        for result in results.values():
             cell = text.format(result[row]) if row in result else "-"
             cells.append(f"{cell:>15}")
         print(f"{row:20}", *cells)
-    peaks = {name: round(flops / 1e12, 3) for name, flops in step["matmul_flops_per_second"].items()}
-    print("TFLOP/s of a large matrix product:", peaks)
+    print(f"TFLOP/s of a large matrix product: {step['matmul_flops_per_second'] / 1e12:.3f}")
+    for name, result in results.items():
+        if "error" in result:
+            print(f"{name} failed: {result['error']}")
+        for clock, ratio in result.get("ratio_to_bare_loop", {}).items():
+            interval = "{:.4f}-{:.4f}".format(*ratio["interval"])
+            quartiles = "{:.4f}-{:.4f}".format(*ratio["quartiles"])
+            print(
+                f"{name} / {BARE}, {clock}: median of {step['rounds']} rounds {ratio['median']:.4f} "
+                f"(95 %: {interval}), quartiles {quartiles}, of totals {ratio['of_totals']:.4f}"
+            )
+
+
+def measure_operators(args: argparse.Namespace, settings: argparse.Namespace) -> dict:
+    """Measure the part `operators`: of one step of each contender, what calls how many operators for how long."""
+    contenders = Comparison(settings, find_trainers(args), 1, 1, OperatorCounter).run()
+    results = {}
+    for name, contender in contenders.items():
+        results[name] = {"error": contender.error} if contender.error else summarize_operators(contender.inspector)
+    return results
+
+
+def summarize_operators(counter: OperatorCounter) -> dict:
+    """Return calls and CPU seconds: of all, of the model, of the functions and the operators, the longest first.
+
+    The model is the code in diffusers and peft, recomputation included; the backward pass has no functions, only
+    operators. Matrix products and attention are counted apart from the rest.
+    """
+    result = {
+        "all": counter.total(),
+        "model": counter.total(lambda function, operator: function.startswith(MODEL_PACKAGES)),
+        "backward": counter.total(lambda function, operator: function == BACKWARD),
+        "products": counter.total(lambda function, operator: bool(PRODUCTS.search(operator))),
+    }
+    functions = {}
+    operators = {}
+    for key in counter.rows:
+        function, operator = key
+        if PRODUCTS.search(operator):
+            continue
+        functions[function] = counter.total(lambda f, o, wanted=function: f == wanted and not PRODUCTS.search(o))
+        operators[operator] = counter.total(lambda f, o, wanted=operator: o == wanted)
+    result["functions_without_products"] = longest_first(functions)
+    result["operators_without_products"] = longest_first(operators)
+    return result
+
+
+def longest_first(rows: dict[str, dict]) -> dict[str, dict]:
+    """Return the fifteen rows that took most seconds."""
+    names = sorted(rows, key=lambda name: -rows[name]["seconds"])
+    return {name: rows[name] for name in names[:15]}
+
+
+def print_operators(results: dict) -> None:
+    """Print a column a contender: calls and milliseconds of its step, and of what takes longest but the products."""
+    results = {name: result for name, result in results.items() if "error" not in result}
+    print(f"{'operator calls, ms':60}", *(f"{name:>18}" for name in results))
+    groups = {}
+    for result in results.values():
+        for group in ("all", "model", "backward", "products"):
+            groups[group] = None
+        groups |= dict.fromkeys(result["functions_without_products"])
+    for group in groups:
+        cells = []
+        for result in results.values():
+            row = result.get(group) or result["functions_without_products"].get(group)
+            cell = f"{row['calls']:,} {1000 * row['seconds']:8.2f}" if row else "-"
+            cells.append(f"{cell:>18}")
+        print(f"{group:60}", *cells)
 
 
 def mse_loss(prediction: torch.Tensor, target: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
@@ -604,10 +901,10 @@ def loss_and_gradient(loss: Callable, prediction: torch.Tensor, target: torch.Te
     torch.autograd.grad(loss(prediction, target, latents), prediction)
 
 
-def measure_ltd(step: dict | None) -> dict:
+def measure_ltd(args: argparse.Namespace, step: dict | None) -> dict:
     """Measure the part `ltd`: both losses on float32 tensors; `floor` is the seconds of one read of the three."""
     bandwidth = memory_bandwidth()
-    shapes = list(LTD_SHAPES)
+    shapes = list(TINY_LTD_SHAPES if args.model == "tiny" else LTD_SHAPES)
     if step:
         shapes.insert(0, tuple(step["latents"]))
     rows = []
@@ -653,10 +950,12 @@ def measure_stages(settings: argparse.Namespace) -> dict:
     vae = train_ltd.load_vae(settings, DEVICE)
     reset_peak_memory()
     watch = Stopwatch()
+    laps = []
     squares = []
     powers = []
     largest = 0.0
     for clip in sorted(Path(settings.train_data_dir).glob("*.mp4")):
+        watch.begin_lap()
         with watch.measure("decode"):
             clips, _ = train_ltd.read_clip(str(clip), size, settings.fps)
         with watch.measure("VAE float32"):
@@ -665,14 +964,15 @@ def measure_stages(settings: argparse.Namespace) -> dict:
             difference = encode_in_bfloat16(half, clips[0]) - latents
         with watch.measure("text"):
             text.encode_prompt(clip.name, None, False, max_sequence_length=TEXT_TOKENS)
+        laps.append(watch.lap())
         squares.append(difference.square().mean().item())
         powers.append(latents.square().mean().item())
         largest = max(largest, difference.abs().max().item())
     stages = {}
-    for label, _, elapsed in watch.spans:
-        stages.setdefault(label, []).append(elapsed)
+    for label in watch.seconds:
+        stages[label] = statistics.median(lap[label][WALL] for lap in laps)
     return {
-        "seconds_per_clip": {label: statistics.median(values) for label, values in stages.items()},
+        "seconds_per_clip": stages,
         "parameters": {"VAE": vae.num_parameters(), "text": text.text_encoder.num_parameters()},
         "bfloat16_relative_rms": math.sqrt(sum(squares) / sum(powers)),
         "bfloat16_largest": largest,
@@ -703,12 +1003,12 @@ def kernel_kind(name: str) -> str:
 
 
 def measure_profile(args: argparse.Namespace, settings: argparse.Namespace) -> dict:
-    """Measure the part `profile`: shares of the device's time in a step, from one loss to the next."""
+    """Measure the part `profile`: shares of the device's time in a step."""
     gpu = DEVICE.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
-    profiler = torch.profiler.profile(activities=[activity])
-    time_script(settings, args.warmup_steps, 1, profiler)
-    profiler.stop()
+    inspect = functools.partial(torch.profiler.profile, activities=[activity])
+    contenders = Comparison(settings, {}, args.warmup_steps, 1, inspect).run()
+    profiler = contenders[SCRIPT].inspector
     times = {}
     for event in profiler.key_averages():
         elapsed = event.self_device_time_total if gpu else event.self_cpu_time_total
@@ -786,6 +1086,18 @@ def sweep(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def device_name() -> str:
+    """Return the GPU's name, or the CPU's where there is no GPU."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name()
+    described = Path("/proc/cpuinfo")
+    if described.is_file():
+        for line in described.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(": ")[2]
+    return f"{platform.machine()} CPU"
+
+
 def environment() -> dict:
     """Collect what the numbers depend on."""
     commit = ""
@@ -793,12 +1105,13 @@ def environment() -> dict:
         command = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     versions = {"python": platform.python_version()}
-    for name in ("torch", "diffusers", "accelerate", "peft"):
-        versions[name] = importlib.metadata.version(name)
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
         "command": shlex.join(["python", "examples/benchmark/benchmark.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{platform.machine()} CPU",
+        "device": device_name(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average_before": os.getloadavg()[0],
@@ -811,6 +1124,8 @@ def main(args: argparse.Namespace) -> None:
     """Measure the parts one after the other. Each is printed, and written to the file of results, once it is done."""
     flags = script_flags(args)
     settings = parse_settings(flags)
+    if "operators" in args.parts and settings.torch_compile:
+        raise SystemExit("error: --parts operators counts what --torch_compile fuses: add --no-torch_compile")
     # Whatever may be a path of this machine is left out; the command above tells the model.
     published = {name: value for name, value in vars(settings).items() if os.sep not in str(value)}
     results = {"model": args.model, "environment": environment(), "settings": published}
@@ -819,9 +1134,13 @@ def main(args: argparse.Namespace) -> None:
             results[part] = sweep(args)
         elif part == "step":
             results[part] = measure_steps(args, settings)
+            results["environment"]["load_average_after"] = os.getloadavg()[0]
             print_steps(results[part])
+        elif part == "operators":
+            results[part] = measure_operators(args, settings)
+            print_operators(results[part])
         elif part == "ltd":
-            results[part] = measure_ltd(results.get("step"))
+            results[part] = measure_ltd(args, results.get("step"))
         elif part == "cache":
             results[part] = measure_caching(settings)
         elif part == "start":

@@ -8,6 +8,7 @@ import math
 
 import benchmark
 import cost
+import numpy as np
 import pytest
 import small_wan
 import torch
@@ -121,24 +122,106 @@ def test_flops_of_image_to_video(flags, tmp_path, tiny_i2v):
     assert flops["forward"] / 1e12 == pytest.approx(1686, rel=0.002)
 
 
-def test_stopwatch_counts_nested_calls_once_and_medians_the_measured_steps(monkeypatch):
+@pytest.fixture
+def ticking(monkeypatch):
+    """Each look at the clocks is a second later on the wall, and half a second of the CPUs."""
     times = itertools.count()
-    monkeypatch.setattr(benchmark, "now", lambda: float(next(times)))  # each look at the clock is a second later
-    watch = benchmark.Stopwatch(warmup=1, steps=2)
-    for _ in range(3):
-        with watch.measure("benchmark"):
-            pass
-        with watch.measure("loss"), watch.measure("forward"):
-            pass
-        assert watch.timed(abs, "backward")(-1) == 1
-        with watch.measure("optimizer"):
-            pass
-    summary = watch.summary()
-    # A step is 10 seconds from the end of one optimizer to that of the next, of which the benchmark's own 1 is not.
-    assert summary["seconds_per_step"] == 9
+    monkeypatch.setattr(benchmark, "now", lambda: next(times) * np.array([1.0, 0.5]))
+
+
+def test_stopwatch_counts_nested_calls_once(ticking):
+    watch = benchmark.Stopwatch()
+    watch.begin_lap()
+    with watch.measure("benchmark"):
+        pass
+    with watch.measure("loss"), watch.measure("forward"):
+        pass
+    assert watch.timed(abs, "backward")(-1) == 1
+    with watch.measure("optimizer"):
+        pass
+    # From its start to its end a lap is 11 seconds, of which the benchmark's own one is not.
+    contender = benchmark.Contender(laps=[watch.lap()], first_loss=1.0)
+    summary = benchmark.summarize(contender)
+    assert summary["seconds_per_step"] == 10 and summary["cpu"]["seconds_per_step"] == 5
     assert (summary["forward"], summary["loss"], summary["backward"], summary["optimizer"]) == (1, 2, 1, 1)
-    assert summary["rest of loop"] == 4
-    assert summary["overhead"] == pytest.approx(6 / 9)
+    assert summary["cpu"]["loss"] == 1
+    assert (summary["wall_seconds"], summary["cpu_seconds"]) == ([10], [5])
+    assert summary["rest of loop"] == 5
+    assert summary["overhead"] == pytest.approx(7 / 10)
+
+
+def test_ratios_are_of_one_round_each():
+    """A machine that is ten times as slow in some rounds does not move them."""
+    slowness = [1, 10, 1, 10, 10, 1, 1, 1]
+    own = [2.0, 2.2, 2.0, 2.0, 2.4, 2.0, 2.0, 2.0]
+    laps = [{"step": np.array([s * x, x])} for s, x in zip(slowness, own, strict=True)]
+    bare = [{"step": np.array([s * 2.0, 2.0])} for s in slowness]
+    contenders = [benchmark.Contender(laps=rows) for rows in (laps, bare)]
+    ratio = benchmark.paired_ratio(*contenders, benchmark.WALL)
+    assert ratio["median"] == 1 and ratio["quartiles"] == pytest.approx([1, 1.025])
+    # Of 8 sorted ratios the median lies between the second and the last but one in 93 of 100 cases, more beyond.
+    assert ratio["interval"] == pytest.approx([1, 1.2])
+    assert ratio["of_totals"] == pytest.approx((10 * 6.6 + 10) / (30 * 2 + 10))
+    assert benchmark.paired_ratio(*contenders, benchmark.CPU)["of_totals"] == pytest.approx(16.6 / 16)
+
+
+def test_interval_of_a_median_holds_it_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    bare = benchmark.Contender(laps=[{"step": np.ones(2)}] * 40)
+    held = 0
+    for _ in range(1000):
+        own = benchmark.Contender(laps=[{"step": np.full(2, x)} for x in generator.exponential(size=40)])
+        low, high = benchmark.paired_ratio(own, bare, benchmark.WALL)["interval"]
+        held += low <= math.log(2) <= high
+    assert 930 <= held <= 985
+
+
+def test_peak_on_a_gpu_is_without_what_others_keep(monkeypatch, flags, tmp_path):
+    """The script keeps 3 GiB and the other 5; in their steps they take 2 and 4 more. Caching took 50."""
+    allocated = {"now": 0, "peak": 0}
+    monkeypatch.setattr(benchmark, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(benchmark, "now", lambda: np.zeros(2))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: allocated["now"] * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: allocated["peak"] * 2**30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: allocated.update(peak=allocated["now"]))
+    settings = settings_for(flags, tmp_path)
+    comparison = benchmark.Comparison(settings, {"other": None}, warmup=1, steps=1)
+    kept = {benchmark.SCRIPT: 3, "other": 5}
+    for number, name in [
+        (0, benchmark.SCRIPT),
+        (1, "other"),
+        (1, benchmark.SCRIPT),
+        (2, benchmark.SCRIPT),
+        (2, "other"),
+    ]:
+        comparison.begin_step(number, name)
+        if number == 0 or (number, name) == (1, "other"):  # it is built
+            allocated["now"] += kept[name]
+        allocated["peak"] = allocated["now"] + (50 if number == 0 else kept[name] - 1)
+        comparison.end_step()
+    assert {name: contender.peak for name, contender in comparison.contenders.items()} == {
+        "train_ltd.py": 5,
+        "other": 9,
+    }
+
+
+def test_turns_are_drawn_anew_in_each_round():
+    names = [benchmark.SCRIPT, "a", "b"]
+    turns = benchmark.draw_turns(names, 50, seed=1)
+    assert turns[0] == (0, benchmark.SCRIPT)
+    rounds = [tuple(name for number, name in turns if number == wanted) for wanted in range(1, 50)]
+    assert all(sorted(order) == sorted(names) for order in rounds)
+    assert len(set(rounds)) == 6
+    assert turns == benchmark.draw_turns(names, 50, seed=1) != benchmark.draw_turns(names, 50, seed=2)
+
+
+def test_peak_of_a_data_sheet(monkeypatch):
+    assert benchmark.data_sheet_peak() is None
+    monkeypatch.setattr(benchmark, "DEVICE", torch.device("cuda"))
+    names = {"NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA GeForce GTX 970": None}
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert benchmark.data_sheet_peak() == (peak and peak * 1e12)
 
 
 ADAPTER = """
@@ -148,6 +231,26 @@ class Trainer(benchmark.BareLoop):
     def step(self, batch):
         assert batch["latents"].device.type == "cpu" and batch["prompt_embeds"].shape[1] == 512
         return super().step(batch)
+"""
+# One that has nothing of diffusers, and fails in its third step
+FOREIGN = """
+import torch
+
+class Trainer:
+    def __init__(self, settings):
+        self.model = torch.nn.Linear(6, 6)
+        self.optimizer = torch.optim.SGD(self.model.parameters())
+        self.steps = 0
+
+    def step(self, batch):
+        self.steps += 1
+        if self.steps == FAIL_IN:
+            raise RuntimeError("no more")
+        loss = self.model(batch["latents"]).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
 """
 
 
@@ -175,33 +278,100 @@ def bench(tiny_wan, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("train_type", ["lora", "full"])
 def test_script_bare_loop_and_adapter_train_the_same(bench, tmp_path, capsys, train_type):
-    (tmp_path / "other.py").write_text(ADAPTER)
+    adapter = tmp_path / "other.py"
+    adapter.write_text(ADAPTER)
     flags = ["--loss=mse", "--learning_rate=1e-2", f"--train_type={train_type}", "--train_batch_size=2"]
-    step = bench("--parts", "step", "bare", "--adapter", tmp_path / "other.py", *flags)["step"]
-    losses = [result["losses"] for result in step["results"].values()]
+    step = bench("--parts", "step", "bare", "--adapter", adapter, *flags)["step"]
+    script, bare, other = step["results"].values()
     assert list(step["results"]) == ["train_ltd.py", "bare loop", "other"]
-    assert [len(values) for values in losses] == [4, 4, 4]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert losses[1] == losses[2]
-    assert len(set(losses[0])) == 4
-    assert step["latents"] == [2, 16, 3, 4, 6]
-    for result in step["results"].values():
-        assert all(result[label] > 0 for label in benchmark.WORK)
+    # The first round is the script's alone.
+    assert [len(result["losses"]) for result in (script, bare, other)] == [5, 4, 4]
+    assert script["losses"][:4] == pytest.approx(bare["losses"], rel=1e-5)
+    assert bare["losses"] == other["losses"]
+    assert len(set(script["losses"])) == 5
+    assert script["first_loss"] == pytest.approx(script["losses"][0])
+    assert step["latents"] == [2, 16, 3, 4, 6] and step["data_sheet_flops_per_second"] is None
+    for result in (script, bare, other):
+        assert all(result[label] > 0 and result["cpu"][label] > 0 for label in benchmark.WORK)
         assert result["seconds_per_step"] * result["clips_per_second"] == pytest.approx(2)
         assert result["hfu"] / result["mfu"] == pytest.approx(step["flops"]["hardware"] / step["flops"]["useful"])
-    assert step["results"]["train_ltd.py"]["data wait"] > 0
-    assert step["results"]["train_ltd.py"]["peak_memory_gib"] > 0
-    header, first = capsys.readouterr().out.splitlines()[:2]
-    assert header.split() == ["train_ltd.py", "bare", "loop", "other"] and first.startswith("seconds_per_step")
+        assert result["first_loss"] == pytest.approx(bare["losses"][0], rel=1e-5)
+        assert result["trained_parameters"] == bare["trained_parameters"] > 0
+    assert script["data wait"] > 0 and script["peak_memory_gib"] > 0
+    for result in (script, other):
+        for ratio in result["ratio_to_bare_loop"].values():
+            assert 0 < ratio["quartiles"][0] <= ratio["median"] <= ratio["quartiles"][1]
+    assert "ratio_to_bare_loop" not in bare
+    printed = capsys.readouterr().out
+    assert "train_ltd.py / bare loop, cpu: median of 3 rounds" in printed
+    assert f"{bare['trained_parameters']:,}" in printed
 
 
-def test_the_scripts_model_is_gone_before_the_next_one_is_built(flags, tmp_path):
+@pytest.mark.slow
+def test_an_adapter_that_fails_is_named_and_the_others_go_on(bench, tmp_path, capsys):
+    programs = {
+        "late": FOREIGN.replace("FAIL_IN", "3"),
+        "never": "import no_such_trainer",
+        "foreign": FOREIGN.replace("FAIL_IN", "0"),
+    }
+    adapters = []
+    for name, program in programs.items():
+        adapters.append(tmp_path / f"{name}.py")
+        adapters[-1].write_text(program)
+    flags = [flag for path in adapters for flag in ("--adapter", path)]
+    results = bench("--parts", "step", "bare", "operators", *flags)
+    for part in (results["step"]["results"], results["operators"]):
+        assert part["never"] == {"error": "ModuleNotFoundError: No module named 'no_such_trainer'"}
+    step = results["step"]["results"]
+    assert step["late"] == {"error": "RuntimeError: no more"}
+    assert len(step["foreign"]["losses"]) == len(step["bare loop"]["losses"]) == 4
+    assert step["foreign"]["ratio_to_bare_loop"]["cpu"]["median"] < 1
+    assert step["foreign"]["forward"] > 0 and step["foreign"]["trained_parameters"] == 42
+    printed = capsys.readouterr().out
+    assert "late is out of the comparison, in round 3: RuntimeError: no more" in printed
+    assert "never failed: ModuleNotFoundError" in printed
+    assert_operators(results["operators"])
+
+
+def assert_operators(operators):
+    """The script and the bare loop call the same model as often."""
+    script, bare = operators["train_ltd.py"], operators["bare loop"]
+    for result in (script, bare):
+        assert result["products"]["calls"] == script["products"]["calls"] > 0
+        for group in ("model", "backward"):  # but for the division by the micro-batches of an update, and the like
+            assert result[group]["calls"] == pytest.approx(script[group]["calls"], rel=0.01)
+        assert result["model"]["calls"] + result["backward"]["calls"] < result["all"]["calls"]
+        functions = result["functions_without_products"]
+        seconds = [row["seconds"] for row in functions.values()]
+        assert seconds == sorted(seconds, reverse=True)
+        assert "backward pass" in functions
+        assert any(name.startswith("diffusers: WanTransformerBlock") for name in functions)
+    assert bare["all"]["calls"] < script["all"]["calls"]
+    assert operators["foreign"]["model"]["calls"] == 0 < operators["foreign"]["products"]["calls"]
+
+
+@pytest.mark.slow
+def test_operators_are_counted_where_they_are_called():
+    with benchmark.OperatorCounter() as counter:
+        x = torch.ones(3, 3, requires_grad=True)
+        (x @ x).sum().backward()
+    calls = {}
+    for (function, operator), row in counter.rows.items():
+        calls[function, operator] = int(row[0])
+    here = "test_benchmark: test_operators_are_counted_where_they_are_called"
+    assert calls[here, "aten.mm.default"] == 1 and calls[benchmark.BACKWARD, "aten.mm.default"] == 2
+    assert counter.total()["calls"] == sum(calls.values())
+
+
+def test_no_model_is_left_of_a_comparison(flags, tmp_path):
     settings = settings_for(flags, tmp_path, max_train_steps=4)
     free_memory()
     before = sum(type(thing) is WanTransformer3DModel for thing in gc.get_objects())
-    watch = benchmark.time_script(settings, warmup=1, steps=2)
+    comparison = benchmark.Comparison(settings, {"bare loop": benchmark.BareLoop}, warmup=1, steps=2)
+    contenders = comparison.run()
     free_memory()
-    assert len(watch.batches) == 3
+    assert len(comparison.batches) == 4
+    assert [len(contender.laps) for contender in contenders.values()] == [2, 2]
     assert sum(type(thing) is WanTransformer3DModel for thing in gc.get_objects()) <= before
 
 
@@ -322,11 +492,13 @@ def test_clips_that_a_vae_is_fitted_to_are_read_whole(clips):
     assert all(-1 <= video.min() < video.max() <= 1 for video in videos)
 
 
-def test_misuse_is_refused(capsys):
+def test_misuse_is_refused(capsys, tmp_path):
     for command, message in ((["--steps=0"], "must be positive"), (["--parts", "bare"], "add step")):
         with pytest.raises(SystemExit):
             benchmark.parse_args(command)
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="add --no-torch_compile"):
+        benchmark.main(benchmark.parse_args(["--parts", "operators", "--torch_compile", f"--work_dir={tmp_path}"]))
 
 
 def test_cost_table():
