@@ -23,6 +23,7 @@ from urllib.parse import quote
 
 import numpy as np
 from huggingface_hub import ModelCard
+from mistakes import run_script
 from PIL import Image
 from tqdm.auto import tqdm
 from videos import contact_sheet, labelled_row, read_video, write_video
@@ -79,6 +80,14 @@ SECTION = Template("""<section>
 </section>""")
 
 
+def read_record(path: Path) -> dict:
+    """Read a `generation.json`. Raises `ValueError` for a damaged one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, remove it and generate its folder anew: {error}") from error
+
+
 def read_records(folders: list[str]) -> list[dict]:
     """Read the `generation.json` of each folder. Raises `ValueError` unless their videos pair up."""
     records = []
@@ -86,7 +95,7 @@ def read_records(folders: list[str]) -> list[dict]:
         path = Path(folder, "generation.json")
         if not path.is_file():
             raise ValueError(f"--compare {folder}: no generation.json; is it a folder that generate.py made?")
-        records.append(json.loads(path.read_text(encoding="utf-8")))
+        records.append(read_record(path))
     names = {}  # a dict, since it keeps the order
     for record in records:
         names |= dict.fromkeys(record["videos"])
@@ -437,6 +446,8 @@ def build_samples_page(output_dir: Path, notes: Iterable[str] = ()) -> Path:
     runs = {title: samples for title, samples in runs.items() if samples.videos}
     if len(runs) > 1 and "" in runs:
         runs["Sampled while it trained"] = runs.pop("")
+    if not output_dir.is_dir():
+        raise ValueError(f"there is no folder {output_dir}; give the --output_dir of a training run")
     if not runs:
         raise ValueError(
             f"{output_dir}/samples holds no videos step-*.mp4; was --validation_prompt given in training?"
@@ -476,14 +487,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write the page and say where it is; what is wrong is said in one line."""
+    """Write the page and say where it is. Raises `ValueError` where there is nothing to show."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    try:
-        page = build_samples_page(args.output_dir, args.note)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    page = build_samples_page(args.output_dir, args.note)
     print(f"Open {page}")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

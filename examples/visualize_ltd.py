@@ -77,7 +77,7 @@ FRAME_PICTURES = 4  # of the video in a latent frame; the first holds one alone
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the flags that train_ltd.py does not have."""
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description=__doc__, **style)
+    parser = train_ltd.FlagParser(description=__doc__, **style)
     commands = parser.add_subparsers(dest="command", required=True)
     style["epilog"] = "All flags of train_ltd.py can be given as well; see its --help."
 
@@ -250,7 +250,8 @@ def encode_video(args: argparse.Namespace, wan, device: torch.device) -> tuple[d
     try:
         frames = train_ltd.read_clip(args.video, size, args.fps)[0][0]  # (N, 3, H, W)
     except (OSError, ValueError, av.FFmpegError) as error:
-        raise ValueError(f"--video {args.video}: {error}; see --num_frames and --fps") from error
+        reason = train_ltd.describe_fault(error)
+        raise ValueError(f"--video {args.video}: {reason}; see --num_frames and --fps") from error
     vae = train_ltd.load_vae(args, device)
     encoder = None
     if wan.image_embeds and not args.ltd_only:
@@ -881,4 +882,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    train_ltd.run_script(main, parse_args)

@@ -811,4 +811,4 @@ def report(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    train_ltd.run_script(main, parse_args)
