@@ -37,13 +37,16 @@ POSTER_WIDTH = 640  # pixels at most
 LEAST_WIDTH = 170  # CSS pixels of a sample on a page that has room: small videos are shown larger
 MOST_WIDTH = 420
 
-PAGE = Template("""<!doctype html>
+HEAD = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
-body { font: 16px/1.4 system-ui, sans-serif; margin: 1rem; color: #222; background: #fff }
+body { font: 16px/1.4 system-ui, sans-serif; margin: 1rem; color: #222; background: #fff }"""
+PAGE = Template(
+    HEAD
+    + """
 h2 { font-size: 1rem; margin: 2rem 0 .3rem }
 video { display: block; width: 100%; height: auto; max-height: 85vh; object-fit: contain; background: #eee }
 section img { display: block; width: 100%; height: auto; margin: .3rem 0 }
@@ -71,7 +74,8 @@ document.querySelector("input").addEventListener("input", event => {
 });
 </script>
 </html>
-""")
+"""
+)
 SECTION = Template("""<section>
 <h2>$prompt</h2>
 <video src="$video" width="$width" height="$height" poster="$poster" controls loop muted playsinline
@@ -232,13 +236,9 @@ def write_poster(frames: np.ndarray, path: Path) -> None:
 
 # --- The samples of a run --------------------------------------------------------------------------------------------
 
-SAMPLES_PAGE = Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-body { font: 16px/1.4 system-ui, sans-serif; margin: 1rem; color: #222; background: #fff }
+SAMPLES_PAGE = Template(
+    HEAD
+    + """
 h1 { font-size: 1.4rem; margin: 0 0 .5rem }
 h2 { font-size: 1.1rem; margin: 2rem 0 .3rem }
 h3 { font-size: 1rem; font-weight: 600; margin: .8rem 0 .3rem }
@@ -269,7 +269,8 @@ const seen = new IntersectionObserver(entries => {
 document.querySelectorAll(".steps, .wide").forEach(row => seen.observe(row));
 </script>
 </html>
-""")
+"""
+)
 SAMPLE_VIDEO = Template('<video src="$video" poster="$poster" controls loop muted playsinline preload="none"></video>')
 WIDE_FIGURE = Template("""<h2>$title</h2>
 <figure class="wide">$media<figcaption>$text</figcaption></figure>""")

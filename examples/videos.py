@@ -121,6 +121,12 @@ def write_video(
         partial.unlink(missing_ok=True)
 
 
+def write_animation(frames: Sequence[np.ndarray], path: Path | str, fps: float) -> None:
+    """Write frames `(H, W, 3)`, uint8, as an animated WebP: it moves in a README, where no video plays."""
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0, quality=75)
+
+
 # --- Pictures of videos ----------------------------------------------------------------------------------------------
 
 

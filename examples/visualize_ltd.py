@@ -2,7 +2,7 @@
 
 report: how much the clips of a dataset move, the stillest, the wildest, suspected cuts. Needs no model but the VAE.
 curves: LTD and error over latent frames (Fig. 3), of the base and of each tuned model given.
-maps: video, ln(e + D), noise prediction and squared error of one clip (Fig. 1), as a strip and an mp4.
+maps: video, ln(e + D), noise prediction and squared error of one clip (Fig. 1), as a strip, an mp4 and an animation.
 
     python examples/visualize_ltd.py report --train_data_dir my_clips --output_dir my_lora
     python examples/visualize_ltd.py curves --train_data_dir my_clips --output_dir my_lora --lora my_lora
@@ -53,7 +53,7 @@ from safetensors import SafetensorError, safe_open
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # train_ltd.py is a script in the repository's root, not an installed module
 
-from videos import labelled_row, write_video
+from videos import labelled_row, write_animation, write_video
 
 import train_ltd
 from ltd_loss import latent_temporal_discrepancy
@@ -387,7 +387,7 @@ def predict(
 
 
 def make_maps(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Write `ltd_maps.png` and `ltd_maps.mp4` of one clip.
+    """Write `ltd_maps.png` of one clip, and `ltd_maps.mp4` and `ltd_maps.webp`, which move.
 
     With `--latents` their main component stands for the video; it is also what is shown of the noise prediction.
     """
@@ -433,8 +433,10 @@ def make_maps(args: argparse.Namespace, accelerator: Accelerator) -> None:
     folder = Path(args.output_dir)
     title = "\n".join(textwrap.fill(line, 100) for line in lines)
     draw_strip(rows, title, fps, first_is_given=bool(args.first_frame_share)).savefig(folder / "ltd_maps.png")
-    write_video(video_frames(rows), folder / "ltd_maps.mp4", fps)
-    print(f"wrote {folder}/ltd_maps.png and ltd_maps.mp4")
+    frames = video_frames(rows)
+    write_video(frames, folder / "ltd_maps.mp4", fps)
+    write_animation(frames, folder / "ltd_maps.webp", fps)
+    print(f"wrote {folder}/ltd_maps.png, ltd_maps.mp4 and ltd_maps.webp")
 
 
 # --- curves: Fig. 3 --------------------------------------------------------------------------------------------------

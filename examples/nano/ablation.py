@@ -280,12 +280,9 @@ def training_set(args: argparse.Namespace, accelerator: Accelerator, names: set[
 # --- One run ---------------------------------------------------------------------------------------------------------
 
 
-def run_flags(args: argparse.Namespace, arm: Arm, seed: int, folder: Path) -> list[str]:
-    """Return the command line of `train_ltd.py` for one run."""
-    flags = {}
-    if not args.own_data:
-        flags = NANO | {"train_data_dir": args.output_dir / "clips"}
-    run = {
+def common_flags(args: argparse.Namespace, seed: int, folder: Path) -> dict:
+    """Return the flags of every run: it has `args.output_dir`'s cache, and keeps its last weights alone."""
+    return {
         "cache_dir": args.output_dir / "cache",
         "seed": seed,
         "output_dir": folder,
@@ -293,6 +290,15 @@ def run_flags(args: argparse.Namespace, arm: Arm, seed: int, folder: Path) -> li
         "max_train_steps": args.steps,
         "checkpointing_steps": NEVER,
         "checkpoints_total_limit": 1,
+    }
+
+
+def run_flags(args: argparse.Namespace, arm: Arm, seed: int, folder: Path) -> list[str]:
+    """Return the command line of `train_ltd.py` for one run."""
+    flags = {}
+    if not args.own_data:
+        flags = NANO | {"train_data_dir": args.output_dir / "clips"}
+    run = common_flags(args, seed, folder) | {
         "max_eval_clips": 1,  # this script measures held-out clips more closely itself
         "eval_steps": NEVER,
         **arm.flags,
