@@ -6,7 +6,7 @@ It trains Wan2.1 (1.3B, 14B, I2V-14B) and Wan2.2 (TI2V-5B, and T2V-A14B and I2V-
 
 A LoRA of the 1.3B model on one GPU, from a folder of `clip.mp4` + `clip.txt` pairs or one with a `metadata.jsonl`:
 
-    accelerate launch train_ltd.py --train_data_dir my_clips --output_dir my_lora --validation_prompt "a dog jumps"
+    accelerate launch -q train_ltd.py --train_data_dir my_clips --output_dir my_lora --validation_prompt "a dog jumps"
 
 All the DiT's weights, with the paper's settings, on eight GPUs:
 

@@ -13,7 +13,7 @@ The report also filters: a table of the clips that move enough and have no cut, 
 
     python examples/visualize_ltd.py report --train_data_dir my_clips --output_dir my_lora \\
         --write_metadata my_clips/kept.jsonl --min_ltd 0.2 --drop_cuts
-    accelerate launch train_ltd.py --train_data_dir my_clips/kept.jsonl --output_dir my_lora
+    accelerate launch -q train_ltd.py --train_data_dir my_clips/kept.jsonl --output_dir my_lora
 
 All flags of train_ltd.py can be given as well, `--config` too. With those of a training run its cache is read, and
 what is encoded here training finds there. Videos of base and tuned models (Fig. 5): examples/generate.py --compare.
