@@ -6,7 +6,7 @@ It trains Wan2.1 (1.3B, 14B, I2V-14B) and Wan2.2 (TI2V-5B, and T2V-A14B and I2V-
 
 A LoRA of the 1.3B model on one GPU, from a folder of `clip.mp4` + `clip.txt` pairs or one with a `metadata.jsonl`:
 
-    accelerate launch train_ltd.py --train_data_dir my_clips --output_dir my_lora --validation_prompt "a dog jumps"
+    accelerate launch -q train_ltd.py --train_data_dir my_clips --output_dir my_lora --validation_prompt "a dog jumps"
 
 All the DiT's weights, with the paper's settings, on eight GPUs:
 
@@ -47,6 +47,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +55,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
     print("loading libraries", file=sys.stderr, flush=True)  # which takes half a minute on a cold disk
@@ -287,6 +288,7 @@ TRACKED = {
     "peak_memory_gib": "time/peak_memory_gib",
 }
 STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")  # spot notice, Slurm, Ctrl-C, a closed terminal
+SECONDS_TO_END = 30  # that the launcher has to end a process before it repeats the error of the machine's first one
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped early with a checkpoint, start again
 
 # Files, card and Hub
@@ -510,7 +512,7 @@ class FlagParser(argparse.ArgumentParser):
     """A parser whose errors are one line each: the usage of so many flags would push them off the screen."""
 
     def error(self, message: str):
-        self.exit(2, f"error: {message}\n")
+        end_with(message)
 
 
 # fmt: off
@@ -2994,7 +2996,8 @@ def find_lora(name: str, expert: str | None = None) -> tuple[Path, Path | None]:
         try:
             names = huggingface_hub.list_repo_files(name)
         except HUB_ERRORS as error:
-            raise ValueError(f"it is no path, and no repository of the Hub that can be read: {error}") from error
+            reason = network_fault(error) or error
+            raise ValueError(f"it is no path, and no repository of the Hub that can be read: {reason}") from error
     candidates = [file for file in names if file.endswith(".safetensors") and "/" not in file]
     for usual in (lora_file(expert), lora_file(OTHER_EXPERT.get(expert)), LORA_FILE, PEFT_FILE):
         if usual in candidates:
@@ -5155,20 +5158,30 @@ def network_fault(error: BaseException) -> str | None:
 def user_message(error: Exception) -> str | None:
     """Return what is to be said of a user's mistake or a lack of network; `None` for all that needs a traceback.
 
-    A `ValueError` is a user's mistake if this file has raised it; its message has the remedy.
+    A `ValueError` is a user's mistake if this file or one of its examples has raised it; its message has the remedy.
     """
-    traceback = error.__traceback__
-    while traceback.tb_next:
-        traceback = traceback.tb_next
-    raised_here = traceback.tb_frame.f_code.co_filename == user_message.__code__.co_filename
-    if raised_here:
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    script = Path(__file__)
+    if raised_in == script or raised_in.is_relative_to(script.with_name("examples")):
         return str(error) if isinstance(error, ValueError) else None
     return network_fault(error)
 
 
-if __name__ == "__main__":
-    sys.stdout = LastingStream(sys.stdout)
-    sys.stderr = LastingStream(sys.stderr)
+def end_with(message: str) -> NoReturn:
+    """End the program with the line `error: message` and exit code 2.
+
+    Of several processes most make the same mistake. The first one of a machine speaks at once, and the launcher ends
+    the others while they wait; what another one alone has found it says with its rank.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        time.sleep(SECONDS_TO_END)
+        message = f"rank {os.environ['RANK']}: {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def run_script(main: Callable, parse_args: Callable) -> None:
+    """Run a program. A user's mistake ends it with one line, without a traceback."""
     try:
         main(parse_args())
     except KeyboardInterrupt:
@@ -5179,5 +5192,10 @@ if __name__ == "__main__":
         message = user_message(error)
         if message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        end_with(message)
+
+
+if __name__ == "__main__":
+    sys.stdout = LastingStream(sys.stdout)
+    sys.stderr = LastingStream(sys.stderr)
+    run_script(main, parse_args)

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 SCORES = Path(__file__).resolve().parent / "scores"
 sys.path.insert(0, str(SCORES))  # examples/ is folders of scripts, not a package
 
+from mistakes import run_script
 from score_report import (
     DIMENSIONS,
     LABELS,
@@ -297,6 +298,12 @@ def parse_args(input_args=None):
 
 
 # fmt: on
+def main(args):
+    """Run the command. Exits with 1 if something could not be scored."""
+    code = args.run(args)
+    if code:
+        sys.exit(code)
+
+
 if __name__ == "__main__":
-    arguments = parse_args()
-    sys.exit(arguments.run(arguments))
+    run_script(main, parse_args)

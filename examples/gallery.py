@@ -23,6 +23,7 @@ from urllib.parse import quote
 
 import numpy as np
 from huggingface_hub import ModelCard
+from mistakes import run_script
 from PIL import Image
 from tqdm.auto import tqdm
 from videos import contact_sheet, labelled_row, read_video, write_video
@@ -36,13 +37,16 @@ POSTER_WIDTH = 640  # pixels at most
 LEAST_WIDTH = 170  # CSS pixels of a sample on a page that has room: small videos are shown larger
 MOST_WIDTH = 420
 
-PAGE = Template("""<!doctype html>
+HEAD = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
-body { font: 16px/1.4 system-ui, sans-serif; margin: 1rem; color: #222; background: #fff }
+body { font: 16px/1.4 system-ui, sans-serif; margin: 1rem; color: #222; background: #fff }"""
+PAGE = Template(
+    HEAD
+    + """
 h2 { font-size: 1rem; margin: 2rem 0 .3rem }
 video { display: block; width: 100%; height: auto; max-height: 85vh; object-fit: contain; background: #eee }
 section img { display: block; width: 100%; height: auto; margin: .3rem 0 }
@@ -70,13 +74,22 @@ document.querySelector("input").addEventListener("input", event => {
 });
 </script>
 </html>
-""")
+"""
+)
 SECTION = Template("""<section>
 <h2>$prompt</h2>
 <video src="$video" width="$width" height="$height" poster="$poster" controls loop muted playsinline
   preload="none"></video>
 <img src="$strip" loading="lazy" alt="frames of each model's video, a row each">
 </section>""")
+
+
+def read_record(path: Path) -> dict:
+    """Read a `generation.json`. Raises `ValueError` for a damaged one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, remove it and generate its folder anew: {error}") from error
 
 
 def read_records(folders: list[str]) -> list[dict]:
@@ -86,7 +99,7 @@ def read_records(folders: list[str]) -> list[dict]:
         path = Path(folder, "generation.json")
         if not path.is_file():
             raise ValueError(f"--compare {folder}: no generation.json; is it a folder that generate.py made?")
-        records.append(json.loads(path.read_text(encoding="utf-8")))
+        records.append(read_record(path))
     names = {}  # a dict, since it keeps the order
     for record in records:
         names |= dict.fromkeys(record["videos"])
@@ -223,13 +236,9 @@ def write_poster(frames: np.ndarray, path: Path) -> None:
 
 # --- The samples of a run --------------------------------------------------------------------------------------------
 
-SAMPLES_PAGE = Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-body { font: 16px/1.4 system-ui, sans-serif; margin: 1rem; color: #222; background: #fff }
+SAMPLES_PAGE = Template(
+    HEAD
+    + """
 h1 { font-size: 1.4rem; margin: 0 0 .5rem }
 h2 { font-size: 1.1rem; margin: 2rem 0 .3rem }
 h3 { font-size: 1rem; font-weight: 600; margin: .8rem 0 .3rem }
@@ -260,7 +269,8 @@ const seen = new IntersectionObserver(entries => {
 document.querySelectorAll(".steps, .wide").forEach(row => seen.observe(row));
 </script>
 </html>
-""")
+"""
+)
 SAMPLE_VIDEO = Template('<video src="$video" poster="$poster" controls loop muted playsinline preload="none"></video>')
 WIDE_FIGURE = Template("""<h2>$title</h2>
 <figure class="wide">$media<figcaption>$text</figcaption></figure>""")
@@ -437,6 +447,8 @@ def build_samples_page(output_dir: Path, notes: Iterable[str] = ()) -> Path:
     runs = {title: samples for title, samples in runs.items() if samples.videos}
     if len(runs) > 1 and "" in runs:
         runs["Sampled while it trained"] = runs.pop("")
+    if not output_dir.is_dir():
+        raise ValueError(f"there is no folder {output_dir}; give the --output_dir of a training run")
     if not runs:
         raise ValueError(
             f"{output_dir}/samples holds no videos step-*.mp4; was --validation_prompt given in training?"
@@ -476,14 +488,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write the page and say where it is; what is wrong is said in one line."""
+    """Write the page and say where it is. Raises `ValueError` where there is nothing to show."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    try:
-        page = build_samples_page(args.output_dir, args.note)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    page = build_samples_page(args.output_dir, args.note)
     print(f"Open {page}")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

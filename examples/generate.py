@@ -48,14 +48,14 @@ from accelerate.logging import get_logger
 from datasets import load_dataset
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # train_ltd.py is a script in the repository's root, not an installed module
 
-from gallery import build_gallery
+from gallery import build_gallery, read_record
 from videos import find_videos, write_video
 
 import train_ltd
@@ -173,7 +173,7 @@ VERSIONS = ("torch", "diffusers", "transformers", "accelerate", "peft")
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser, a flag a line."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = train_ltd.FlagParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--output_dir", required=True, help="where videos and generation.json, or the gallery, go")
 
     add = parser.add_argument_group("prompts (one source)").add_argument
@@ -276,6 +276,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args.validation_image = None
 
     problems = find_comparison_problems(args) if args.compare else find_problems(args)
+    if len(problems) == 1:
+        raise ValueError(problems[0])
     if problems:
         raise ValueError("\n- ".join(["these settings do not work:", *problems]))
     return args
@@ -349,6 +351,8 @@ def find_comparison_problems(args: argparse.Namespace) -> list[str]:
 def find_problems(args: argparse.Namespace) -> list[str]:
     """Name every setting that cannot work. Sizes are checked later, by `identify_wan`: they depend on the model."""
     problems = []
+    if Path(args.output_dir).exists() and not os.path.isdir(args.output_dir):
+        problems.append(f"--output_dir {args.output_dir} is a file; give a folder")
 
     # Prompts
     sources = given_sources(args)
@@ -404,6 +408,14 @@ class Request(NamedTuple):
     count: int  # how many videos
 
 
+def read_lines(path: str, flag: str) -> list[str]:
+    """Read the lines of a text file. Raises `ValueError` for one that is not in UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag} {path} is not text in UTF-8: save it as that ({error})") from error
+
+
 def read_json(path: str, flag: str, keys: set[str]) -> list[dict]:
     """Read a list of objects. Raises `ValueError` when the file holds anything else, or an object lacks a key."""
     try:
@@ -429,7 +441,7 @@ def vbench_requests(args: argparse.Namespace) -> list[Request]:
             raise ValueError(f"--dimensions {dimension}: there is no such dimension; there are {names}")
     texts = [row["prompt_en"] for row in rows]
     if args.augmented_prompts:
-        texts = Path(args.augmented_prompts).read_text(encoding="utf-8").splitlines()
+        texts = read_lines(args.augmented_prompts, "--augmented_prompts")
         if len(texts) != len(rows):
             raise ValueError(f"--augmented_prompts has {len(texts)} lines for the {len(rows)} entries of --vbench")
 
@@ -454,14 +466,18 @@ def vbench_requests(args: argparse.Namespace) -> list[Request]:
 def dataset_prompts(args: argparse.Namespace) -> Iterator[str]:
     """Yield captions in the dataset's order; it is streamed, and its clips stay undecoded.
 
-    Raises `ValueError` when there is no `--caption_column`.
+    Raises `ValueError` when there is no such dataset, and when it has no `--caption_column`.
     """
     path = Path(args.dataset_name)
-    if path.is_file():
-        rows = load_dataset(str(path.parent), data_files=path.name, split="train", streaming=True)
-    else:
-        rows = load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split, streaming=True)
-        rows = rows.decode(False)
+    try:
+        if path.is_file():
+            rows = load_dataset(str(path.parent), data_files=path.name, split="train", streaming=True)
+        else:
+            rows = load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split, streaming=True)
+            rows = rows.decode(False)
+    except (OSError, ValueError) as error:
+        reason = train_ltd.network_fault(error) or error
+        raise ValueError(f"--dataset_name {args.dataset_name} cannot be read: {reason}") from error
     for row in rows:
         if args.caption_column not in row:
             raise ValueError(f"--caption_column {args.caption_column}: the dataset has {', '.join(row)}")
@@ -479,7 +495,7 @@ def read_requests(args: argparse.Namespace) -> Iterator[Request]:
     if args.dataset_name:
         prompts = dataset_prompts(args)
     elif args.prompt_file:
-        prompts = Path(args.prompt_file).read_text(encoding="utf-8-sig").splitlines()
+        prompts = read_lines(args.prompt_file, "--prompt_file")
     else:
         prompts = args.prompt
     for prompt in prompts:
@@ -651,12 +667,17 @@ def identify_models(args: argparse.Namespace) -> list[Model]:
 
     Raises `ValueError` for what is no such model, and for flags of a second expert that is not there.
     """
-    index = WanPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
+    base = args.pretrained_model_name_or_path
+    try:
+        index = WanPipeline.load_config(base, revision=args.revision)
+    except (OSError, HFValidationError) as error:
+        reason = train_ltd.network_fault(error) or error
+        raise ValueError(f"--pretrained_model_name_or_path {base} cannot be read: {reason}") from error
     args.expert = None
     if not train_ltd.expert_boundary(index):
         given = [f"--{name}" for name in OF_SECOND_EXPERT if getattr(args, name)]
         if given:
-            raise ValueError(f"{given[0]}: {args.pretrained_model_name_or_path} has one transformer alone")
+            raise ValueError(f"{given[0]}: {base} has one transformer alone")
         return check_image([Model(train_ltd.identify_wan(args), args)])
     args.expert = "high"
     low = argparse.Namespace(**vars(args))
@@ -668,13 +689,15 @@ def identify_models(args: argparse.Namespace) -> list[Model]:
 
 
 def check_image(models: list[Model]) -> list[Model]:
-    """Return the models. Raises `ValueError` for a picture that they do not take, and for one that they lack."""
+    """Return the models. Raises `ValueError` for a picture that they do not take, or lack, or that cannot be read."""
     wan, args = models[0]
     base = args.pretrained_model_name_or_path
     if args.image and not wan.first_frame:
         raise ValueError(f"--image: {base} takes none; leave it out, or see --preset wan22-i2v")
     if wan.first_frame == "channels" and not args.image:
         raise ValueError(f"--image: {base} starts from a picture; give one")
+    for path in args.image:
+        train_ltd.read_image(path, args)
     return models
 
 
@@ -729,7 +752,7 @@ def prepare_folder(
     path = folder / "generation.json"
     record = {"videos": {}}
     if path.is_file():
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_record(path)
     made = {name: entry for name, entry in record["videos"].items() if (folder / name).is_file()}
     versions = {"python": platform.python_version()}
     for name in VERSIONS:
@@ -922,4 +945,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    train_ltd.run_script(main, parse_args)

@@ -4,9 +4,9 @@
 #
 #   bash examples/look.sh my_clips
 set -euo pipefail
-clips=$(realpath -e -- "${1:?give a folder of clips: bash examples/look.sh my_clips}")
+[ -d "${1:-}" ] || { echo "error: give the folder that the clips are in: bash examples/look.sh my_clips" >&2; exit 2; }
+clips=$(realpath -- "$1")
 shift
-[ -d "$clips" ] || { echo "error: $clips is no folder; give the folder that the clips are in" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 source examples/setup.sh
 "$PYTHON" -c "import av, datasets, diffusers, matplotlib" 2> /dev/null || {
@@ -34,7 +34,8 @@ for folder, _, names in os.walk(out / "clips", followlinks=True):
             file = Path(folder, name).relative_to(out).as_posix()
             lines.append(json.dumps({"file_name": file, "text": ""}) + "\n")
 if not lines:
-    sys.exit(f"error: {os.path.realpath(out / 'clips')} holds no video ({', '.join(sorted(suffixes))})")
+    print(f"error: {os.path.realpath(out / 'clips')} holds no video ({', '.join(sorted(suffixes))})", file=sys.stderr)
+    sys.exit(2)
 (out / "clips.jsonl").write_text("".join(lines), encoding="utf-8")
 PY
 fi

@@ -16,7 +16,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} OMP_WAIT_POLICY=passive  # a
 echo "[2/4] drawing 128 captioned clips: orbit, a large red circle over a blue gradient"
 [ -f $out/clips/metadata.jsonl ] || "$PYTHON" examples/nano/sprites.py $out/clips --mix orbit --count 128
 echo "[3/4] training a LoRA of the nano Wan, which has never met the word orbit"
-"$PYTHON" -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+"$PYTHON" -m accelerate.commands.launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
   train_ltd.py --config examples/recipes/nano.yaml --pretrained_model_name_or_path examples/nano/wan-nano \
   --train_data_dir $out/clips --cache_dir $out/cache --output_dir $run \
   --validation_prompt "orbit, a large red circle over a blue gradient" \
@@ -34,6 +34,6 @@ Open
 to see it: each prompt before training, while it went on, and after. Beside it lie the LoRA for diffusers and for ComfyUI, the
 curves, and the model card that --push_to_hub would publish.
 The same script on the real Wan2.1-T2V-1.3B, on a machine with a GPU:
-  accelerate launch train_ltd.py --config examples/recipes/lora_1.3b.yaml --train_data_dir my_clips \\
+  accelerate launch -q train_ltd.py --config examples/recipes/lora_1.3b.yaml --train_data_dir my_clips \\
       --output_dir my_lora --validation_prompt "a dog jumps over a fence"
 MSG

@@ -7,12 +7,14 @@ The command draws a row a video, with frames evenly spread over it:
 
 import argparse
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from mistakes import run_script
 from PIL import Image, ImageDraw, ImageFont
 
 CODEC = {"crf": "10"}  # as Wan's own generate.py, which writes with imageio's quality 8
@@ -29,20 +31,30 @@ def find_videos(folder: Path | str) -> list[Path]:
     return [path for path in paths if not path.name.startswith(".")]
 
 
+@contextmanager
+def open_video(path: Path | str) -> Iterator[av.container.InputContainer]:
+    """Open a file that has a picture. Raises `ValueError`, then and while it is decoded, if it cannot be played."""
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path}: cannot be played: it has no picture")
+            yield container
+    except av.FFmpegError as error:
+        raise ValueError(f"{path}: cannot be played: {error.strerror}") from error
+
+
 def describe_video(path: Path | str) -> dict:
     """
     Read a file's header, without decoding a frame.
 
     Returns:
         `dict`: `width`, `height` and `frames` (`int`, 0 frames if the header does not say), `fps` and `pixel_aspect`
-        (`Fraction`). Raises `ValueError` or `av.FFmpegError` for a file that is no video.
+        (`Fraction`). Raises `ValueError` for a file that is no video.
     """
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ValueError("it has no picture")
+    with open_video(path) as container:
         stream = container.streams.video[0]
         if not stream.average_rate or not stream.width:
-            raise ValueError("it has no frame rate or size")
+            raise ValueError(f"{path}: cannot be played: it has no frame rate or size")
         return {
             "width": stream.width,
             "height": stream.height,
@@ -61,18 +73,16 @@ def read_video(path: Path | str, pixel_format: str = "rgb24", **conversion) -> n
             hold, uint8 of shape `(F, 3 * H / 2, W)`, the planes below each other.
         conversion: More for `av.VideoFrame.reformat`, such as `width`, `height` and `src_colorspace`.
 
-    Raises `ValueError` or `av.FFmpegError` for a file without a frame that can be decoded.
+    Raises `ValueError` for a file without a frame that can be decoded.
     """
     frames = []
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ValueError("it has no picture")
+    with open_video(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         for frame in container.decode(stream):
             frames.append(frame.to_ndarray(format=pixel_format, **conversion))
     if not frames:
-        raise ValueError("no frame of it can be decoded")
+        raise ValueError(f"{path}: cannot be played: no frame of it can be decoded")
     return np.stack(frames)
 
 
@@ -109,6 +119,12 @@ def write_video(
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_animation(frames: Sequence[np.ndarray], path: Path | str, fps: float) -> None:
+    """Write frames `(H, W, 3)`, uint8, as an animated WebP: it moves in a README, where no video plays."""
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0, quality=75)
 
 
 # --- Pictures of videos ----------------------------------------------------------------------------------------------
@@ -159,16 +175,21 @@ def contact_sheet(videos: Iterable[np.ndarray], labels: Sequence[str], columns: 
     return Image.fromarray(np.concatenate(rows))
 
 
-def main() -> None:
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", nargs="+", type=Path, help="video files, one row each")
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")
     parser.add_argument("--columns", type=int, default=5, help="frames a row")
-    args = parser.parse_args()
+    return parser.parse_args(input_args)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Draw the picture."""
     videos = map(read_video, args.videos)
     labels = [path.stem for path in args.videos]
     contact_sheet(videos, labels, args.columns).save(args.output)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, parse_args)

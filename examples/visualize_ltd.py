@@ -2,7 +2,7 @@
 
 report: how much the clips of a dataset move, the stillest, the wildest, suspected cuts. Needs no model but the VAE.
 curves: LTD and error over latent frames (Fig. 3), of the base and of each tuned model given.
-maps: video, ln(e + D), noise prediction and squared error of one clip (Fig. 1), as a strip and an mp4.
+maps: video, ln(e + D), noise prediction and squared error of one clip (Fig. 1), as a strip, an mp4 and an animation.
 
     python examples/visualize_ltd.py report --train_data_dir my_clips --output_dir my_lora
     python examples/visualize_ltd.py curves --train_data_dir my_clips --output_dir my_lora --lora my_lora
@@ -13,7 +13,7 @@ The report also filters: a table of the clips that move enough and have no cut, 
 
     python examples/visualize_ltd.py report --train_data_dir my_clips --output_dir my_lora \\
         --write_metadata my_clips/kept.jsonl --min_ltd 0.2 --drop_cuts
-    accelerate launch train_ltd.py --train_data_dir my_clips/kept.jsonl --output_dir my_lora
+    accelerate launch -q train_ltd.py --train_data_dir my_clips/kept.jsonl --output_dir my_lora
 
 All flags of train_ltd.py can be given as well, `--config` too. With those of a training run its cache is read, and
 what is encoded here training finds there. Videos of base and tuned models (Fig. 5): examples/generate.py --compare.
@@ -53,7 +53,7 @@ from safetensors import SafetensorError, safe_open
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # train_ltd.py is a script in the repository's root, not an installed module
 
-from videos import labelled_row, write_video
+from videos import labelled_row, write_animation, write_video
 
 import train_ltd
 from ltd_loss import latent_temporal_discrepancy
@@ -77,7 +77,7 @@ FRAME_PICTURES = 4  # of the video in a latent frame; the first holds one alone
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the flags that train_ltd.py does not have."""
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description=__doc__, **style)
+    parser = train_ltd.FlagParser(description=__doc__, **style)
     commands = parser.add_subparsers(dest="command", required=True)
     style["epilog"] = "All flags of train_ltd.py can be given as well; see its --help."
 
@@ -250,7 +250,8 @@ def encode_video(args: argparse.Namespace, wan, device: torch.device) -> tuple[d
     try:
         frames = train_ltd.read_clip(args.video, size, args.fps)[0][0]  # (N, 3, H, W)
     except (OSError, ValueError, av.FFmpegError) as error:
-        raise ValueError(f"--video {args.video}: {error}; see --num_frames and --fps") from error
+        reason = train_ltd.describe_fault(error)
+        raise ValueError(f"--video {args.video}: {reason}; see --num_frames and --fps") from error
     vae = train_ltd.load_vae(args, device)
     encoder = None
     if wan.image_embeds and not args.ltd_only:
@@ -386,7 +387,7 @@ def predict(
 
 
 def make_maps(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Write `ltd_maps.png` and `ltd_maps.mp4` of one clip.
+    """Write `ltd_maps.png` of one clip, and `ltd_maps.mp4` and `ltd_maps.webp`, which move.
 
     With `--latents` their main component stands for the video; it is also what is shown of the noise prediction.
     """
@@ -432,8 +433,10 @@ def make_maps(args: argparse.Namespace, accelerator: Accelerator) -> None:
     folder = Path(args.output_dir)
     title = "\n".join(textwrap.fill(line, 100) for line in lines)
     draw_strip(rows, title, fps, first_is_given=bool(args.first_frame_share)).savefig(folder / "ltd_maps.png")
-    write_video(video_frames(rows), folder / "ltd_maps.mp4", fps)
-    print(f"wrote {folder}/ltd_maps.png and ltd_maps.mp4")
+    frames = video_frames(rows)
+    write_video(frames, folder / "ltd_maps.mp4", fps)
+    write_animation(frames, folder / "ltd_maps.webp", fps)
+    print(f"wrote {folder}/ltd_maps.png, ltd_maps.mp4 and ltd_maps.webp")
 
 
 # --- curves: Fig. 3 --------------------------------------------------------------------------------------------------
@@ -881,4 +884,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    train_ltd.run_script(main, parse_args)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CPU, ROOT
+from conftest import CPU, ROOT, launcher
 
 import train_ltd
 
@@ -496,6 +496,26 @@ def test_a_mistake_of_the_command_is_one_line(flags):
     lines = result.stderr.splitlines()
     assert result.returncode == 2 and lines[0] == "loading libraries" and "Traceback" not in result.stderr
     assert lines[-1] == "error: --ltd_window must be at least 2 to hold a pair of frames, got 1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "flag", "message"),
+    [
+        ("train_ltd.py", "--lerning_rate=1", "there is no flag --lerning_rate"),
+        ("train_ltd.py", "--train_batch_size=8", "7 clips are fewer than the 16 of one update"),
+        ("tests/mistaken_rank.py", "--ltd_window=1", "rank 1: --ltd_window must be"),
+        ("tests/mistaken_rank.py", "--init_lora=none", "rank 1: --init_lora none cannot be used"),
+    ],
+)
+def test_two_processes_name_a_mistake_once(flags, script, flag, message):
+    """All of them or one alone, before they have met or after: one line of ours, above the launcher's own."""
+    of_all = [] if "rank" in script else [flag]
+    command = [*launcher(2)[:-1], str(ROOT / script), *flags(), *of_all]
+    env = os.environ | CPU | {"PYTHONPATH": str(ROOT), "FLAG_OF_RANK_1": flag}
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    lines = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert result.returncode == 1 and len(lines) == 1 and lines[0].startswith(f"error: {message}"), result.stderr
 
 
 def test_the_script_speaks_before_its_heavy_imports():

@@ -30,18 +30,34 @@ DOOR = {
     "evaluate",
     "main",
 }
-# And what one example may take beside: a loss to wrap, the parser for the table of flags, other people's LoRA
-# files, both experts of a pipeline, a picture to start from and CLIP for it, rows for thumbnails
+# And what one example may take beside: how a mistake ends, a loss to wrap, the parser for the table of flags, other
+# people's LoRA files, both experts of a pipeline, a picture to start from and CLIP for it, rows for thumbnails
 DOOR_OF = {
-    "benchmark.py": {"compute_loss"},
+    "ablation.py": {"run_script"},
+    "benchmark.py": {"compute_loss", "run_script"},
     "flags.py": {"build_parser"},
-    "generate.py": {"Wan", "expert_boundary", "find_lora", "load_image_encoder", "read_image", "read_lora"},
+    "generate.py": {
+        "FlagParser",
+        "Wan",
+        "expert_boundary",
+        "find_lora",
+        "load_image_encoder",
+        "network_fault",
+        "read_image",
+        "read_lora",
+        "run_script",
+    },
+    "small_wan.py": {"run_script"},
+    "tilt.py": {"run_script"},
     "visualize_ltd.py": {
+        "FlagParser",
+        "describe_fault",
         "eval_sigmas",
         "frames_at",
         "load_image_encoder",
         "locate_clip",
         "open_dataset",
+        "run_script",
         "video_seconds",
     },
 }
@@ -111,6 +127,12 @@ def test_examples_enter_by_the_door(path):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "train_ltd":
             assert node.attr in allowed
             assert isinstance(node.ctx, ast.Load)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_command_ends_a_mistake_in_one_line(path):
+    source = path.read_text(encoding="utf-8")
+    assert "def parse_args(" not in source or source.endswith("run_script(main, parse_args)\n")
 
 
 def test_docstring_of_the_script_lists_the_door():

@@ -1154,4 +1154,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    train_ltd.run_script(main, parse_args)

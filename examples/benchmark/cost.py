@@ -26,8 +26,14 @@ on your machines before you rent them for long.
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(EXAMPLES))  # mistakes.py: examples/ is folders of scripts, not a package
+
+from mistakes import run_script
 
 # What the paper's recipe must have been measured with
 SETTINGS = {"model": "1.3b", "train_type": "full", "num_frames": 81, "height": 480, "width": 832}
@@ -72,10 +78,13 @@ def read_step(step: str) -> tuple[float, str]:
         try:
             return float(step), "paper"
         except ValueError:
-            raise ValueError(f"{step} is neither a file nor a number of seconds") from None
-    run = json.loads(Path(step).read_text())
-    measured = run.get("settings", {}) | {"model": run["model"]}
-    seconds = 1 / run["step"]["results"]["train_ltd.py"]["clips_per_second"]
+            raise ValueError(f"{step} is neither a folder, nor a file, nor a number of seconds") from None
+    try:
+        run = json.loads(Path(step).read_text())
+        measured = run.get("settings", {}) | {"model": run["model"]}
+        seconds = 1 / run["step"]["results"]["train_ltd.py"]["clips_per_second"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{step} is no measurement of benchmark.py with the part `step`") from error
     if measured.get("train_type") == "lora":
         recipe = "lora_a14b" if run["model"] == "a14b" else "lora"
         return seconds, recipe
@@ -142,4 +151,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

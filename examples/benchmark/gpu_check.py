@@ -31,6 +31,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples"))  # mistakes.py: examples/ is folders of scripts, not a package
+
+from mistakes import run_script
+
 MINUTES = 8
 PACKAGES = (
     "torch",
@@ -279,4 +283,4 @@ def main(args: argparse.Namespace) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

@@ -427,4 +427,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    train_ltd.run_script(main, parse_args)

@@ -14,12 +14,18 @@ import csv
 import json
 import math
 import re
+import sys
 import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(EXAMPLES))  # mistakes.py: examples/ is folders of scripts, not a package
+
+from mistakes import run_script
 
 NEITHER = "indistinguishable"
 FORMULA = re.compile(r"[\s\x00-\x1f\ufeff]*[=+@-]")  # how a cell begins that a spreadsheet runs
@@ -627,7 +633,10 @@ def write_csv(path: Path, votes: list[dict], key: dict) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Write the report and print it. Raise `SystemExit` rather than mix real and synthetic votes in one folder."""
-    key = json.loads(args.key.read_text(encoding="utf-8"))
+    try:
+        key = json.loads(args.key.read_text(encoding="utf-8"))
+    except ValueError:
+        raise SystemExit(f"--key {args.key} is no JSON; give the key that build.py wrote") from None
     if args.min_votes < 1 or (args.demo is not None and args.demo < 1):
         raise SystemExit("--demo and --min_votes are at least 1")
     if args.demo:
@@ -653,4 +662,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

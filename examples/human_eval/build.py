@@ -21,12 +21,12 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
-import av
 from tqdm.auto import tqdm
 
 EXAMPLES = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(EXAMPLES))  # videos.py: examples/ is folders of scripts, not a package
+sys.path.insert(0, str(EXAMPLES))  # videos.py and others: examples/ is folders of scripts, not a package
 
+from mistakes import run_script
 from videos import describe_video, find_videos, read_video, write_video
 
 PAGE_VERSION = 1
@@ -131,8 +131,8 @@ def check_pair(
         path = folder / name
         try:
             descriptions.append(describe_video(path))
-        except (av.FFmpegError, ValueError) as error:
-            problems.append(f"{path}: cannot be played: {error}")
+        except ValueError as error:
+            problems.append(str(error))
     if len(descriptions) < 2:
         return None, problems
     first, second = descriptions
@@ -199,8 +199,8 @@ def encode_pairs(pairs: dict[str, dict], args: argparse.Namespace, folder: Path)
             source = source_folder / name
             try:
                 count, digest = encode(source, target, pair["fps"], args.crf)
-            except (av.FFmpegError, ValueError) as error:
-                problems.append(f"{source}: cannot be played: {error}")
+            except ValueError as error:
+                problems.append(str(error))
                 continue
             pair["frames"] = pair["frames"] or count  # a header need not say
             if count == 0 or count != pair["frames"]:
@@ -365,4 +365,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

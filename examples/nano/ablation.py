@@ -280,12 +280,9 @@ def training_set(args: argparse.Namespace, accelerator: Accelerator, names: set[
 # --- One run ---------------------------------------------------------------------------------------------------------
 
 
-def run_flags(args: argparse.Namespace, passed: list[str], arm: Arm, seed: int, folder: Path) -> list[str]:
-    """Return the command line of `train_ltd.py` for one run."""
-    flags = {}
-    if not args.own_data:
-        flags = NANO | {"train_data_dir": args.output_dir / "clips"}
-    run = {
+def common_flags(args: argparse.Namespace, seed: int, folder: Path) -> dict:
+    """Return the flags of every run: it has `args.output_dir`'s cache, and keeps its last weights alone."""
+    return {
         "cache_dir": args.output_dir / "cache",
         "seed": seed,
         "output_dir": folder,
@@ -293,13 +290,22 @@ def run_flags(args: argparse.Namespace, passed: list[str], arm: Arm, seed: int, 
         "max_train_steps": args.steps,
         "checkpointing_steps": NEVER,
         "checkpoints_total_limit": 1,
+    }
+
+
+def run_flags(args: argparse.Namespace, arm: Arm, seed: int, folder: Path) -> list[str]:
+    """Return the command line of `train_ltd.py` for one run."""
+    flags = {}
+    if not args.own_data:
+        flags = NANO | {"train_data_dir": args.output_dir / "clips"}
+    run = common_flags(args, seed, folder) | {
         "max_eval_clips": 1,  # this script measures held-out clips more closely itself
         "eval_steps": NEVER,
         **arm.flags,
         "loss": "mse" if arm.weights == "mse" else "ltd",  # the nearest name: what is computed is `arm_loss`
     }
     # What makes the run comes last, so that no other flag can change it.
-    return command_line(flags) + passed + command_line(run)
+    return command_line(flags) + args.passed + command_line(run)
 
 
 def command_line(flags: dict) -> list[str]:
@@ -771,12 +777,12 @@ def draw(results: dict, path: Path) -> None:
 # --- The run ---------------------------------------------------------------------------------------------------------
 
 
-def run_once(arm_name: str, seed: int, args: argparse.Namespace, passed: list[str]) -> dict:
+def run_once(arm_name: str, seed: int, args: argparse.Namespace) -> dict:
     """Make one line of `runs.jsonl`: train, measure held-out clips, generate and score."""
     arm = ARMS[arm_name]
     folder = args.output_dir / f"{arm_name}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
-    run_args = train_ltd.parse_args(run_flags(args, passed, arm, seed, folder))
+    run_args = train_ltd.parse_args(run_flags(args, arm, seed, folder))
     run_args.learning_rate *= arm.rate
     wan = train_ltd.identify_wan(run_args)  # what cannot be trained is refused before anything is encoded
     accelerator = train_ltd.build_accelerator(run_args)
@@ -794,12 +800,12 @@ def run_once(arm_name: str, seed: int, args: argparse.Namespace, passed: list[st
     scores.update(video_scores(arm_name, seed, transformer, data, run_args, args))
     if not args.keep_weights:
         shutil.rmtree(folder, ignore_errors=True)
-    return {"arm": arm_name, "seed": seed, "settings": settings(args, passed), "scores": without_nan(scores)}
+    return {"arm": arm_name, "seed": seed, "settings": settings(args), "scores": without_nan(scores)}
 
 
-def settings(args: argparse.Namespace, passed: list[str]) -> dict:
+def settings(args: argparse.Namespace) -> dict:
     """Return what all runs of one file must share."""
-    shared = {"steps": args.steps, "num_videos": args.num_videos, "flags": passed, "recipe": args.recipe}
+    shared = {"steps": args.steps, "num_videos": args.num_videos, "flags": args.passed, "recipe": args.recipe}
     if not args.own_data:
         base = Path(NANO["pretrained_model_name_or_path"])
         weights = (base / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
@@ -828,8 +834,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(input_args: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Read this script's flags; returns them and those that are passed to train_ltd.py. Exits for what cannot work."""
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    """Read this script's flags; `passed` has those that train_ltd.py gets. Exits for what cannot work."""
     parser = build_parser()
     args, passed = parser.parse_known_args(input_args)
     args.arms = arm_names(args.arms)
@@ -848,15 +854,16 @@ def parse_args(input_args: list[str] | None = None) -> tuple[argparse.Namespace,
             parser.error(f"--config {args.config} is not a file")
         args.recipe = Path(args.config).read_text(encoding="utf-8")
         passed = [f"--config={args.config}", *passed]
+    args.passed = passed
     data_in_recipe = re.search("^(dataset_name|train_data_dir):", args.recipe, re.MULTILINE)
     args.own_data = bool(data_in_recipe) or "--dataset_name" in names or "--train_data_dir" in names
     if args.own_data:
         args.arms = [arm for arm in args.arms if arm != "vae_round_trip"]  # a ceiling of scores that need the truth
     try:
-        check_passed(args, passed)
+        check_passed(args)
     except ValueError as error:
         parser.error(str(error))
-    return args, passed
+    return args
 
 
 def arm_names(names: list[str]) -> list[str]:
@@ -872,11 +879,11 @@ def arm_names(names: list[str]) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def check_passed(args: argparse.Namespace, passed: list[str]) -> None:
+def check_passed(args: argparse.Namespace) -> None:
     """Refuse flags of train_ltd.py that do not go with the arms. Raises `ValueError`; argparse itself exits with 2."""
     any_folder = [f"--train_data_dir={ROOT}"]  # the nano Wan's clips are made later
     defaults = train_ltd.parse_args(any_folder)
-    given = train_ltd.parse_args(passed if args.own_data else any_folder + passed)
+    given = train_ltd.parse_args(args.passed if args.own_data else any_folder + args.passed)
     bent = []
     for name in vars(given):
         if name.startswith("ltd_") and getattr(given, name) != getattr(defaults, name):
@@ -915,7 +922,7 @@ def write_clips(folder: Path) -> None:
         shutil.rmtree(partial)
 
 
-def run_missing(path: Path, args: argparse.Namespace, passed: list[str]) -> None:
+def run_missing(path: Path, args: argparse.Namespace) -> None:
     """Make the runs that are not in `runs.jsonl` yet: seeds outside, arms inside, so that a stop leaves pairs."""
     if not args.own_data:
         write_clips(args.output_dir / "clips")
@@ -924,12 +931,12 @@ def run_missing(path: Path, args: argparse.Namespace, passed: list[str]) -> None
             finished = [(run["arm"], run["seed"]) for run in read_runs(path)]  # other processes write there too
             if (arm, seed) in finished:
                 continue
-            line = json.dumps(run_once(arm, seed, args, passed))
+            line = json.dumps(run_once(arm, seed, args))
             with open(path, "a") as file:
                 file.write("\n" + line + "\n")  # on a line of its own, even after one that was cut short
 
 
-def main(args: argparse.Namespace, passed: list[str]) -> None:
+def main(args: argparse.Namespace) -> None:
     """Make the runs that are missing, and the report of all.
 
     Raises `ValueError` for runs of other settings in the folder, and when there is none to report.
@@ -937,13 +944,13 @@ def main(args: argparse.Namespace, passed: list[str]) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / "runs.jsonl"
     runs = read_runs(path)
-    shared = settings(args, passed)
+    shared = settings(args)
     if args.report_only and runs:
         shared = runs[0]["settings"]  # records of an earlier version can still be reported
     if any(run["settings"] != shared for run in runs):
         raise ValueError(f"{path} holds runs of other settings; choose another --output_dir")
     if not args.report_only:
-        run_missing(path, args, passed)
+        run_missing(path, args)
     runs = read_runs(path)
     if not runs:
         raise ValueError(f"{path} holds no finished run")
@@ -957,4 +964,4 @@ def main(args: argparse.Namespace, passed: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse_args())
+    train_ltd.run_script(main, parse_args)

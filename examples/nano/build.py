@@ -25,8 +25,11 @@ from tqdm.auto import tqdm
 from transformers import UMT5Config, UMT5EncoderModel
 
 EXAMPLES = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(EXAMPLES / "benchmark"))  # small_wan.py: examples/ is folders of scripts, not a package
+# examples/ is folders of scripts, not a package.
+sys.path.insert(0, str(EXAMPLES / "benchmark"))
+sys.path.insert(0, str(EXAMPLES))
 
+from mistakes import run_script
 from small_wan import build_tokenizer
 from sprites import (
     BACKGROUNDS,
@@ -254,4 +257,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

@@ -18,9 +18,10 @@ from score_model import NANO_SAMPLING, generate, held_out_specs, load_pipeline
 from sprites import CODEC, FPS, ORBIT, caption
 
 EXAMPLES = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(EXAMPLES))  # gallery.py, videos.py: examples/ is folders of scripts, not a package
+sys.path.insert(0, str(EXAMPLES))  # gallery.py and others: examples/ is folders of scripts, not a package
 
 from gallery import held_out_errors
+from mistakes import run_script
 from videos import write_video
 
 ASKED = 360  # degrees
@@ -68,9 +69,7 @@ def main(args):
     """Generate, measure, print the sentences, one a line, and keep the videos and the numbers."""
     settings_path = args.lora / "training_settings.json"
     if not settings_path.is_file():
-        raise SystemExit(
-            f"error: {settings_path} is missing: is {args.lora} the output folder of a run that has ended?"
-        )
+        raise SystemExit(f"{settings_path} is missing: is {args.lora} the output folder of a run that has ended?")
     steps = json.loads(settings_path.read_text(encoding="utf-8"))["max_train_steps"]
     prompts = [caption(spec) for spec in held_out_specs(ORBIT, args.count)]
     seeds = list(range(args.count))
@@ -99,4 +98,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 
 EXAMPLES = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(EXAMPLES))  # videos.py: examples/ is folders of scripts, not a package
+sys.path.insert(0, str(EXAMPLES))  # videos.py and others: examples/ is folders of scripts, not a package
 
+from mistakes import run_script
 from videos import describe_video, read_video, write_video
 
 CODEC = {"crf": "14"}  # nearly lossless, since these clips are encoded for the second time
@@ -92,4 +93,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

@@ -49,6 +49,7 @@ EXAMPLES = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(EXAMPLES / "scores"))
 sys.path.insert(0, str(EXAMPLES))
 
+from mistakes import run_script
 from video_metrics import dis_dynamic_degree, temporal_flickering
 from videos import read_video
 
@@ -639,4 +640,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

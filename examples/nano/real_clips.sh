@@ -16,7 +16,7 @@ echo "[3/4] building a small Wan pipeline and fitting its VAE to the clips (two 
 [ -f $out/small-wan/model_index.json ] ||
   "$PYTHON" examples/benchmark/small_wan.py --output_dir $out/small-wan --preset small --train_vae_data $out/clips
 echo "[4/4] training an LTD LoRA"
-"$PYTHON" -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+"$PYTHON" -m accelerate.commands.launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
   train_ltd.py --config examples/recipes/real_clips.yaml --pretrained_model_name_or_path $out/small-wan \
   --train_data_dir $out/clips --output_dir $out/lora --validation_prompt "people ride bicycles down a street" \
   --validation_prompt "a man in a car talks to the camera" "$@"

@@ -19,8 +19,9 @@ from sprites import CODEC, FPS, FRAMES, SIZE, caption, clip_spec, render_clip
 from tqdm.auto import tqdm
 
 EXAMPLES = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(EXAMPLES))  # videos.py: examples/ is folders of scripts, not a package
+sys.path.insert(0, str(EXAMPLES))  # videos.py and others: examples/ is folders of scripts, not a package
 
+from mistakes import run_script
 from videos import write_video
 
 # Guidance 4 did a little better than 7 on 32 calm captions; the steps are not tuned.
@@ -72,7 +73,12 @@ def score_all(videos, prompts):
 
 
 def load_pipeline(path, transformer=None):
-    """Load the pipeline in `path` in float32, with another transformer's folder if one is given."""
+    """Load the pipeline in `path` in float32, with another transformer's folder if one is given.
+
+    Raises `ValueError` when there is no pipeline.
+    """
+    if not Path(path, "model_index.json").is_file():
+        raise ValueError(f"{path} is no folder of a pipeline: there is no model_index.json in it")
     if transformer:
         model = WanTransformer3DModel.from_pretrained(transformer, dtype=torch.float32)
         return WanPipeline.from_pretrained(path, transformer=model, dtype=torch.float32)
@@ -133,4 +139,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 
 EXAMPLES = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(EXAMPLES))  # videos.py: examples/ is folders of scripts, not a package
+sys.path.insert(0, str(EXAMPLES))  # videos.py and others: examples/ is folders of scripts, not a package
 
+from mistakes import run_script
 from videos import write_video
 
 SIZE = 96  # px, of width and height
@@ -658,4 +659,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

@@ -34,9 +34,9 @@ import numpy as np
 import torch
 from ablation import (
     NANO,
-    NEVER,
     changed,
     command_line,
+    common_flags,
     confidence,
     contrast,
     held_out_errors,
@@ -339,19 +339,12 @@ def predict(arm: Arm, seed: int, dataset: train_ltd.LatentDataset, scheduler: Sc
 
 def run_flags(args: argparse.Namespace, arm: Arm, seed: int, folder: Path) -> list[str]:
     """Return the command line of `train_ltd.py` for one run."""
-    flags = TILT | {
+    own = {
         "train_data_dir": args.output_dir / "clips" / f"{arm.table}.jsonl",
         "caption_column": arm.captions,
-        "cache_dir": args.output_dir / "cache",
-        "seed": seed,
-        "output_dir": folder,
-        "report_to": "none",
-        "max_train_steps": args.steps,
-        "checkpointing_steps": NEVER,
-        "checkpoints_total_limit": 1,
         "loss": "ltd" if arm.power else "mse",  # the nearest name: what is computed is `arm_loss`
     }
-    return command_line(flags)
+    return command_line(TILT | common_flags(args, seed, folder) | own)
 
 
 def load_data(run_args: argparse.Namespace, accelerator: Accelerator) -> dict[str, train_ltd.LatentDataset]:
@@ -817,4 +810,4 @@ def report(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    train_ltd.run_script(main, parse_args)

@@ -19,6 +19,7 @@ import argparse
 import json
 import logging
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,11 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     patchify,
     unpatchify,
 )
+
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(EXAMPLES))  # mistakes.py: examples/ is folders of scripts, not a package
+
+from mistakes import run_script
 from sprites import clip_spec, render_clip
 
 logger = logging.getLogger("train_vae")
@@ -448,4 +454,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

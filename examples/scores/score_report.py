@@ -147,10 +147,13 @@ LABELS = {
 
 
 def read_json(path):
-    """Read a JSON file; an empty dict if there is none."""
+    """Read a JSON file; an empty dict if there is none. Raises `ValueError` for a file that holds something else."""
     if not path.is_file():
         return {}
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON; remove it and make it anew: {error}") from error
 
 
 def write_json(path, content):

@@ -229,7 +229,7 @@ def test_results_are_json_that_others_can_read():
 
 
 def test_arms_by_group_and_by_name():
-    args, passed = ablation.parse_args(["--arms", "key", "scale_16", "--learning_rate=1e-3"])
+    args = ablation.parse_args(["--arms", "key", "scale_16", "--learning_rate=1e-3"])
     assert args.arms == [
         "base",
         "vae_round_trip",
@@ -240,7 +240,7 @@ def test_arms_by_group_and_by_name():
         "position_only",
         "scale_16",
     ]
-    assert passed == ["--learning_rate=1e-3"] and not args.own_data
+    assert args.passed == ["--learning_rate=1e-3"] and not args.own_data
     with pytest.raises(SystemExit):
         ablation.parse_args(["--arms", "nothing"])
 
@@ -271,13 +271,13 @@ def test_flags_are_checked_before_anything_runs(flags, message, capsys):
 def test_data_in_a_recipe_are_own_data(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"train_data_dir: {tmp_path}\nvalidation_fraction: 0.1\n")
-    args, passed = ablation.parse_args(["--config", str(recipe), "--arms", "mse"])
-    assert args.own_data and passed == [f"--config={recipe}"] and args.recipe == recipe.read_text()
+    args = ablation.parse_args(["--config", str(recipe), "--arms", "mse"])
+    assert args.own_data and args.passed == [f"--config={recipe}"] and args.recipe == recipe.read_text()
 
 
 def test_a_run_cannot_be_bent_by_other_flags(tmp_path):
-    args, passed = ablation.parse_args(["--max_grad_norm=5", f"--output_dir={tmp_path}"])
-    line = ablation.run_flags(args, passed, ablation.ARMS["ltd_no_clipping"], 3, tmp_path / "run")
+    args = ablation.parse_args(["--max_grad_norm=5", f"--output_dir={tmp_path}"])
+    line = ablation.run_flags(args, ablation.ARMS["ltd_no_clipping"], 3, tmp_path / "run")
     assert line.index("--max_grad_norm=5") < line.index("--max_grad_norm=0") and "--loss=ltd" in line
 
 
@@ -293,7 +293,7 @@ def small_ablation(tiny_wan, clips, tmp_path):
 def test_own_model_and_data(small_ablation, tmp_path):
     small_ablation = [*small_ablation, "--steps=2"]  # after one of Adam's, all weights may differ by their signs alone
     pytest.importorskip("cv2", reason="the DIS dynamic degree needs opencv-python-headless")
-    ablation.main(*ablation.parse_args([*small_ablation, "--arms", "base", "mse", "ltd", "scale_16", "--seeds", "1"]))
+    ablation.main(ablation.parse_args([*small_ablation, "--arms", "base", "mse", "ltd", "scale_16", "--seeds", "1"]))
     runs = ablation.read_runs(tmp_path / "out" / "runs.jsonl")
     assert [run["arm"] for run in runs] == ["base", "mse", "ltd", "scale_16"]
     scores = {run["arm"]: run["scores"] for run in runs}
@@ -305,11 +305,11 @@ def test_own_model_and_data(small_ablation, tmp_path):
 
     # The same command does nothing again; one seed more adds its runs only.
     before = (tmp_path / "out" / "runs.jsonl").read_text()
-    ablation.main(*ablation.parse_args([*small_ablation, "--arms", "base", "--seeds", "2"]))
+    ablation.main(ablation.parse_args([*small_ablation, "--arms", "base", "--seeds", "2"]))
     assert (tmp_path / "out" / "runs.jsonl").read_text().startswith(before)
     assert len(ablation.read_runs(tmp_path / "out" / "runs.jsonl")) == 5
     with pytest.raises(ValueError, match="other settings"):
-        ablation.main(*ablation.parse_args([*small_ablation, "--arms", "base", "--rank=8"]))
+        ablation.main(ablation.parse_args([*small_ablation, "--arms", "base", "--rank=8"]))
 
 
 @torch.no_grad()
@@ -366,7 +366,7 @@ def test_the_nano_wan_and_its_ground_truth(tmp_path, monkeypatch):
     arms = ["base", "vae_round_trip", "ltd", "motion_mask", "ltd_half_rate", "ltd_lora"]
     line = ["--output_dir", str(tmp_path), "--steps", "1", "--num_videos", "2", "--seeds", "1", "--arms", *arms]
     line += ["--lr_warmup_steps=0"]
-    ablation.main(*ablation.parse_args(line))
+    ablation.main(ablation.parse_args(line))
     scores = {run["arm"]: run["scores"] for run in ablation.read_runs(tmp_path / "runs.jsonl")}
     assert list(scores) == arms
     rate = ablation.NANO["learning_rate"]
@@ -381,16 +381,17 @@ def test_the_nano_wan_and_its_ground_truth(tmp_path, monkeypatch):
     assert ceiling["videos/direction_error"] < 15 and ceiling["calm/color_right"] > 0.9
     before = (tmp_path / "runs.jsonl").read_text()
     (tmp_path / "table.md").unlink()
-    ablation.main(*ablation.parse_args(["--report_only", *line]))
+    ablation.main(ablation.parse_args(["--report_only", *line]))
     assert (tmp_path / "runs.jsonl").read_text() == before and "vae_round_trip" in (tmp_path / "table.md").read_text()
 
 
 def test_equal_seeds_see_equal_noise_whatever_the_weight(small_ablation, tmp_path):
     """Arm `mse` is the script's own --loss mse, to the bit."""
-    args, passed = ablation.parse_args([*small_ablation, "--arms", "mse", "--seeds", "1", "--keep_weights"])
-    ablation.main(args, passed)
+    args = ablation.parse_args([*small_ablation, "--arms", "mse", "--seeds", "1", "--keep_weights"])
+    ablation.main(args)
     ours = train_ltd.load_file(tmp_path / "out" / "mse-0" / train_ltd.LORA_FILE)
-    line = [*passed, f"--output_dir={tmp_path / 'plain'}", f"--cache_dir={tmp_path / 'out' / 'cache'}", "--loss=mse"]
+    folders = [f"--output_dir={tmp_path / 'plain'}", f"--cache_dir={tmp_path / 'out' / 'cache'}"]
+    line = [*args.passed, *folders, "--loss=mse"]
     train_ltd.main(train_ltd.parse_args([*line, "--max_train_steps=1", "--seed=0", "--report_to=none"]))
     theirs = train_ltd.load_file(tmp_path / "plain" / train_ltd.LORA_FILE)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -437,9 +438,9 @@ def test_the_record_of_an_earlier_version_can_be_reported(tmp_path):
     """By `examples/nano/figures.sh`; but no run of today is added to it."""
     record = ROOT / "examples/nano/ablation"
     shutil.copy(record / "runs.jsonl", tmp_path)
-    ablation.main(*ablation.parse_args([f"--output_dir={tmp_path}", "--report_only"]))
+    ablation.main(ablation.parse_args([f"--output_dir={tmp_path}", "--report_only"]))
     assert_close(
         json.loads((tmp_path / "results.json").read_text()), json.loads((record / "results.json").read_text())
     )
     with pytest.raises(ValueError, match="other settings"):
-        ablation.main(*ablation.parse_args([f"--output_dir={tmp_path}"]))
+        ablation.main(ablation.parse_args([f"--output_dir={tmp_path}"]))

@@ -15,8 +15,7 @@ PROMPTS = [f"a square moves, number {number}" for number in range(8)]
 
 def command(module, *words):
     """What `python examples/MODULE.py WORDS` does."""
-    args = module.parse_args([str(word) for word in words])
-    return module.main(args) if hasattr(module, "main") else args.run(args)
+    return module.main(module.parse_args([str(word) for word in words]))
 
 
 @pytest.mark.slow

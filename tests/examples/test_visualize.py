@@ -99,6 +99,8 @@ def test_maps_of_a_clip(flags, clips, tmp_path):
         assert strip.width == 800
     shown = read_video(tmp_path / "run/ltd_maps.mp4")
     rate = describe_video(tmp_path / "run/ltd_maps.mp4")["fps"]
+    with Image.open(tmp_path / "run/ltd_maps.webp") as animation:
+        assert (animation.n_frames, animation.height, animation.width) == shown.shape[:3]
     assert (len(shown), rate) == (NUM_FRAMES, 16)
     height = round(400 * HEIGHT / WIDTH / 2) * 2
     bar = shown.shape[1] - height - 2  # the labels'
