@@ -4,7 +4,6 @@ import importlib.util
 import json
 import shutil
 
-import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
