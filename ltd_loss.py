@@ -114,7 +114,7 @@ def ltd_weights(
     """
     if not 0 <= scale < math.inf:
         raise ValueError(f"`scale` must be a number of at least 0, got {scale!r}.")
-    if not math.isfinite(strength):
+    if not -math.inf < strength < math.inf:
         raise ValueError(f"`strength` must be a finite number, got {strength!r}.")
     discrepancy = latent_temporal_discrepancy(latents, window, channel_dim=channel_dim, frame_dim=frame_dim)
     # ln(e + sD) = 1 + ln(1 + sD/e), exact where nothing moves.
