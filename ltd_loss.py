@@ -16,7 +16,7 @@ as in Wan; for (B, F, C, H, W), as in CogVideoX, pass `channel_dim=2, frame_dim=
 From the paper (https://huggingface.co/papers/2601.20504): the windowed mean of Eq. 2 with its cut-off windows at the
 two ends, the logarithm, and the form `L + ln(e + D) * L` of Eq. 3. Our choices: float32 inside, D = 0 for a single
 frame (an image), the prediction and target of whatever parametrization the model has (noise, velocity, flow) in place
-of the paper's noise, and the two knobs `scale` and `normalize`, both off by default.
+of the paper's noise, and the three knobs `scale`, `strength` and `normalize`, all off by default.
 """
 
 import math
@@ -77,13 +77,15 @@ def ltd_weights(
     window: int = 3,
     *,
     scale: float = 1.0,
+    strength: float = 1.0,
     normalize: bool = False,
     channel_dim: int = 1,
     frame_dim: int = 2,
 ) -> torch.Tensor:
     r"""
-    Weight of each voxel's squared error, \\(1 + \ln(e + s D)\\): Eq. 3 of the
-    [LTD paper](https://huggingface.co/papers/2601.20504) with the loss factored out and the scale s = 1.
+    Weight of each voxel's squared error, \\((1 + \ln(e + s D))^p\\): Eq. 3 of the
+    [LTD paper](https://huggingface.co/papers/2601.20504) with the loss factored out, the scale s = 1 and the
+    strength p = 1.
 
     Args:
         latents (`torch.Tensor` of shape `(B, C, F, H, W)`):
@@ -91,7 +93,11 @@ def ltd_weights(
         window (`int`, *optional*, defaults to 3):
             As in [`latent_temporal_discrepancy`].
         scale (`float`, *optional*, defaults to 1.0):
-            Multiplies D before the logarithm; not in the paper. 0 gives every voxel the weight 2.
+            Multiplies D before the logarithm; not in the paper. 0 gives every voxel the weight 2 (to the power p).
+        strength (`float`, *optional*, defaults to 1.0):
+            Power of the weight; not in the paper. 0 is plain MSE, above 1 the loss leans more to motion, below 0 to
+            stillness. The loss grows with it (3: 8 times and more), which AdamW does not feel but a clipped gradient
+            norm does.
         normalize (`bool`, *optional*, defaults to `False`):
             Divide each sample's weights by their mean, so that only the distribution of the loss changes and not its
             size; not in the paper. It also removes the weighting between wild and still clips.
@@ -100,20 +106,26 @@ def ltd_weights(
 
     Returns:
         `torch.Tensor` of the shape of `latents` without the channel dimension, float32, without gradient, at least 2
-        (unless normalized).
+        for the paper's form.
 
     Raises:
-        ValueError: `scale` is negative or not a number, or as in [`latent_temporal_discrepancy`].
+        ValueError: `scale` is negative or not a number, `strength` is not a finite number, or as in
+            [`latent_temporal_discrepancy`].
     """
     if not 0 <= scale < math.inf:
         raise ValueError(f"`scale` must be a number of at least 0, got {scale!r}.")
+    if not -math.inf < strength < math.inf:
+        raise ValueError(f"`strength` must be a finite number, got {strength!r}.")
     discrepancy = latent_temporal_discrepancy(latents, window, channel_dim=channel_dim, frame_dim=frame_dim)
     # ln(e + sD) = 1 + ln(1 + sD/e), exact where nothing moves.
     motion = torch.log1p(discrepancy * (scale / math.e))
+    still = 2.0**strength  # the weight where nothing moves
+    if strength != 1:
+        motion = (2 + motion) ** strength - still
     if normalize:
-        # The 2 stays outside the mean, so that a still clip is divided by exactly 2 on any device.
-        return (2 + motion) / (2 + motion.mean(dim=(1, 2, 3), keepdim=True))
-    return 2 + motion
+        # It stays outside the mean, so that a still clip is divided by exactly this weight on any device.
+        return (still + motion) / (still + motion.mean(dim=(1, 2, 3), keepdim=True))
+    return still + motion
 
 
 def ltd_loss(
@@ -123,6 +135,7 @@ def ltd_loss(
     window: int = 3,
     *,
     scale: float = 1.0,
+    strength: float = 1.0,
     normalize: bool = False,
     channel_dim: int = 1,
     frame_dim: int = 2,
@@ -140,7 +153,7 @@ def ltd_loss(
             What it should have returned.
         latents (`torch.Tensor` of the same shape):
             Clean latents, from which the weights come. No gradient flows into them.
-        window, scale, normalize, channel_dim, frame_dim:
+        window, scale, strength, normalize, channel_dim, frame_dim:
             As in [`ltd_weights`].
         sample_weight (`torch.Tensor` of shape `(B,)`, *optional*):
             One more factor a sample, for instance a timestep weight.
@@ -165,7 +178,13 @@ def ltd_loss(
     if reduction not in ("mean", "sample", "none"):
         raise ValueError(f'`reduction` must be "mean", "sample" or "none", got {reduction!r}.')
     weights = ltd_weights(
-        latents, window, scale=scale, normalize=normalize, channel_dim=channel_dim, frame_dim=frame_dim
+        latents,
+        window,
+        scale=scale,
+        strength=strength,
+        normalize=normalize,
+        channel_dim=channel_dim,
+        frame_dim=frame_dim,
     )
     loss = weights.unsqueeze(channel_dim % latents.ndim) * (prediction.float() - target.float()).square()
     if sample_weight is not None:

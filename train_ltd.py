@@ -326,6 +326,7 @@ CARD_SETTINGS = (
     "loss",
     "ltd_window",
     "ltd_scale",
+    "ltd_strength",
     "ltd_normalize",
     "weighting_scheme",
     "flow_shift",
@@ -451,6 +452,14 @@ def non_negative_float(text: str) -> float:
     value = float(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return value
+
+
+def exponent(text: str) -> float:
+    """Read a power that leaves weights finite and above 0, for argparse."""
+    value = float(text)
+    if not -10 <= value <= 10:
+        raise argparse.ArgumentTypeError(f"must lie in [-10, 10], got {text}")
     return value
 
 
@@ -582,6 +591,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--loss", choices=["ltd", "mse"], default="ltd", help="weight on the squared error; mse is the weight 1")
     add("--ltd_window", type=int, default=3, help="the paper's tau in latent frames, at least 2")
     add("--ltd_scale", type=non_negative_float, default=1.0, help="s in 1 + ln(e + s D); 1 is the paper's")
+    add("--ltd_strength", type=exponent, default=1.0, help="power of that weight; 1 is the paper's, 0 plain MSE, 3"
+        " favors motion, below 0 stillness. The loss grows with it: AdamW does not mind, --max_grad_norm does")
     add("--ltd_normalize", action=switch, default=False, help="divide each sample's weights by their mean")
     add("--weighting_scheme", choices=["none", "logit_normal"], default="logit_normal", help="density of timesteps")
     add("--flow_shift", type=positive_float, default=3.0, help="shift of training sigmas; 3: motion, 1: detail")
@@ -2737,9 +2748,13 @@ def compute_loss(
         return loss_of_frames(prediction, target, batch["latents"], trained, args)
     if args.loss == "mse":
         return F.mse_loss(prediction.float(), target.float())
-    return ltd_loss(
-        prediction, target, batch["latents"], args.ltd_window, scale=args.ltd_scale, normalize=args.ltd_normalize
-    )
+    options = ltd_options(args)
+    return ltd_loss(prediction, target, batch["latents"], normalize=args.ltd_normalize, **options)
+
+
+def ltd_options(args: argparse.Namespace) -> dict[str, float]:
+    """Return what shapes the weights, for `ltd_loss` and `ltd_weights`."""
+    return {"window": args.ltd_window, "scale": args.ltd_scale, "strength": args.ltd_strength}
 
 
 def trained_frames(batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
@@ -2772,10 +2787,11 @@ def loss_of_frames(
     if args.loss == "mse":
         errors = F.mse_loss(prediction.float(), target.float(), reduction="none")
         return mean_of_frames(errors, trained).mean()
-    errors = ltd_loss(prediction, target, latents, args.ltd_window, scale=args.ltd_scale, reduction="none")
+    options = ltd_options(args)
+    errors = ltd_loss(prediction, target, latents, reduction="none", **options)
     losses = mean_of_frames(errors, trained)
     if args.ltd_normalize:
-        weights = ltd_weights(latents, args.ltd_window, scale=args.ltd_scale)
+        weights = ltd_weights(latents, **options)
         losses = losses / mean_of_frames(weights[:, None], trained)
     return losses.mean()
 
@@ -3135,7 +3151,8 @@ def file_metadata(wan: Wan, args: argparse.Namespace, step: int) -> dict[str, st
     base = settings["transformer_path"] or settings["pretrained_model_name_or_path"]
     loss = args.loss
     if args.loss == "ltd":
-        loss += f" (window {args.ltd_window}, scale {args.ltd_scale:g}, normalize {args.ltd_normalize})"
+        loss += f" (window {args.ltd_window}, scale {args.ltd_scale:g}, strength {args.ltd_strength:g},"
+        loss += f" normalize {args.ltd_normalize})"
     metadata = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",

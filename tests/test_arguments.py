@@ -56,6 +56,7 @@ def test_all_problems_are_named_at_once(flags, monkeypatch):
         ("learning_rate", "nan", "must be positive, got nan"),
         ("fps", "inf", "must be positive, got inf"),
         ("ltd_scale", -1, "must not be negative, got -1"),
+        ("ltd_strength", 11, "must lie in [-10, 10], got 11"),
         ("max_grad_norm", "inf", "must not be negative, got inf"),
         ("lr_warmup_steps", -1, "must not be negative, got -1"),
         ("caption_dropout", 2, "must lie in [0, 1], got 2"),

@@ -199,10 +199,10 @@ def batch() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("loss", ["ltd", "mse"])
 def test_given_frame_has_no_loss_and_samples_count_the_same(flags, batch, loss, normalize):
     """Each sample's mean is over what is trained of it; LTD still sees the gap behind the given frame."""
-    args = train_ltd.parse_args(flags(loss=loss, ltd_normalize=normalize, ltd_scale=1.5))
+    args = train_ltd.parse_args(flags(loss=loss, ltd_normalize=normalize, ltd_scale=1.5, ltd_strength=2))
     expected = []
     for i, first in ((0, 0), (1, 1)):
-        weights = ltd_weights(batch["latents"][i : i + 1], 3, scale=1.5)[0, first:]
+        weights = ltd_weights(batch["latents"][i : i + 1], 3, scale=1.5, strength=2)[0, first:]
         if loss == "mse":
             weights = torch.ones_like(weights)
         elif normalize:

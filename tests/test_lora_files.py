@@ -133,7 +133,7 @@ def test_metadata_for_comfyui_and_galleries(trained, tiny_wan):
         "ss_sd_model_name": tiny_wan.name,
         "ss_steps": "2",
         "ss_loss_type": "ltd",
-        "ss_training_comment": "loss ltd (window 2, scale 0.5, normalize False)",
+        "ss_training_comment": "loss ltd (window 2, scale 0.5, strength 1, normalize False)",
     }
     if train_type == "lora":
         expected |= {"ss_network_dim": "4", "ss_network_alpha": "4"}

@@ -59,9 +59,9 @@ def paper_discrepancy(latents, tau):
     return D
 
 
-def paper_weights(latents, tau=3, scale=1.0):
-    """1 + ln(e + sD), (B, 1, F, H, W), float64."""
-    return (1 + torch.log(math.e + scale * paper_discrepancy(latents, tau))).unsqueeze(1)
+def paper_weights(latents, tau=3, scale=1.0, strength=1.0):
+    """(1 + ln(e + sD)) ** p, (B, 1, F, H, W), float64."""
+    return (1 + torch.log(math.e + scale * paper_discrepancy(latents, tau))).unsqueeze(1) ** strength
 
 
 def to_layout(tensor, channel_dim, frame_dim):
@@ -352,6 +352,49 @@ def test_scale(scale, amplitude):
         assert torch.equal(weights, ltd_weights(latents))
 
 
+@pytest.mark.parametrize("strength", [-2, -1, 0.5, 2, 3, 8.0])
+@pytest.mark.parametrize("scale", [0.5, 1])
+def test_strength(strength, scale):
+    prediction, target, latents = draw_batch()
+    options = {"scale": scale, "strength": strength}
+    expected = paper_weights(latents, **options)
+    assert_near(ltd_weights(latents, **options).unsqueeze(1), expected, rtol=2e-6)
+    error = (prediction.double() - target.double()) ** 2
+    assert_near(ltd_loss(prediction, target, latents, **options), (expected * error).mean())
+    leaf = prediction.clone().requires_grad_()
+    ltd_loss(leaf, target, latents, **options).backward()
+    assert_near(leaf.grad, 2 * expected * (prediction.double() - target.double()) / prediction.numel())
+    # The other layout, and normalized: the mean is that of the powers.
+    swapped = [tensor.transpose(1, 2) for tensor in (prediction, target, latents)]
+    of_layout = ltd_loss(*swapped, channel_dim=2, frame_dim=1, reduction="none", **options)
+    assert torch.equal(of_layout.transpose(1, 2), ltd_loss(prediction, target, latents, reduction="none", **options))
+    normalized = ltd_weights(latents, normalize=True, **options).unsqueeze(1)
+    assert_near(normalized, expected / expected.mean(dim=(1, 2, 3, 4), keepdim=True))
+    # Where nothing moves, it is one number exactly.
+    still = ltd_weights(still_clip(), **options)
+    assert torch.equal(still, torch.full_like(still, 2.0**strength))
+
+
+def test_strength_0_is_mse_loss_and_1_the_paper():
+    prediction, target, latents = torch.randn(3, 2, 3, 5, 7, 9, generator=torch.Generator().manual_seed(0))
+    for options in ({}, {"normalize": True}, {"scale": 3.0}):
+        loss = ltd_loss(prediction, target, latents, strength=0, **options)
+        assert torch.equal(loss, F.mse_loss(prediction, target))
+        paper = ltd_weights(latents, strength=1, **options)
+        assert torch.equal(paper, ltd_weights(latents, **options))
+    # As it was computed before there was a strength
+    motion = torch.log1p(latent_temporal_discrepancy(latents) * (1 / math.e))
+    assert torch.equal(ltd_weights(latents), 2 + motion)
+    mean = motion.mean(dim=(1, 2, 3), keepdim=True)
+    assert torch.equal(ltd_weights(latents, normalize=True), (2 + motion) / (2 + mean))
+
+
+@pytest.mark.parametrize("strength", [math.inf, -math.inf, math.nan])
+def test_bad_strength(strength):
+    with pytest.raises(ValueError, match=f"`strength` must be a finite number, got {strength!r}"):
+        ltd_weights(draw_clip(), strength=strength)
+
+
 def test_nan_and_infinity_are_not_silenced():
     prediction, target, latents = draw_batch(9)
     clean = ltd_weights(latents, 5)
@@ -551,7 +594,7 @@ def test_under_torch_compile():
     results = []
     for function in (ltd_loss, torch.compile(ltd_loss, fullgraph=True)):
         leaf = prediction.clone().requires_grad_()
-        loss = function(leaf, target, latents, 5, scale=2.0, normalize=True)
+        loss = function(leaf, target, latents, 5, scale=2.0, strength=3, normalize=True)
         loss.backward()
         results.append((loss, leaf.grad))
     for eager, compiled in zip(*results, strict=True):
@@ -561,9 +604,9 @@ def test_under_torch_compile():
 def test_one_compiled_graph_for_changing_lengths():
     """Traced, not lowered: fast enough to try every branch."""
     compiled = torch.compile(ltd_loss, fullgraph=True, dynamic=True, backend="eager")
-    for frames, window in ((5, 3), (9, 3), (1, 3), (2, 3), (5, 41)):
+    for frames, window, strength in ((5, 3, 1), (9, 3, 3), (1, 3, 0.5), (2, 3, -1), (5, 41, 0)):
         batch = [tensor.transpose(1, 2) for tensor in draw_batch(frames)]
-        options = {"channel_dim": 2, "frame_dim": 1, "sample_weight": torch.tensor([0.5, 2.0])}
+        options = {"channel_dim": 2, "frame_dim": 1, "sample_weight": torch.tensor([0.5, 2.0]), "strength": strength}
         assert torch.equal(compiled(*batch, window, **options), ltd_loss(*batch, window, **options))
 
 

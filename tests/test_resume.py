@@ -61,6 +61,7 @@ def resume(run, **kwargs):
         ({"lora_dropout": 0.5}, "lora_dropout 0.0 -> 0.5"),
         ({"ltd_window": 5}, "ltd_window 3 -> 5"),
         ({"ltd_scale": 2.0}, "ltd_scale 1.0 -> 2.0"),
+        ({"ltd_strength": 3.0}, "ltd_strength 1.0 -> 3.0"),
         ({"ltd_normalize": True}, "ltd_normalize False -> True"),
         ({"trigger_word": "ohwx"}, "trigger_word None -> ohwx"),
         ({"lr_scheduler": "cosine"}, "lr_scheduler constant -> cosine"),

@@ -75,6 +75,7 @@ def test_training_loss_is_equation_3_on_rectified_flow(run, monkeypatch, loss, n
         loss=loss,
         ltd_normalize=normalize,
         ltd_scale=2,
+        ltd_strength=3,
         ltd_window=4,
         num_frames=17,
         train_batch_size=2,
@@ -85,7 +86,7 @@ def test_training_loss_is_equation_3_on_rectified_flow(run, monkeypatch, loss, n
     target = noise - latents
     expected = F.mse_loss(prediction, target)
     if loss == "ltd":
-        expected = ltd_loss.ltd_loss(prediction, target, latents, 4, scale=2, normalize=normalize)
+        expected = ltd_loss.ltd_loss(prediction, target, latents, 4, scale=2, strength=3, normalize=normalize)
     assert metrics(output) == {1: pytest.approx(expected.item())} and torch.equal(compared["target"], target)
     assert sigmas[0] != sigmas[1] and torch.equal(given["timestep"], 1000 * sigmas)
     assert given["timestep"].dtype == torch.float32

@@ -1,6 +1,7 @@
 """The figures of LTD show what is known of sprite clips, and the numbers that training measures."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,6 +218,16 @@ def test_report_knows_still_wild_and_cut(known_clips, tmp_path, monkeypatch, cap
     said = capsys.readouterr().out
     assert "6 clips of 7 videos; 1 video cannot be used" in said
     assert "cut is suspected in 1 clip (--drop_cuts) cut.mp4" in said
+    plain, paper, cubed = report["tilts"]
+    assert plain == {
+        "strength": 0,
+        "wildest_tenth": pytest.approx(1 / 6),
+        "stillest_tenth": pytest.approx(1 / 6),
+        "effective_clips": pytest.approx(6),
+    }
+    assert 1 / 6 < paper["wildest_tenth"] < cubed["wildest_tenth"]
+    assert paper["stillest_tenth"] > cubed["stillest_tenth"]
+    assert f"3: the wildest tenth {cubed['wildest_tenth']:.1%}" in said
 
     # The same from the cache, without any model, and of all clips, whatever training holds out
     monkeypatch.setattr(train_ltd, "load_vae", None)
@@ -250,6 +261,17 @@ def test_a_histogram_of_few_clips_shows_each(monkeypatch, ltds):
     assert all(tick == round(tick) for tick in axes.get_yticks())
     title = figure.subfigs[1].get_suptitle()
     assert title == ("the 4 stillest clips, by mean LTD" if len(ltds) > 1 else "the stillest clip, by mean LTD")
+
+
+def test_tilts_are_those_of_the_mean_weights():
+    """By clips whose voxels all move alike: a weight a clip, known beforehand."""
+    rates = [0.0, 1.0, 9.0]
+    clips = [SimpleNamespace(ltd_quantiles=[rate] * 21) for rate in rates]
+    weights = [(1 + math.log(math.e + rate)) ** 3 for rate in rates]
+    tilt = visualize_ltd.describe_tilt(clips, 3)
+    assert tilt["wildest_tenth"] == pytest.approx(weights[-1] / sum(weights))
+    assert tilt["stillest_tenth"] == pytest.approx(weights[0] / sum(weights))
+    assert tilt["effective_clips"] == pytest.approx(sum(weights) ** 2 / sum(weight**2 for weight in weights))
 
 
 def test_report_shows_the_pictures_of_each_window(known_clips, tmp_path):
