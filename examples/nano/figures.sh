@@ -26,7 +26,8 @@ generate base
 generate ltd --lora $lora
 python examples/generate.py --compare $out/videos/{base,ltd} --labels base LTD --output_dir $out/compare
 python examples/nano/ablation.py --output_dir examples/nano/ablation --report_only > /dev/null
-mv examples/nano/ablation/ablation.png $images
+python examples/nano/tilt.py --record_dir examples/nano/tilt --report_only > /dev/null
+mv examples/nano/ablation/ablation.png examples/nano/tilt/tilt.png $images
 strips=()
 for number in 0 1 2; do strips+=($lora/measured/samples/step-000{000,150}-$number.mp4); done
 python examples/videos.py --output $images/quickstart_strips.jpg --columns 9 "${strips[@]}"

@@ -687,7 +687,7 @@ def draw(results: dict, runs: list[dict], path: Path) -> None:
         if speeds:
             share = np.full(len(speeds), 1 / len(speeds))
             left.hist(speeds, bins, weights=share, histtype="step", color=color, label=name)
-            left.legend(fontsize=8)
+            left.legend(fontsize=8, loc="upper center")
     left.set_xlabel("net speed of a video, px a frame", fontsize=8)
     left.set_ylabel("share of videos", fontsize=8)
     names = []
@@ -703,7 +703,8 @@ def draw(results: dict, runs: list[dict], path: Path) -> None:
     right.set_yticks(range(0, -len(names), -1), names, fontsize=8)
     right.axvline(0, color="black", linewidth=0.8)
     right.grid(axis="x", alpha=0.3)
-    right.set_xlabel("difference in mean speed: open predicted, filled measured (95 % CI over seeds)", fontsize=8)
+    label = "difference in mean speed, px a frame\nopen: predicted; filled: measured, 95 % CI over seeds"
+    right.set_xlabel(label, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -345,6 +345,31 @@ def test_the_report_follows_from_the_lines(tmp_path):
         tilt.report(tmp_path / "nothing")
 
 
+def test_the_readmes_say_what_the_runs_say():
+    """From the lines to the table, its rows in the README beside the experiment, and the figures in the first one."""
+    record = ROOT / "examples/nano/tilt"
+    results = tilt.summarize(tilt.read_runs(record / "runs.jsonl"), tilt.read_runs(record / "predictions.jsonl"))
+    table = (record / "table.md").read_text()
+    assert table == tilt.write_table(results)
+    readme = (ROOT / "examples/nano/README.md").read_text(encoding="utf-8")
+    shown = readme.split("<!-- tilt -->\n")[1].split("<!-- /tilt -->")[0]
+    assert shown and table.startswith(shown)
+    first = (ROOT / "README.md").read_text(encoding="utf-8")
+    speed = results["arms"]["mse"]["measured"]["videos/speed"][0]
+    background = results["arms"]["mse"]["measured"]["held_out/mse_background"][0]
+    rows = {(row["arm"], row["control"], row["metric"]): row for row in results["contrasts"]}
+    for arm, digits in (("ltd_inverse", 1), ("ltd", 1), ("ltd_cubed", 0)):
+        row = rows[arm, "mse", "videos/speed"]
+        errors = rows[arm, "mse", "held_out/mse_background"]["difference"]
+        cells = [
+            f"{100 * row['difference'][0] / speed:+.{digits}f} %",
+            tilt.bracketed(row["difference"]),
+            f"{row['predicted'][0]:+.3f}",
+            f"{100 * errors[0] / background:+.1f} %",
+        ]
+        assert f"| {' | '.join(cells)} |" in first
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
 
