@@ -4242,8 +4242,8 @@ def model_card(
         paper = "[Latent Temporal Discrepancy](https://huggingface.co/papers/2601.20504)"
         introduction += (
             f" The squared error of each voxel was weighted by its motion, the {paper} of the clip. Such a weight"
-            " moves accuracy from what rests to what moves (on a small Wan, 0.8 % of the error), and videos towards motion"
-            " where the prompt leaves it open (there, 8 % of the speed, with `ltd_strength` 1)."
+            " moves accuracy from what rests to what moves (on a small Wan, 0.8 % of the error), and videos towards"
+            " motion where the prompt leaves it open (there, 8 % of the speed, with `ltd_strength` 1)."
         )
     body = [
         f"---\n{card_data(args, name, samples, scores).to_yaml()}\n---",
