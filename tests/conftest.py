@@ -10,6 +10,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is import
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "LTD_TEST_CUDA" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is compared to the bit is compared on a CPU
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background: what tests start would ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import diffusers
 import numpy as np
