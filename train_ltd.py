@@ -1007,7 +1007,7 @@ def flash_attention_problems(backend: str) -> list[str]:
     kernel = FLASH_ATTENTION[backend]
     try:
         found = importlib.util.find_spec(kernel.module)
-    except ModuleNotFoundError:
+    except ImportError:  # of its package: there is none, or it was built for another torch
         found = None
     if not found:
         return [f"--attention_backend {backend}: a package is missing: {kernel.install}"]
@@ -2087,8 +2087,12 @@ def save_entry(tensors: dict[str, torch.Tensor], path: Path) -> None:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # machines that share a cache may share a pid
     path.parent.mkdir(parents=True, exist_ok=True)
     # `save_file` needs `set_mode`, which changes the umask of other threads for a moment.
-    partial.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
-    partial.replace(path)
+    data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # a full disk would fill up with halves
 
 
 def set_mode(path: Path) -> None:
@@ -2100,7 +2104,7 @@ def set_mode(path: Path) -> None:
 
 
 def load_statistics(path: Path, warn: Callable[[str], None]) -> dict | None:
-    """Load the small tensors of an entry, as numbers and lists; `None` when it is absent or damaged.
+    """Load the small tensors of an entry, as numbers and lists; `None` when it is absent, damaged or not readable.
 
     Calls `warn` with what is to be said of the damage.
     """
@@ -2109,7 +2113,8 @@ def load_statistics(path: Path, warn: Callable[[str], None]) -> dict | None:
             return {name: file.get_tensor(name).tolist() for name in file.keys() if name in STATISTICS}
     except FileNotFoundError:
         return None
-    except DAMAGE as error:
+    except (OSError, *DAMAGE) as error:
+        # The caller would take an `OSError` for one of the clip.
         warn(f"cache entry {path} is damaged and encoded again: {error}")
         return None
 
@@ -2253,8 +2258,9 @@ class ClipReader:
                         raise
                     too_short = error
                     continue
-                record.parent.mkdir(parents=True, exist_ok=True)
-                record.write_text(str(self.buckets.index(bucket)), encoding="ascii")
+                with contextlib.suppress(OSError):  # that of a full disk is not the clip's fault
+                    record.parent.mkdir(parents=True, exist_ok=True)
+                    record.write_text(str(self.buckets.index(bucket)), encoding="ascii")
                 return
         raise too_short
 
@@ -5181,10 +5187,13 @@ def user_message(error: Exception) -> str | None:
 
     A `ValueError` is a user's mistake if this file or one of its examples has raised it; its message has the remedy.
     """
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    script = Path(__file__)
+    raised_at = traceback.extract_tb(error.__traceback__)[-1]
+    raised_in = Path(raised_at.filename).resolve()
+    script = Path(__file__).resolve()
     if raised_in == script or raised_in.is_relative_to(script.with_name("examples")):
-        return str(error) if isinstance(error, ValueError) else None
+        # Python raises it too, where numbers cannot be unpacked: that is a fault of ours.
+        is_mistake = isinstance(error, ValueError) and raised_at.line.startswith("raise ")
+        return str(error) if is_mistake else None
     return network_fault(error)
 
 
