@@ -2366,7 +2366,8 @@ def cache_clips(
     clips = []
     skipped = []
     progress = tqdm(total=reader.count(), desc=f"caching {split}", unit="video", disable=reader.rank > 0)
-    with contextlib.closing(reader.read_ahead()) as videos, ThreadPoolExecutor(1) as writer:
+    # Whatever ends this, the bar goes first: an error is the last line.
+    with contextlib.closing(reader.read_ahead()) as videos, ThreadPoolExecutor(1) as writer, progress:
         for video in videos:
             captions = read_captions(video.text, video.name, args)
             encodes = video.frames is not None
@@ -2403,7 +2404,6 @@ def cache_clips(
                 clips.append(clip)
             progress.update()
         list(writes)
-    progress.close()
     del vae, image_encoder
     free_memory()
     clips = sorted(gather_object(clips), key=lambda clip: clip.order)
@@ -3652,11 +3652,15 @@ def compare_settings(folder: Path, current: dict) -> tuple[list[str], list[str]]
     with everything else that has changed.
     """
     saved = read_checkpoint(folder)["settings"]
+    parser = build_parser()
     pairs = {}
     for name, value in current["flags"].items():
+        # A version that had not this flag yet did what is its default now; `None` is settled by the model.
+        then = saved["flags"].get(name, parser.get_default(name))
+        known = name in saved["flags"] or then is not None
         settled = name in ("rank", "lora_alpha", "lora_target_modules", "lr_warmup_steps")
-        if name in saved["flags"] and not (settled and value is None):  # which they are in the first look
-            pairs[name] = (saved["flags"][name], value)
+        if known and not (settled and value is None):  # which they are in the first look
+            pairs[name] = (then, value)
     for name in ("fsdp", "samples_per_update"):
         if name in current:
             pairs[name] = (saved[name], current[name])
@@ -4430,10 +4434,10 @@ def fsdp_is_asked() -> bool:
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Set up processes, precision, accumulation and logging, and make the output folder.
+    """Set up processes, precision, accumulation and logging, and make the folders of output and cache.
 
-    Raises `ValueError` when FSDP was asked for in a form whose checkpoints would be pickles, and for accelerate's own
-    dynamo.
+    Raises `ValueError` when FSDP was asked for in a form whose checkpoints would be pickles, for accelerate's own
+    dynamo, and for a folder that cannot be made.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
         # PR_SET_PDEATHSIG: accelerate's launcher of one process dies of a signal and passes nothing on.
@@ -4473,7 +4477,12 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    for name in ("output_dir", "cache_dir"):
+        folder = getattr(args, name)
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--{name} {folder} cannot be made: {error.strerror}; take another") from error
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for noisy in ("httpx", "httpx2", "accelerate.checkpointing", "accelerate.accelerator", "accelerate.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -4560,9 +4569,12 @@ def ignore_signals(worker: int) -> None:
 def lock_folder(accelerator: Accelerator, folder: str) -> io.IOBase:
     """Return an open file that is this run's lock on its output folder; the system drops it with the process.
 
-    Raises `ValueError` when another run holds it.
+    Raises `ValueError` when another run holds it, or nothing can be written there.
     """
-    file = open(Path(folder, ".lock"), "w")
+    try:
+        file = open(Path(folder, ".lock"), "w")
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be written to: {error.strerror}; take another") from error
     try:
         import fcntl
     except ImportError:
