@@ -1007,7 +1007,7 @@ def flash_attention_problems(backend: str) -> list[str]:
     kernel = FLASH_ATTENTION[backend]
     try:
         found = importlib.util.find_spec(kernel.module)
-    except ModuleNotFoundError:
+    except ImportError:  # of its package: there is none, or it was built for another torch
         found = None
     if not found:
         return [f"--attention_backend {backend}: a package is missing: {kernel.install}"]
@@ -2087,8 +2087,12 @@ def save_entry(tensors: dict[str, torch.Tensor], path: Path) -> None:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # machines that share a cache may share a pid
     path.parent.mkdir(parents=True, exist_ok=True)
     # `save_file` needs `set_mode`, which changes the umask of other threads for a moment.
-    partial.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
-    partial.replace(path)
+    data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # a full disk would fill up with halves
 
 
 def set_mode(path: Path) -> None:
@@ -2100,7 +2104,7 @@ def set_mode(path: Path) -> None:
 
 
 def load_statistics(path: Path, warn: Callable[[str], None]) -> dict | None:
-    """Load the small tensors of an entry, as numbers and lists; `None` when it is absent or damaged.
+    """Load the small tensors of an entry, as numbers and lists; `None` when it is absent, damaged or not readable.
 
     Calls `warn` with what is to be said of the damage.
     """
@@ -2109,7 +2113,8 @@ def load_statistics(path: Path, warn: Callable[[str], None]) -> dict | None:
             return {name: file.get_tensor(name).tolist() for name in file.keys() if name in STATISTICS}
     except FileNotFoundError:
         return None
-    except DAMAGE as error:
+    except (OSError, *DAMAGE) as error:
+        # The caller would take an `OSError` for one of the clip.
         warn(f"cache entry {path} is damaged and encoded again: {error}")
         return None
 
@@ -2253,8 +2258,9 @@ class ClipReader:
                         raise
                     too_short = error
                     continue
-                record.parent.mkdir(parents=True, exist_ok=True)
-                record.write_text(str(self.buckets.index(bucket)), encoding="ascii")
+                with contextlib.suppress(OSError):  # that of a full disk is not the clip's fault
+                    record.parent.mkdir(parents=True, exist_ok=True)
+                    record.write_text(str(self.buckets.index(bucket)), encoding="ascii")
                 return
         raise too_short
 
@@ -2360,7 +2366,8 @@ def cache_clips(
     clips = []
     skipped = []
     progress = tqdm(total=reader.count(), desc=f"caching {split}", unit="video", disable=reader.rank > 0)
-    with contextlib.closing(reader.read_ahead()) as videos, ThreadPoolExecutor(1) as writer:
+    # Whatever ends this, the bar goes first: an error is the last line.
+    with contextlib.closing(reader.read_ahead()) as videos, ThreadPoolExecutor(1) as writer, progress:
         for video in videos:
             captions = read_captions(video.text, video.name, args)
             encodes = video.frames is not None
@@ -2397,7 +2404,6 @@ def cache_clips(
                 clips.append(clip)
             progress.update()
         list(writes)
-    progress.close()
     del vae, image_encoder
     free_memory()
     clips = sorted(gather_object(clips), key=lambda clip: clip.order)
@@ -3646,11 +3652,15 @@ def compare_settings(folder: Path, current: dict) -> tuple[list[str], list[str]]
     with everything else that has changed.
     """
     saved = read_checkpoint(folder)["settings"]
+    parser = build_parser()
     pairs = {}
     for name, value in current["flags"].items():
+        # A version that had not this flag yet did what is its default now; `None` is settled by the model.
+        then = saved["flags"].get(name, parser.get_default(name))
+        known = name in saved["flags"] or then is not None
         settled = name in ("rank", "lora_alpha", "lora_target_modules", "lr_warmup_steps")
-        if name in saved["flags"] and not (settled and value is None):  # which they are in the first look
-            pairs[name] = (saved["flags"][name], value)
+        if known and not (settled and value is None):  # which they are in the first look
+            pairs[name] = (then, value)
     for name in ("fsdp", "samples_per_update"):
         if name in current:
             pairs[name] = (saved[name], current[name])
@@ -4424,10 +4434,10 @@ def fsdp_is_asked() -> bool:
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Set up processes, precision, accumulation and logging, and make the output folder.
+    """Set up processes, precision, accumulation and logging, and make the folders of output and cache.
 
-    Raises `ValueError` when FSDP was asked for in a form whose checkpoints would be pickles, and for accelerate's own
-    dynamo.
+    Raises `ValueError` when FSDP was asked for in a form whose checkpoints would be pickles, for accelerate's own
+    dynamo, and for a folder that cannot be made.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
         # PR_SET_PDEATHSIG: accelerate's launcher of one process dies of a signal and passes nothing on.
@@ -4467,7 +4477,12 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    for name in ("output_dir", "cache_dir"):
+        folder = getattr(args, name)
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--{name} {folder} cannot be made: {error.strerror}; take another") from error
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for noisy in ("httpx", "httpx2", "accelerate.checkpointing", "accelerate.accelerator", "accelerate.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -4554,9 +4569,12 @@ def ignore_signals(worker: int) -> None:
 def lock_folder(accelerator: Accelerator, folder: str) -> io.IOBase:
     """Return an open file that is this run's lock on its output folder; the system drops it with the process.
 
-    Raises `ValueError` when another run holds it.
+    Raises `ValueError` when another run holds it, or nothing can be written there.
     """
-    file = open(Path(folder, ".lock"), "w")
+    try:
+        file = open(Path(folder, ".lock"), "w")
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be written to: {error.strerror}; take another") from error
     try:
         import fcntl
     except ImportError:
@@ -5181,10 +5199,13 @@ def user_message(error: Exception) -> str | None:
 
     A `ValueError` is a user's mistake if this file or one of its examples has raised it; its message has the remedy.
     """
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    script = Path(__file__)
+    raised_at = traceback.extract_tb(error.__traceback__)[-1]
+    raised_in = Path(raised_at.filename).resolve()
+    script = Path(__file__).resolve()
     if raised_in == script or raised_in.is_relative_to(script.with_name("examples")):
-        return str(error) if isinstance(error, ValueError) else None
+        # Python raises it too, where numbers cannot be unpacked: that is a fault of ours.
+        is_mistake = isinstance(error, ValueError) and raised_at.line.startswith("raise ")
+        return str(error) if is_mistake else None
     return network_fault(error)
 
 

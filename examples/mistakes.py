@@ -18,8 +18,10 @@ def user_message(error: BaseException) -> str | None:
         return error.code if isinstance(error.code, str) else None
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    if isinstance(error, ValueError) and raised_in.is_relative_to(EXAMPLES):
+    raised_at = traceback.extract_tb(error.__traceback__)[-1]
+    raised_here = Path(raised_at.filename).resolve().is_relative_to(EXAMPLES)
+    # Python raises it too, where numbers cannot be unpacked: that is a fault of the script.
+    if isinstance(error, ValueError) and raised_here and raised_at.line.startswith("raise "):
         return str(error)
     return None
 

@@ -436,6 +436,16 @@ def test_own_value_errors_are_for_the_user(flags, run, tmp_path):
     assert "7 clips are fewer than the 8 of one update" in train_ltd.user_message(caught(run, train_batch_size=8))
 
 
+def test_folders_that_cannot_be_written_to(run, tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    for name in ("output_dir", "cache_dir"):
+        message = train_ltd.user_message(caught(run, **{name: tmp_path / "notes.txt"}))
+        assert message == f"--{name} {tmp_path}/notes.txt cannot be made: File exists; take another"
+    (tmp_path / "held/.lock").mkdir(parents=True)
+    message = train_ltd.user_message(caught(run, output_dir=tmp_path / "held"))
+    assert message == f"--output_dir {tmp_path}/held cannot be written to: Is a directory; take another"
+
+
 def test_errors_of_others_keep_their_traceback(run):
     assert train_ltd.user_message(caught(int, "three")) is None
     assert train_ltd.user_message(caught(run, compute_loss=lambda *args: int("three"))) is None

@@ -353,14 +353,18 @@ def test_a_table_that_changed_without_its_time_is_read_again(prepare, originals,
 
 
 @pytest.mark.usefixtures("one_text_encoder")
-@pytest.mark.parametrize("left", ["half", "nothing"])
+@pytest.mark.parametrize("left", ["half", "nothing", "a link to itself"])
 @pytest.mark.parametrize("kind", ["latents", "text"])
 def test_damaged_entry_is_made_again(prepare, log, originals, tmp_path, kind, left):
     data = metadata_folder(originals, tmp_path / "data", "metadata.jsonl")
     args = prepare(**data)[3]
     before = cache_files(args)
     path = min(Path(args.cache_dir, kind).iterdir())
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if left == "half" else 0])
+    if left == "a link to itself":  # which cannot be opened, by root neither
+        path.unlink()
+        path.symlink_to(path.name)
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if left == "half" else 0])
     prepare(**data)
     assert encode_counts(log()) == ((1, 0) if kind == "latents" else (0, 1))
     assert cache_files(args) == before
@@ -550,6 +554,7 @@ def test_interrupted_write_leaves_no_entry(prepare, log, monkeypatch, originals,
         with pytest.raises(KeyboardInterrupt):
             prepare(**data)
     assert len(names) == 3 and not Path(names[2]).exists()
+    assert len(list(names[2].parent.iterdir())) == 2  # and no half of one
     prepare(**data)
     assert encode_counts(log()) == (2, 5)
 

@@ -910,15 +910,17 @@ def test_a_trigger_word_is_not_doubled(flags, caption, wanted):
 
 
 @pytest.mark.usefixtures("one_text_encoder")
-def test_a_column_of_fields_is_refused_with_its_names(prepare, originals, tmp_path):
+def test_a_column_of_fields_is_refused_with_its_names(prepare, originals, tmp_path, capsys):
     """As the json of a webdataset is; a caption was `{'caption': ...}` once."""
     folder = tmp_path / "data"
     copy_clips(originals, folder)
     rows = [{"video": str(folder / name), "json": {"caption": f"clip {name}", "score": 1}} for name in NAMES]
     datasets.Dataset.from_list(rows).to_parquet(folder / "table.parquet")
     kwargs = {"train_data_dir": folder / "table.parquet"}
+    capsys.readouterr()
     with pytest.raises(ValueError, match=r"holds the fields caption, score: take one, such as .*json\.caption"):
         prepare(**kwargs, caption_column="json")
+    assert capsys.readouterr().err.endswith("\n")  # the bar is closed, and the error is the last line
     clips, *_ = prepare(**kwargs, caption_column="json.caption")
     assert [clip.captions for clip in clips] == [[f"clip {name}"] for name in NAMES]
 

@@ -196,6 +196,19 @@ def test_other_versions_are_a_warning(run, begun, caplog):
     assert any("2.9.0" in record.message for record in caplog.records)
 
 
+def test_a_checkpoint_of_before_a_flag_was_made_with_its_default(run, begun):
+    path = begun / "checkpoint-2/settings.json"
+    contents = json.loads(path.read_text())
+    for name in ("ltd_strength", "first_frame_share", "sizes"):
+        del contents["settings"]["flags"][name]
+    path.write_text(json.dumps(contents))
+    sums = train_ltd.file_sums(path.parent).items()
+    (path.parent / train_ltd.SUMS_FILE).write_text("".join(f"{value}  {name}\n" for name, value in sums))
+    with pytest.raises(ValueError, match=r"other settings: ltd_strength 1\.0 -> 3\.0\."):
+        resume(run, ltd_strength=3)
+    resume(run)
+
+
 def test_checkpoint_holds_no_path_of_this_machine(begun, tmp_path):
     text = (begun / "checkpoint-2/settings.json").read_text()
     assert str(tmp_path) not in text and json.loads(text)["settings"]["flags"]["rank"] == 4

@@ -144,6 +144,15 @@ def test_warm_start_decodes_nothing(prepare_mixed, monkeypatch):
     assert {name: clip.path for name, clip in after.items()} == {name: clip.path for name, clip in before.items()}
 
 
+def test_a_size_that_cannot_be_remembered_is_no_fault_of_the_clip(prepare_mixed, tmp_path):
+    """As on a full disk; a file in the folder's place holds for root, too."""
+    clips, *_ = prepare_mixed(cache_dir=tmp_path / "whole")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "sizes").write_text("")
+    again, *_ = prepare_mixed(cache_dir=tmp_path / "full")
+    assert {name: clip.bucket for name, clip in again.items()} == {name: clip.bucket for name, clip in clips.items()}
+
+
 def test_entry_is_that_of_a_run_of_this_size_alone(prepare_mixed, flags, mixed):
     _, args = prepare_mixed()
     line = flags(train_data_dir=mixed, height=32, width=64, num_frames=9, max_skipped=1.0, cache_dir=args.cache_dir)

@@ -169,6 +169,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         args.parts = ["sweep"]
     if args.steps < 1 or args.warmup_steps < 1:
         parser.error("--steps and --warmup_steps must be positive: a first step is never typical")
+    if Path(args.work_dir).is_file() or args.output_file.is_dir():
+        parser.error(f"--work_dir {args.work_dir} must be a folder, --output_file {args.output_file} a file")
     compares = "step" in args.parts or "operators" in args.parts
     if (args.adapter or "bare" in args.parts) and not compares:
         parser.error("--parts bare and --adapter are compared with the script: add step or operators")
@@ -1125,7 +1127,7 @@ def main(args: argparse.Namespace) -> None:
     flags = script_flags(args)
     settings = parse_settings(flags)
     if "operators" in args.parts and settings.torch_compile:
-        raise SystemExit("error: --parts operators counts what --torch_compile fuses: add --no-torch_compile")
+        raise ValueError("--parts operators counts what --torch_compile fuses: add --no-torch_compile")
     # Whatever may be a path of this machine is left out; the command above tells the model.
     published = {name: value for name, value in vars(settings).items() if os.sep not in str(value)}
     results = {"model": args.model, "environment": environment(), "settings": published}

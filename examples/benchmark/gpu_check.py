@@ -165,10 +165,10 @@ def environment() -> dict:
 
 
 def is_missing(module: str) -> bool:
-    """Tell whether a module, or its package, is not installed."""
+    """Tell whether a module, or its package, is not installed, or cannot be imported."""
     try:
         return importlib.util.find_spec(module) is None
-    except ModuleNotFoundError:
+    except ImportError:  # of the package: there is none, or it was built for another torch
         return True
 
 

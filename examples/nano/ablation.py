@@ -495,7 +495,10 @@ def noise_seeds(seed: int, count: int) -> list[int]:
 
 
 def read_runs(path: Path) -> list[dict]:
-    """Read the finished runs, one of each arm and seed; a line that a crash cut short does not count."""
+    """Read the finished runs, one of each arm and seed; a line that a crash cut short does not count.
+
+    Raises `ValueError` for a line that is no run.
+    """
     if not path.is_file():
         return []
     runs = {}
@@ -504,6 +507,8 @@ def read_runs(path: Path) -> list[dict]:
             run = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if not (isinstance(run, dict) and {"arm", "seed", "settings"} <= run.keys()):
+            raise ValueError(f"{path} has a line that is no run: {line[:60]}")
         runs.setdefault((run["arm"], run["seed"]), run)
     return list(runs.values())
 

@@ -796,11 +796,13 @@ def main(args: argparse.Namespace) -> None:
 
 
 def report(folder: Path) -> None:
-    """Write `results.json`, `table.md` and `tilt.png` from a folder's lines. Raises `ValueError` when it has none."""
+    """Write `results.json`, `table.md` and `tilt.png` from a folder's lines. Raises `ValueError` without any."""
     runs = read_runs(folder / "runs.jsonl")
     predictions = read_runs(folder / "predictions.jsonl")
     if not runs and not predictions:
         raise ValueError(f"{folder} holds no finished run and no prediction")
+    if not all(line.get("videos") for line in runs + predictions):
+        raise ValueError(f"{folder} holds lines of another experiment; give the folder of this one")
     results = summarize(runs, predictions)
     table = write_table(results)
     text = json.dumps(without_nan(results), indent=1, allow_nan=False)

@@ -493,11 +493,17 @@ def test_clips_that_a_vae_is_fitted_to_are_read_whole(clips):
 
 
 def test_misuse_is_refused(capsys, tmp_path):
-    for command, message in ((["--steps=0"], "must be positive"), (["--parts", "bare"], "add step")):
+    commands = (
+        (["--steps=0"], "must be positive"),
+        (["--parts", "bare"], "add step"),
+        ([f"--work_dir={__file__}"], f"--work_dir {__file__} must be a folder"),
+        ([f"--output_file={tmp_path}"], f"--output_file {tmp_path} a file"),
+    )
+    for command, message in commands:
         with pytest.raises(SystemExit):
             benchmark.parse_args(command)
         assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="add --no-torch_compile"):
+    with pytest.raises(ValueError, match="add --no-torch_compile"):
         benchmark.main(benchmark.parse_args(["--parts", "operators", "--torch_compile", f"--work_dir={tmp_path}"]))
 
 

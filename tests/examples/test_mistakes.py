@@ -1,5 +1,6 @@
 """A user's mistake ends each script in a message that begins with `error:` and has the remedy, and in exit code 2."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -121,6 +122,25 @@ def test_a_fault_of_ours_keeps_its_traceback(run_script, fault):
     with pytest.raises((ValueError, KeyError, SystemExit)) as error:
         run_script(print, fault)
     assert getattr(error.value, "code", 75) == 75
+
+
+@pytest.mark.parametrize("fault", [lambda: train_ltd.positive_int("three"), lambda: videos.contact_sheet([], "a", 1)])
+def test_value_errors_of_python_are_faults_of_ours(fault):
+    """They come from a statement of ours all the same: a number cannot be read, two lists differ in length."""
+    with pytest.raises(ValueError) as error:
+        fault()
+    assert train_ltd.user_message(error.value) is None and mistakes.user_message(error.value) is None
+
+
+def test_mistakes_in_a_folder_that_is_reached_by_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(ROOT)
+    spec = importlib.util.spec_from_file_location("by_link", tmp_path / "link/examples/gallery.py")
+    by_link = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(by_link)
+    with pytest.raises(ValueError) as error:
+        by_link.build_samples_page(tmp_path / "none")
+    for message in (train_ltd.user_message(error.value), mistakes.user_message(error.value)):
+        assert message == str(error.value)
 
 
 @pytest.mark.slow
