@@ -10,7 +10,7 @@ A LoRA of the 1.3B model on one GPU, from a folder of `clip.mp4` + `clip.txt` pa
 
 All the DiT's weights, with the paper's settings, on eight GPUs:
 
-    accelerate launch --multi_gpu --num_processes 8 train_ltd.py --config examples/recipes/paper_full.yaml \
+    accelerate launch --multi_gpu --num_processes 8 train_ltd.py --config examples/recipes/paper_full.yaml \\
         --dataset_name user/clips --output_dir my_wan
 
 Data flows one way, and this file reads in that order: arguments -> the Wan family -> clips -> cache -> batches -> loss
@@ -301,6 +301,7 @@ MAX_FILE_NAME = 200  # bytes; file systems take 255
 MAX_SAMPLE_NAME = 60  # characters of a prompt in the name of its sample
 SUMS_FILE = "SHA256SUMS"  # in a checkpoint, as `sha256sum -c` reads it
 CHECKPOINT_BRANCH = "checkpoints"  # of the Hub's repository; experts have one each, with -high and -low
+HUB_ID = r"[\w.-]+/[\w.-]+"  # user/name of a repository
 WRAPPERS = (RuntimeError, LocalEntryNotFoundError)  # around errors that the Hub's client met
 HUB_ERRORS = (HfHubHTTPError, httpx.HTTPError, ConnectionError, *WRAPPERS)
 PASSING = (429, *range(500, 600))  # HTTP states worth another try
@@ -402,7 +403,7 @@ REMOVED_FLAGS = {
     "min_ltd": "filter the table by `examples/visualize_ltd.py report --write_metadata kept.jsonl --min_ltd ...`",
     "max_ltd": "filter the table by `examples/visualize_ltd.py report --write_metadata kept.jsonl --max_ltd ...`",
     "drop_cuts": "filter the table by `examples/visualize_ltd.py report --write_metadata kept.jsonl --drop_cuts`",
-    "dry_run": "try a small run: --max_train_samples 8 --max_train_steps 1",
+    "dry_run": "try a small run: --max_train_samples 8 --max_train_steps 3",
     "skip_vae_check": "leave it out, there is no such check any more",
 }
 # Not for the card, and free to change when a run is resumed
@@ -884,7 +885,7 @@ def check_args(args: argparse.Namespace) -> None:
 
     # Model
     base = args.pretrained_model_name_or_path
-    if not os.path.isdir(base) and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+    if not os.path.isdir(base) and not re.fullmatch(HUB_ID, base):
         problems.append(
             f"--pretrained_model_name_or_path {base} is neither a folder nor a name on the Hub, user/model"
         )
@@ -3012,8 +3013,8 @@ def find_lora(name: str, expert: str | None = None) -> tuple[Path, Path | None]:
         path = path.parent
     elif path.is_dir():
         names = os.listdir(path)
-    elif name.endswith(".safetensors"):
-        raise ValueError("there is no such file")
+    elif name.endswith(".safetensors") or not re.fullmatch(HUB_ID, name):
+        raise ValueError("there is no such file or folder")
     else:
         try:
             names = huggingface_hub.list_repo_files(name)
@@ -4081,7 +4082,7 @@ def reset_peak_memory(device: torch.device) -> None:
 # --- 10. Card and Hub ------------------------------------------------------------------------------------------------
 def hub_id(name: str | None) -> str | None:
     """Return `name` if it is a repository's, and not a local path, which must not get into a card."""
-    if name and not os.path.exists(name) and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if name and not os.path.exists(name) and re.fullmatch(HUB_ID, name):
         return name
     return None
 

@@ -4,7 +4,10 @@
 #
 #   bash examples/look.sh my_clips
 set -euo pipefail
-[ -d "${1:-}" ] || { echo "error: give the folder that the clips are in: bash examples/look.sh my_clips" >&2; exit 2; }
+[ -d "${1:-}" ] || {
+  echo "error: '${1:-}' is no folder: give the folder that the clips are in, bash examples/look.sh my_clips" >&2
+  exit 2
+}
 clips=$(realpath -- "$1")
 shift
 cd "$(dirname "$0")/.."
@@ -54,8 +57,9 @@ MSG
 [ -z "$nano" ] || cat <<MSG
 
 This was measured with the small video autoencoder that comes with the repository, which has seen nothing but drawn sprites, on
-the first second of each clip at 160x96. Take the order of the clips and the jumps for a first look; the numbers are not those
-of Wan's own autoencoder. With that one (0.5 GB to download, slow without a GPU):
+the first second of each clip at 160x96. Take the order of the clips and the jumps for a first look; the numbers, and a warning
+on the latents' mean, are not those of Wan's own autoencoder, and --sizes is for that small size. With Wan's (0.5 GB to
+download, slow without a GPU):
   bash examples/look.sh $(printf %q "$clips") --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
       --height 240 --width 416 --num_frames 33
 MSG

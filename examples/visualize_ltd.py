@@ -172,7 +172,8 @@ def check_models(args: argparse.Namespace):
                 warnings.simplefilter("ignore")  # weights that are copied to the meta device are lost
                 train_ltd.add_lora(transformer, with_lora(args, name))
         except Exception as error:  # of any file, and of the Hub
-            reason = textwrap.shorten(str(error), 300)  # else torch lists every weight
+            reason = str(error).removeprefix(f"--init_lora {name} cannot be used: ")
+            reason = textwrap.shorten(reason, 300)  # else torch lists every weight
             raise ValueError(f"--lora {name} cannot be used: {reason}") from error
     return wan
 
@@ -702,11 +703,11 @@ def make_report(args: argparse.Namespace, accelerator: Accelerator) -> None:
     print(f"{counted(len(clips), 'clip')} of {counted(videos, 'video')}; {unusable}")
     print(f"mean LTD: a tenth of the clips below {low:.3f}, half below {median:.3f}, a tenth above {high:.3f}")
     print(f"a cut is suspected in {counted(len(cuts), 'clip')} (--drop_cuts)", *cuts)
-    print("how clips of one caption would share what is generated for it, by --ltd_strength (computed):")
+    print("if one caption fitted all clips, the share of the videos generated for it that is like (computed):")
     for tilt in tilts:
         print(
-            f"  {tilt['strength']:g}: the wildest tenth {tilt['wildest_tenth']:.1%}, the stillest "
-            f"{tilt['stillest_tenth']:.1%}, as of {tilt['effective_clips']:.1f} clips that count the same"
+            f"  --ltd_strength {tilt['strength']:g}: the wildest tenth {tilt['wildest_tenth']:.1%}, the stillest "
+            f"{tilt['stillest_tenth']:.1%}; effective number of clips {tilt['effective_clips']:.1f}"
         )
     print(propose_sizes(measure_media(args), args, wan.size_multiple))
     print(f"wrote {folder}/ltd_report.png and ltd_report.json")

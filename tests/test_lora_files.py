@@ -454,6 +454,8 @@ def spoiled(kind: str, pairs: dict, folder: Path) -> tuple[Path, str]:
         return path, "cannot be used"
     if kind == "absent":
         return path, "there is no such file"
+    if kind == "no folder":
+        return folder / "absent", "there is no such file or folder"
     if kind == "nowhere":
         return Path("nobody/nothing"), "it is no path, and no repository of the Hub that can be read"
     if kind == "no configuration":
@@ -468,7 +470,7 @@ def spoiled(kind: str, pairs: dict, folder: Path) -> tuple[Path, str]:
 SPOILED = (
     *("diff", "diff_b", "diff_m", "dora_scale", "lokr_w1", "hada_w1_a", "lora_B.bias", "reshape_weight"),
     *("another model", "text encoder", "half", "shape", "twice", "two strengths", "empty", "not safetensors"),
-    *("absent", "nowhere", "no configuration", "several"),
+    *("absent", "no folder", "nowhere", "no configuration", "several"),
 )
 
 

@@ -124,6 +124,9 @@ def run_table(folder: str, price: float | None) -> str:
     if estimate is None:
         raise ValueError(f"{folder} has no estimate.json, which train_ltd.py writes after its first steps")
     rows = [("the whole run, computed", estimate["steps"], estimate["total_hours"])]
+    if estimate["steps"] < 1000:  # a trial
+        hours = 1000 * estimate["seconds_per_step"] / 3600
+        rows.append(("1000 steps without the rest, computed", 1000, hours))
     metrics = Path(folder, "metrics.jsonl")
     if metrics.is_file():
         for line in reversed(metrics.read_text().splitlines()):

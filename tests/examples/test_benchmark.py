@@ -559,7 +559,8 @@ def test_cost_reads_what_a_run_writes(run):
     output = run(max_train_steps=3)
     table = cost.run_table(str(output), None).splitlines()
     assert table[2].startswith("| the whole run, computed | 3 | ") and table[2].endswith(" | - |")
-    assert table[3].startswith("| until its last line, measured | 3 | ")
+    assert table[3].startswith("| 1000 steps without the rest, computed | 1000 | ")
+    assert table[4].startswith("| until its last line, measured | 3 | ")
 
 
 def test_cost_of_a_lora_counts_both_experts(tmp_path):
