@@ -528,7 +528,7 @@ def test_cost_reads_a_full_fine_tune_of_the_papers_recipe_only(tmp_path):
     file.write_text(json.dumps(run))
     with pytest.raises(ValueError, match="num_frames 33 instead of 81"):
         cost.read_step(str(file))
-    with pytest.raises(ValueError, match="neither a file nor a number"):
+    with pytest.raises(ValueError, match="neither a folder, nor a file, nor a number"):
         cost.read_step("no.json")
     assert cost.read_step("6.5") == (6.5, "paper")
 
