@@ -776,7 +776,7 @@ def test_hub_dataset_and_streaming(flags, originals, expected_latents, tmp_path)
         assert min((latents - expected).abs().max() for latents in got) < 1e-5
 
 
-ENTRIES = 10_000
+ENTRIES = 3_000
 PLAIN = train_ltd.ClipFacts(
     height=HEIGHT,
     width=WIDTH,
