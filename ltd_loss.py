@@ -119,14 +119,15 @@ def ltd_weights(
     discrepancy = latent_temporal_discrepancy(latents, window, channel_dim=channel_dim, frame_dim=frame_dim)
     # ln(e + sD) = 1 + ln(1 + sD/e), exact where nothing moves.
     motion = torch.log1p(discrepancy * (scale / math.e))
+    weights = 2 + motion
+    if strength != 1:
+        weights = weights**strength
+    if not normalize:
+        return weights
     if strength == 1:
-        weights = 2 + motion
         # The 2 stays outside the mean, so that a still clip is divided by exactly 2 on any device.
-        mean = 2 + motion.mean(dim=(1, 2, 3), keepdim=True)
-    else:
-        weights = (2 + motion) ** strength
-        mean = weights.mean(dim=(1, 2, 3), keepdim=True)
-    return weights / mean if normalize else weights
+        return weights / (2 + motion.mean(dim=(1, 2, 3), keepdim=True))
+    return weights / weights.mean(dim=(1, 2, 3), keepdim=True)
 
 
 def ltd_loss(
