@@ -1,12 +1,14 @@
 """Functions that more than one file of tests needs: what a run has left, and blows that it gets."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from accelerate.utils import extract_model_from_parallel
@@ -15,6 +17,8 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 import train_ltd
+
+needs_torchao = pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="no torchao: pip install torchao")
 
 
 def weights(folder: Path, train_type: str = "lora") -> dict[str, torch.Tensor]:

@@ -33,6 +33,7 @@ from helpers import (
     code_block,
     kill,
     metrics,
+    needs_torchao,
     output_of,
     run_in_a_process,
     same_weights,
@@ -48,8 +49,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltd_loss
 import train_ltd
-
-needs_torchao = pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="no torchao: pip install torchao")
 
 # The ten sacred tests: whatever else changes, these stay.
 

@@ -1,6 +1,5 @@
 """Which models are accepted, and how one is loaded: precision, checkpointing, attention kernels, a quantized base."""
 
-import importlib.util
 import json
 import shutil
 
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import launch
 from diffusers import WanPipeline, WanTransformer3DModel
-from helpers import LOOKS, assert_same, metrics, output_of, trained_output, weights
+from helpers import LOOKS, assert_same, metrics, needs_torchao, output_of, trained_output, weights
 from safetensors.torch import save_file
 from small_wan import PRESETS, build_small_wan
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -116,8 +115,6 @@ def test_adapter_is_float32_on_a_bf16_base(flags, tiny_wan):
 
 
 # --- Checkpointing ---------------------------------------------------------------------------------------------------
-
-needs_torchao = pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="no torchao: pip install torchao")
 
 
 class KernelCount(TorchDispatchMode):
