@@ -68,6 +68,11 @@ def trained_output(monkeypatch, run, **kwargs) -> tuple[Path, torch.Tensor]:
     return run(**kwargs), seen["output"]
 
 
+def encoded(cache_dir: Path) -> list[Path]:
+    """What was encoded; the hashes of the files that were looked at cost nothing."""
+    return sorted(cache_dir.rglob("*.safetensors"))
+
+
 def checkpoints(folder: Path) -> list[str]:
     return [path.name for path in train_ltd.list_checkpoints(folder)]
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import HEIGHT, NUM_FRAMES, WIDTH, launch, write_clip
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
-from helpers import SAMPLED, SIZE_5B, assert_same, code_block, lora_of, matter, metrics, recorded, suffix
+from helpers import SAMPLED, SIZE_5B, assert_same, code_block, encoded, lora_of, matter, metrics, recorded, suffix
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -510,7 +510,7 @@ def test_flags_of_a_first_frame_that_the_model_does_not_take(run, families, tmp_
     for kwargs, message in cases:
         with pytest.raises(ValueError, match=message):
             run(**kwargs, cache_dir=tmp_path / "none")
-    assert not (tmp_path / "none").exists()
+    assert not encoded(tmp_path / "none")
 
 
 def test_unreadable_picture_is_named_before_anything_is_encoded(run, families, tmp_path):
@@ -518,7 +518,7 @@ def test_unreadable_picture_is_named_before_anything_is_encoded(run, families, t
     with pytest.raises(ValueError, match=r"the picture .*a\.png cannot be read"):
         kwargs = {"validation_prompt": "a", "validation_image": tmp_path / "a.png", "cache_dir": tmp_path / "none"}
         run(**families["i2v"], **kwargs)
-    assert not (tmp_path / "none").exists()
+    assert not encoded(tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -538,7 +538,7 @@ def test_other_models_are_refused_by_name(run, tiny_i2v, tmp_path, file, change,
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=f"is no Wan model that this script trains.*{message}"):
         run(pretrained_model_name_or_path=tmp_path / "model", cache_dir=tmp_path / "none")
-    assert not (tmp_path / "none").exists()
+    assert not encoded(tmp_path / "none")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import HEIGHT, NUM_FRAMES, WIDTH, launch
 from diffusers import WanPipeline, WanTransformer3DModel
-from helpers import SAMPLED, SIZE_5B, assert_same, code_block, lora_of, metrics, output_of, recorded, suffix
+from helpers import SAMPLED, SIZE_5B, assert_same, code_block, encoded, lora_of, metrics, output_of, recorded, suffix
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -126,7 +126,7 @@ def test_held_out_noise_levels_are_shares_of_the_range(flags, tiny_experts, tiny
 def test_expert_must_be_named_where_there_are_two(run, tiny_experts, tmp_path):
     with pytest.raises(ValueError, match="has two experts, and a run trains one: give --expert high or --expert low"):
         run(pretrained_model_name_or_path=tiny_experts, cache_dir=tmp_path / "none")
-    assert not (tmp_path / "none").exists()
+    assert not encoded(tmp_path / "none")
 
 
 def test_expert_is_refused_where_there_is_one_transformer(run, tiny_wan):
@@ -169,7 +169,7 @@ def test_single_file_of_another_family_is_refused_by_its_shape(run, tmp_path, sh
     save_file({"patch_embedding.weight": torch.zeros(shape)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=re.escape(f"patch_embedding.weight of shape {shape}, for the base's")):
         run(transformer_path=tmp_path / "other.safetensors", cache_dir=tmp_path / "none")
-    assert not (tmp_path / "none").exists()
+    assert not encoded(tmp_path / "none")
 
 
 def test_folder_of_another_family_is_refused(run, tiny_5b):
