@@ -689,14 +689,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         args = parser.parse_args(command_line)
 
     settle_sources(args)
-    full = args.train_type == "full"
     if args.learning_rate is None:
-        args.learning_rate = 2e-5 if full else 1e-4
-    if args.max_train_steps is None and args.num_train_epochs is None:
-        if full:
-            args.num_train_epochs = 2
-        else:
-            args.max_train_steps = 1000
+        args.learning_rate = 2e-5 if args.train_type == "full" else 1e-4
+    settle_length(args)
     if not args.cache_dir:
         args.cache_dir = os.path.join(args.output_dir, "cache")
     if args.output_name is None:
@@ -711,6 +706,16 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args.validation_negative_prompt = prompt_clean(args.validation_negative_prompt)
     check_args(args)
     return args
+
+
+def settle_length(args: argparse.Namespace) -> None:
+    """Settle how long the run is, if neither the command line nor a recipe has said so."""
+    if args.max_train_steps or args.num_train_epochs:
+        return
+    if args.train_type == "full":
+        args.num_train_epochs = 2
+    else:
+        args.max_train_steps = 1000
 
 
 def settle_sources(args: argparse.Namespace) -> None:
@@ -2504,13 +2509,18 @@ def skipped_message(skipped: list[Video], count: int, args: argparse.Namespace) 
 
 
 def prepare_data(
-    args: argparse.Namespace, accelerator: Accelerator, with_captions: bool = True, wan: Wan | None = None
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    with_captions: bool = True,
+    wan: Wan | None = None,
+    per_update: int = 1,
 ) -> tuple[list[Clip], list[Clip], dict[str, str]]:
     """Return the training clips, the held-out clips and the file of every caption's embedding, all of them cached.
 
     `identify_wan` comes before it, and settles the clips' size and rate in `args`; the `wan` that it returns is needed
     for I2V alone, whose clips have more tensors in the cache. Without `with_captions` no text encoder is loaded, and
-    there are no files. Raises `ValueError` when too few videos can be used, or none is left to train on.
+    there are no files. Raises `ValueError` when too few videos can be used, or none is left to train on, or there are
+    fewer samples of a size than the `per_update` that make one update of the weights.
     """
     Path(args.output_dir, "skipped.jsonl").unlink(missing_ok=True)
     clips_of_sources = usable_clips(args, accelerator, args.dataset_split, wan)
@@ -2533,12 +2543,39 @@ def prepare_data(
         f"{encoded} were encoded now"
     )
     summarize(args, clips)
+    check_counts(clips, per_update, args)
     if not with_captions:
         return clips, held_out, {}
     captions = {"", args.validation_negative_prompt, *args.validation_prompt}
     for clip in both:
         captions.update(clip.captions)
     return clips, held_out, cache_captions(args, accelerator, captions)
+
+
+def check_counts(clips: list[Clip], per_update: int, args: argparse.Namespace) -> None:
+    """Refuse a size of which there are fewer samples than one update takes. Raises `ValueError`."""
+    counts = collections.Counter()
+    for clip in clips:
+        counts[clip.bucket] += args.sources[clip.source].repeats
+    for bucket, count in counts.items():
+        if count >= per_update:
+            continue
+        of_size = ""
+        more = "add clips"
+        if args.sizes:
+            of_size = f" of {bucket}"
+            more = "take the size off --sizes, or give its clips `repeats` in a recipe"
+        a_rank = args.train_batch_size * args.gradient_accumulation_steps
+        factors = {
+            "--gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "--train_batch_size": args.train_batch_size,
+            "--num_processes": per_update // a_rank,
+        }
+        large = [f"{flag} {number}" for flag, number in factors.items() if number > 1]
+        raise ValueError(
+            f"{count} clips{of_size} are fewer than the {per_update} of one update; lower {' or '.join(large)}, "
+            f"or {more}"
+        )
 
 
 def cached_bytes(clips: list[Clip], args: argparse.Namespace) -> int:
@@ -4599,25 +4636,17 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
     """Prepare data, model, optimizer and schedule. Raises `ValueError` when the clips are too few for one update."""
     # Data
     rows = None
-    if args.max_train_samples and args.train_data_dir and accelerator.is_main_process:
-        rows = survey(args)
+    if args.max_train_samples and len(args.sources) == 1 and not args.streaming and accelerator.is_main_process:
+        rows = survey(of_source(args, args.sources[0]))
     started = time.perf_counter()
-    clips, held_out, captions = prepare_data(args, accelerator, wan=wan)
+    per_update = samples_per_update(args, accelerator)
+    clips, held_out, captions = prepare_data(args, accelerator, wan=wan, per_update=per_update)
     caching = time.perf_counter() - started
     samples = []
     for clip in clips:
         samples += [clip] * args.sources[clip.source].repeats
     dataset = LatentDataset(samples, captions, args)
-    per_update = samples_per_update(args, accelerator)
     sampler = BucketSampler(samples, per_update, args.seed)
-    for bucket, count in sampler.counts.items():
-        if count < per_update:
-            of_size = f" of {bucket}" if args.sizes else ""
-            more = ", take the size off --sizes, or give its clips `repeats` in a recipe" if args.sizes else ""
-            raise ValueError(
-                f"{count} clips{of_size} are fewer than the {per_update} of one update; lower --train_batch_size "
-                f"{args.train_batch_size}, --gradient_accumulation_steps or the processes{more}"
-            )
     updates_per_epoch = len(sampler) // per_update
     dataloader = torch.utils.data.DataLoader(
         dataset,
@@ -4715,9 +4744,12 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
 def survey(args: argparse.Namespace) -> int:
     """Say before a trial which videos of the whole folder would be skipped, and if the whole run would refuse that.
 
-    That is told by their packets; nothing is decoded. Returns how many rows there are.
+    That is told by their packets; nothing is decoded, and nothing downloaded. Returns how many rows there are.
     """
     dataset, folder = open_dataset(args, args.dataset_split)
+    if not folder.is_dir():
+        logger.info(f"of the {len(dataset)} videos of {args.dataset_name} only those of this trial were looked at")
+        return len(dataset)
     lines = []
     for row in tqdm(dataset, desc="looking through all videos", unit="video", leave=False):
         reason = row.get("reason") or find_fault(row["video"], folder, args)
@@ -4917,15 +4949,17 @@ def estimate_run(run: Run, step_seconds: list[float], args: argparse.Namespace) 
     cache = cached_bytes(both, args)
     encoded = sum(clip.encoded for clip in both)
     updates_per_epoch = run.updates_per_epoch
+    length = args
     caching = run.seconds["caching"]
     if run.rows:
+        length = whole_length(args)
         share_tried = min(1, args.max_train_samples / run.rows)
         clips = round(clips / share_tried)
         cache /= share_tried
         updates_per_epoch = round(len(run.dataset) / share_tried) // run.samples_per_update
         if encoded:
             caching *= clips / encoded
-    steps = args.max_train_steps or args.num_train_epochs * updates_per_epoch
+    steps = length.max_train_steps or length.num_train_epochs * updates_per_epoch
 
     measured = step_seconds[1:] or step_seconds
     seconds = sum(measured) / len(measured)
@@ -4955,6 +4989,25 @@ def estimate_run(run: Run, step_seconds: list[float], args: argparse.Namespace) 
     }
 
 
+def whole_length(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the arguments with the length of the run that a trial is for: its recipe's, or the default.
+
+    A trial of more steps than that, and one that counts in epochs, has that length itself.
+    """
+    whole = argparse.Namespace(**vars(args))
+    if not args.max_train_steps:
+        return whole
+    recipe = {}
+    if args.config:
+        recipe = read_recipe(args.config, build_parser())
+    whole.max_train_steps = recipe.get("max_train_steps")
+    whole.num_train_epochs = recipe.get("num_train_epochs")
+    settle_length(whole)
+    if whole.max_train_steps:
+        whole.max_train_steps = max(whole.max_train_steps, args.max_train_steps)
+    return whole
+
+
 def log_estimate(run: Run, step_seconds: list[float], args: argparse.Namespace) -> None:
     """Say what `estimate_run` computes, and write it to `estimate.json`; called by all ranks."""
     device = run.accelerator.device
@@ -4970,7 +5023,9 @@ def log_estimate(run: Run, step_seconds: list[float], args: argparse.Namespace) 
     parts = [f"{name} {clock_time(3600 * hours)}" for name, hours in estimate["hours"].items() if hours]
     total = clock_time(3600 * estimate["total_hours"])
     epoch = clock_time(seconds * estimate["updates_per_epoch"])
-    whole = f"all {run.rows} videos" if run.rows else "the whole run"
+    whole = "the whole run"
+    if args.max_train_samples:
+        whole = f"all {run.rows} videos" if run.rows else "this trial"
     logger.info(
         f"computed for {whole} from {estimate['measured_steps']} steps of {seconds:.3g} s: {estimate['steps']} steps "
         f"in {total} ({', '.join(parts)}); an epoch of {estimate['updates_per_epoch']} trains {epoch}, 1000 steps "
@@ -4982,8 +5037,8 @@ def log_estimate(run: Run, step_seconds: list[float], args: argparse.Namespace) 
     if device.type == "cuda":
         memory += f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.1f}"
     logger.info(
-        f"computed for {whole}: {checkpoints:.3g} GiB of disk for {estimate['checkpoints']} checkpoints and "
-        f"{estimate['cache_gib']:.3g} for the cache; {free:.1f} GiB are free; peak memory until now {memory}"
+        f"computed for {whole}: {estimate['checkpoints']} x {estimate['checkpoint_gib']:.3g} GiB of checkpoints and "
+        f"{estimate['cache_gib']:.3g} GiB of cache; {free:.1f} GiB are free; peak memory until now {memory}"
     )
     if checkpoints > free:
         logger.warning("the checkpoints will not fit on the disk: --checkpoints_total_limit 2 keeps but two of them")

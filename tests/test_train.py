@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import av
+import datasets
 import generate
 import pytest
 import torch
@@ -31,6 +32,7 @@ from helpers import (
     assert_same,
     checkpoints,
     code_block,
+    encoded,
     kill,
     metrics,
     needs_torchao,
@@ -287,9 +289,12 @@ def test_incomplete_batches_are_dropped(run, tmp_path):
     assert set(metrics(tmp_path / "run")) == {1, 2, 3}
 
 
-def test_too_few_clips_for_one_update(run):
-    with pytest.raises(ValueError, match=r"7 clips are fewer than the 8 of one update.*--train_batch_size 8"):
-        run(train_batch_size=8)
+def test_too_few_clips_for_one_update(run, tmp_path):
+    """Refused before a text encoder is loaded, and what could be lowered is named."""
+    wanted = "7 clips are fewer than the 8 of one update; lower --gradient_accumulation_steps 8, or add clips"
+    with pytest.raises(ValueError, match=wanted):
+        run(gradient_accumulation_steps=8, cache_dir=tmp_path / "cold")
+    assert {path.parent.name for path in encoded(tmp_path / "cold")} == {"latents"}
 
 
 def test_a_trial_on_the_first_rows(run, prepare, tmp_path):
@@ -382,6 +387,46 @@ def test_what_a_trial_says_of_the_whole_folder(run, clock, log, monkeypatch, tmp
     cached = sum(path.stat().st_size for path in (tmp_path / "cold/latents").iterdir())
     assert estimate["cache_gib"] == pytest.approx(cached / 3 * 7 / 2**30)
     assert any(line.startswith("computed for all 7 videos from 4 steps of 2 s: 35 steps") for line in log("INFO"))
+
+
+def test_a_trial_is_for_a_run_of_the_length_of_its_recipe(run, clock, log, tmp_path):
+    def work(*args):
+        clock.seconds += 2
+        return train_ltd.compute_loss(*args)
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("max_train_steps: 40\ncheckpointing_steps: 20\n")
+    output = run(work, config=recipe, max_train_samples=3, max_train_steps=2, checkpointing_steps=None)
+    estimate = estimate_of(output)
+    assert (estimate["steps"], estimate["checkpoints"]) == (40, 2)
+    assert 3600 * estimate["hours"]["training"] == pytest.approx(80)
+    assert any(line.startswith("computed for all 7 videos from 1 steps of 2 s: 40 steps") for line in log("INFO"))
+
+
+@pytest.mark.parametrize(
+    ("own", "recipe", "length"),
+    [
+        ({"max_train_steps": 3}, "", (1000, None)),
+        ({"max_train_steps": 3, "train_type": "full", "rank": None}, "", (None, 2)),
+        ({"max_train_steps": 3}, "num_train_epochs: 4", (None, 4)),
+        ({"max_train_steps": 5000}, "max_train_steps: 40", (5000, None)),  # more than a trial
+        ({"max_train_steps": None, "num_train_epochs": 5}, "max_train_steps: 40", (None, 5)),
+    ],
+)
+def test_the_length_that_a_trial_is_for(flags, tmp_path, own, recipe, length):
+    (tmp_path / "recipe.yaml").write_text(recipe or "rank: 4")
+    args = train_ltd.parse_args(flags(config=tmp_path / "recipe.yaml", **own))
+    whole = train_ltd.whole_length(args)
+    assert (whole.max_train_steps, whole.num_train_epochs) == length
+
+
+def test_a_trial_downloads_no_other_videos_of_a_hub_dataset(flags, log, monkeypatch):
+    rows = datasets.Dataset.from_list([{"video": f"{number}.mp4", "text": "a"} for number in range(12)])
+    monkeypatch.setattr(train_ltd, "open_dataset", lambda args, split: (rows, Path("user/clips")))
+    args = train_ltd.parse_args(flags(train_data_dir=None, dataset_name="user/clips", max_train_samples=3))
+    train_ltd.build_accelerator(args)
+    assert train_ltd.survey(args) == 12
+    assert log("INFO") == ["of the 12 videos of user/clips only those of this trial were looked at"]
 
 
 @pytest.mark.parametrize(
