@@ -2,10 +2,10 @@
 # A machine whose Python already has a CUDA build of torch in range keeps it: those builds are several GB.
 if [ ! -x .venv/bin/python ]; then
   for python in python3 python3.13 python3.12 python3.11 none; do
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && break
+    "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null && break
   done
   if [ "$python" = none ]; then
-    echo "error: Python 3.11 or newer is needed, and python3 is $(python3 --version 2>&1): install one, for example" \
+    echo "error: Python 3.11, 3.12 or 3.13 is needed, and python3 is $(python3 --version 2>&1): install one, for example" \
       "by apt-get install python3.11 python3.11-venv, or conda create -n ltd python=3.12" >&2
     exit 2
   fi
@@ -18,7 +18,13 @@ except ImportError:
     pass
 PY
 )
-  "$python" -m venv $reuse .venv || { rm -rf .venv; exit 2; }  # without python3-venv half of one is left
+  # What is there may lead to the Python of another machine; without python3-venv half of one is left.
+  "$python" -m venv --clear $reuse .venv || { rm -rf .venv; exit 2; }
+  if [ -n "$reuse" ]; then
+    # Where the machine has these, pip would leave their commands there, and those run on the machine's own Python.
+    grep -E '^(accelerate|huggingface-hub)[<>=]' requirements.txt > .venv/commands.txt
+    .venv/bin/python -m pip install -q --disable-pip-version-check --ignore-installed --no-deps -r .venv/commands.txt
+  fi
 fi
 PYTHON=$PWD/.venv/bin/python
 install() { "$PYTHON" -m pip install -q --disable-pip-version-check "$@"; }
