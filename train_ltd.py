@@ -93,7 +93,7 @@ from accelerate.utils import (
 from accelerate.utils.fsdp_utils import load_fsdp_optimizer, save_fsdp_optimizer
 from datasets.distributed import split_dataset_by_node
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.training_utils import (
@@ -175,6 +175,7 @@ EXPERT_IN_NAME = re.compile(r"(high|low)[-_ ]?noise", re.IGNORECASE)  # as files
 # In single files: layers for CLIP's features, and those of models that this script does not train
 IMAGE_KEYS = "img_emb|k_img"
 UNSUPPORTED_KEYS = "vace_|control_adapter|ref_conv|emb_pos|audio|motion_encoder|face_|pose_"
+SCALE_KEYS = "scale_weight|weight_scale|scaled_fp8|comfy_quant"  # of fp8 files, whose weights mean nothing without
 # diffusers' names -> those of the original Wan code, which ComfyUI expects; applied in this order
 ORIGINAL_NAMES = {
     "image_embedder.norm1": "img_emb.proj.0",
@@ -679,6 +680,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         if args.validation_split or args.validation_fraction is not None:
             recipe.pop("validation_split", None)
             recipe.pop("validation_fraction", None)
+        of_one_size = ("height", "width", "num_frames")
+        if args.sizes:
+            for name in of_one_size:
+                recipe.pop(name, None)
+        elif any(getattr(args, name) is not None for name in of_one_size):
+            recipe.pop("sizes", None)
         for name in LIST_FLAGS:
             if getattr(args, name):
                 recipe.pop(name, None)  # argparse would add the command line's to them
@@ -970,6 +977,13 @@ def check_args(args: argparse.Namespace) -> None:
         problems.append(f"--attention_backend {args.attention_backend}: diffusers knows no kernel of that name")
     elif args.attention_backend and "sage" in args.attention_backend:
         problems.append("--attention_backend: sage has no backward pass, and to_q, to_k, to_v would not be trained")
+    elif args.attention_backend == "_flash_3":
+        problems.append("--attention_backend: _flash_3 has no backward pass in diffusers; use flash_3")
+    elif args.attention_backend:
+        try:
+            _check_attention_backend_requirements(AttentionBackendName(args.attention_backend))
+        except (RuntimeError, ImportError) as error:
+            problems.append(f"--attention_backend {args.attention_backend}: {error}")
     if args.mixed_precision == "bf16" and torch.cuda.is_available():
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             problems.append("--mixed_precision bf16: this GPU has no bf16; use no")
@@ -1089,7 +1103,7 @@ def identify_wan(args: argparse.Namespace) -> Wan:
         in_channels = 2 * transformer["out_channels"] + frame_multiple
     unsupported = []
     for key in keys:
-        if re.search(UNSUPPORTED_KEYS, key) or (re.search(IMAGE_KEYS, key) and not image_embeds):
+        if re.search(f"{UNSUPPORTED_KEYS}|{SCALE_KEYS}", key) or (re.search(IMAGE_KEYS, key) and not image_embeds):
             unsupported.append(f"the key {key}")
     if keys and image_embeds and not any(re.search(IMAGE_KEYS, key) for key in keys):
         unsupported.append("no img_emb, as the base has")
@@ -2031,6 +2045,7 @@ class Clip(ClipFacts):
     mean: float  # of the latents, as is `std`
     std: float
     source: int = 0  # number of the source that it comes from
+    seconds: float = field(default=0.0, compare=False)  # that encoding took now, without loading the VAE, done once
 
     def largest_jump(self) -> tuple[float, int]:
         """Find the largest gap as a multiple of their median, and the latent frame before it.
@@ -2372,6 +2387,7 @@ def cache_clips(
     clips = []
     skipped = []
     progress = tqdm(total=reader.count(), desc=f"caching {split}", unit="video", disable=reader.rank > 0)
+    done = time.perf_counter()  # with the video before
     # Whatever ends this, the bar goes first: an error is the last line.
     with contextlib.closing(reader.read_ahead()) as videos, ThreadPoolExecutor(1) as writer, progress:
         for video in videos:
@@ -2388,11 +2404,14 @@ def cache_clips(
                     vae = load_vae(args, accelerator.device)
                     if reader.with_image_embeds:
                         image_encoder = load_image_encoder(args, accelerator.device)
+                    done = time.perf_counter()
                 entries = encode_video(vae, image_encoder, video, reader, args)
                 encoded[video.identity] = video.statistics
                 list(writes)  # waits for those of the video before, or raises why they could not be written
                 writes = writer.map(save_entry, entries.values(), entries.keys())
             video.frames = None
+            seconds = time.perf_counter() - done
+            done += seconds
             if video.reason:
                 logger.warning(f"skipped {video.name}: {video.reason}", main_process_only=False)
                 skipped.append(video)
@@ -2405,6 +2424,7 @@ def cache_clips(
                     path=reader.entry_path(video, window),
                     bucket=video.bucket,
                     encoded=encodes,
+                    seconds=seconds / len(video.statistics) if encodes else 0.0,
                     **statistics,
                 )
                 clips.append(clip)
@@ -2527,8 +2547,15 @@ def prepare_data(
     held_out_of_sources = []
     if args.validation_fraction:
         parts = [hold_out(clips, args) for clips in clips_of_sources]
-        clips_of_sources = [training for training, _ in parts]
         held_out_of_sources = [held_out for _, held_out in parts]
+        # Of all sources: a copy in another one would be trained on.
+        chosen = {clip.identity for held_out in held_out_of_sources for clip in held_out}
+        clips_of_sources = [[clip for clip in training if clip.identity not in chosen] for training, _ in parts]
+        if not any(clips_of_sources):
+            raise ValueError(
+                f"--validation_fraction {args.validation_fraction} leaves no video to train on: sources share their "
+                "videos; 0 holds out none"
+            )
     elif args.validation_split:
         held_out_of_sources = usable_clips(args, accelerator, args.validation_split, wan)
     clips = list(itertools.chain(*clips_of_sources))
@@ -2785,7 +2812,8 @@ def compute_loss(
     """Return the loss of a micro-batch, a scalar: Eq. 3 of the LTD paper on the flow-matching error, or plain MSE.
 
     `prediction` and `target` are `(B, C, F, H, W)`. Another loss for `main` takes the same arguments; `batch` also
-    holds the clean `latents`, `noise`, `sigmas`, `prompt_embeds` and the clips' names, `name`.
+    holds the clean `latents`, `noise`, `sigmas`, `prompt_embeds` and the clips' names, `name`; for I2V `condition`,
+    and for TI2V-5B `first_frame_given`, `(B,)`: of a frame that is given the prediction means nothing.
     """
     trained = trained_frames(batch)
     if trained is not None:
@@ -3417,6 +3445,8 @@ def save_checkpoint(run: "Run", args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         run.state.hours = run.hours()
+        if Path(args.output_dir, "metrics.jsonl").is_file():  # so that the curves go on on another machine
+            shutil.copy(Path(args.output_dir, "metrics.jsonl"), partial)
         contents = {"format": CHECKPOINT_FORMAT, "settings": run.settings, "state": asdict(run.state)}
         (partial / "settings.json").write_text(json.dumps(contents, indent=2))
         lines = [f"{digest}  {name}\n" for name, digest in file_sums(partial).items()]
@@ -3456,8 +3486,8 @@ def push_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:
     if run.upload and not run.upload.done():
         logger.warning(f"{folder.name} is not uploaded yet: the network is busy with {run.state.pushed[-1]}")
         return
-    if folder.name not in run.state.pushed:
-        run.state.pushed.append(folder.name)
+    # The newest upload comes last, also when the Hub has one of that name, of a way that was given up.
+    run.state.pushed = [name for name in run.state.pushed if name != folder.name] + [folder.name]
     run.upload = huggingface_hub.run_as_future(
         upload_checkpoint,
         run.checkpoint_repo,
@@ -3662,7 +3692,7 @@ def resume(run: "Run", args: argparse.Namespace) -> None:
 
 
 def remove_later(run: "Run", args: argparse.Namespace) -> None:
-    """Clear the folder of checkpoints that are newer than the resumed step, or of a run that is to be overwritten.
+    """Clear the folder of checkpoints that are newer than the resumed step, or of all that a run left there.
 
     `latest` must not go back to them, nor the limit count them. Damaged ones are renamed, all others were given up by
     `--overwrite_output_dir`.
@@ -3670,7 +3700,7 @@ def remove_later(run: "Run", args: argparse.Namespace) -> None:
     # Unless this run comes from a checkpoint of this very folder, all that is in it is of another.
     step = run.state.step if run.saved else 0
     for path in list_checkpoints(args.output_dir):
-        if checkpoint_step(path.name) < step or path == run.saved:
+        if checkpoint_step(path.name) <= step:
             continue
         if args.overwrite_output_dir:
             logger.warning(f"{path} is of the run that is overwritten: it is deleted")
@@ -3679,7 +3709,12 @@ def remove_later(run: "Run", args: argparse.Namespace) -> None:
             damaged = path.rename(path.with_name(f"{path.name}.damaged-{int(time.time())}"))
             logger.warning(f"{path} is damaged: it is {damaged.name} now")
     if not run.saved:
-        shutil.rmtree(results_folder(args) / "samples", ignore_errors=True)
+        folder = results_folder(args) / "samples"
+        for path in folder.glob("*.mp4"):
+            if re.fullmatch(r"\.?step-\d{6}-.+", path.name):  # all else in such a folder is the user's
+                path.unlink()
+        with contextlib.suppress(OSError):  # there is none, or it is not empty
+            folder.rmdir()
         Path(args.output_dir, "metrics.jsonl").unlink(missing_ok=True)
 
 
@@ -3707,6 +3742,10 @@ def compare_settings(folder: Path, current: dict) -> tuple[list[str], list[str]]
     refused = []
     if current.get("base", saved["base"]) != saved["base"]:
         refused.append(f"another base model, {saved['base']} -> {current['base']}")
+        name, _, commit = saved["base"].partition("@")
+        if commit and current["base"].startswith(f"{name}@"):
+            revision = commit.split(":")[0]
+            refused[-1] += f" (the Hub has a newer commit; --revision {revision} takes that of then)"
     if current.get("data", saved["data"]) != saved["data"]:
         refused.append("other training clips or captions")
     for name, (then, now) in pairs.items():
@@ -3731,7 +3770,8 @@ def compare_settings(folder: Path, current: dict) -> tuple[list[str], list[str]]
 def load_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:
     """Restore weights, optimizer, schedule, EMA, random states and the position in the data.
 
-    Raises `ValueError` when the checkpoint was made with other settings, and names all of them.
+    Raises `ValueError` when the checkpoint was made with other settings, and names all of them, and when it is of a
+    step beyond the last.
     """
     accelerator = run.accelerator
     lasting, inexact = compare_settings(folder, run.settings)
@@ -3740,6 +3780,11 @@ def load_checkpoint(run: "Run", folder: Path, args: argparse.Namespace) -> None:
     if versions != run.settings["versions"]:
         logger.warning(f"{folder} was made with {versions}, now there are {run.settings['versions']}")
     run.state = TrainState(**checkpoint["state"])
+    if run.state.step > run.max_steps:
+        raise ValueError(
+            f"{folder} is of step {run.state.step}, and the run ends at step {run.max_steps}: give more by "
+            "--max_train_steps, or an older checkpoint"
+        )
     run.resumed_at = run.state.step
     run.earlier_hours = run.state.hours
     if folder.parent.resolve() == Path(args.output_dir).resolve():
@@ -4049,7 +4094,10 @@ def start_trackers(run: "Run", args: argparse.Namespace) -> None:
     step = run.state.step
     if run.accelerator.is_main_process:
         lines = []
-        for row in read_metrics(args.output_dir):
+        rows = read_metrics(args.output_dir)
+        if not rows and run.saved:
+            rows = read_metrics(run.saved)  # of a checkpoint that the Hub or another machine has brought
+        for row in rows:
             if run.resumed_at is not None and row["step"] <= step:
                 lines.append(json.dumps(row) + "\n")
         Path(args.output_dir, "metrics.jsonl").write_text("".join(lines))
@@ -4878,6 +4926,7 @@ def train(run: Run, args: argparse.Namespace, compute_loss: Callable) -> None:
                     grad_norm = clip_gradients(accelerator, run.optimizer, args.max_grad_norm)
                     # Every rank sees the same norm of averaged gradients: all skip the step, or none does.
                     finite = bool(grad_norm.isfinite())
+                    learning_rate = run.lr_scheduler.get_last_lr()[0]  # the scheduler goes on to that of the next step
                     if finite:
                         run.optimizer.step()
                     run.lr_scheduler.step()
@@ -4913,7 +4962,7 @@ def train(run: Run, args: argparse.Namespace, compute_loss: Callable) -> None:
                 seconds = (time.perf_counter() - started) / updates
                 metrics = average(accelerator, history) | {
                     "grad_norm": grad_norm.item(),
-                    "lr": run.lr_scheduler.get_last_lr()[0],
+                    "lr": learning_rate,
                     "epoch": epoch,
                     "seconds_per_step": seconds,
                     "clips_per_second": run.samples_per_update / seconds,
@@ -4944,21 +4993,25 @@ def train(run: Run, args: argparse.Namespace, compute_loss: Callable) -> None:
 
 def estimate_run(run: Run, step_seconds: list[float], args: argparse.Namespace) -> dict:
     """Compute from its first steps what the run takes in hours and GiB; of a trial, what the whole folder takes."""
-    both = run.dataset.clips + run.held_out.clips
+    both = {clip.path: clip for clip in run.dataset.clips + run.held_out.clips}.values()  # of those with repeats one
     clips = len(both)
     cache = cached_bytes(both, args)
     encoded = sum(clip.encoded for clip in both)
     updates_per_epoch = run.updates_per_epoch
     length = args
     caching = run.seconds["caching"]
+    evaluating = run.seconds.get("evaluating", 0)
     if run.rows:
         length = whole_length(args)
         share_tried = min(1, args.max_train_samples / run.rows)
         clips = round(clips / share_tried)
         cache /= share_tried
         updates_per_epoch = round(len(run.dataset) / share_tried) // run.samples_per_update
-        if encoded:
-            caching *= clips / encoded
+        encoding = sum(clip.seconds for clip in both) / run.accelerator.num_processes
+        caching += encoding * (clips / max(encoded, 1) - 1)  # models are loaded once, however many clips there are
+        if len(run.held_out) and args.validation_fraction:
+            held_out = max(1, round(args.validation_fraction * clips))
+            evaluating *= min(held_out, args.max_eval_clips) / min(len(run.held_out), args.max_eval_clips)
     steps = length.max_train_steps or length.num_train_epochs * updates_per_epoch
 
     measured = step_seconds[1:] or step_seconds
@@ -4967,7 +5020,7 @@ def estimate_run(run: Run, step_seconds: list[float], args: argparse.Namespace) 
         "caching": caching / 3600,
         "training": steps * seconds / 3600,
         # Before the first step, every so many, and after the last
-        "evaluating": run.seconds.get("evaluating", 0) * (1 + math.ceil(steps / args.eval_steps)) / 3600,
+        "evaluating": evaluating * (1 + math.ceil(steps / args.eval_steps)) / 3600,
         "sampling": run.seconds.get("sampling", 0) * (1 + math.ceil(steps / args.validation_steps)) / 3600,
     }
     checkpoints = math.ceil(steps / args.checkpointing_steps)
@@ -5015,6 +5068,8 @@ def log_estimate(run: Run, step_seconds: list[float], args: argparse.Namespace) 
     if not run.accelerator.is_main_process:
         return
     estimate = estimate_run(run, step_seconds, args) | {"peak_memory_gib": peak}
+    if run.rows and not any(clip.encoded for clip in run.dataset.clips):
+        logger.warning("the trial's clips were in the cache: what encoding all of them takes is not in what follows")
     path = results_folder(args) / ESTIMATE_FILE
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(estimate, indent=2) + "\n")
@@ -5038,7 +5093,7 @@ def log_estimate(run: Run, step_seconds: list[float], args: argparse.Namespace) 
         memory += f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.1f}"
     logger.info(
         f"computed for {whole}: {estimate['checkpoints']} x {estimate['checkpoint_gib']:.3g} GiB of checkpoints and "
-        f"{estimate['cache_gib']:.3g} GiB of cache; {free:.1f} GiB are free; peak memory until now {memory}"
+        f"{estimate['cache_gib']:.3g} GiB of cache; {free:.1f} GiB are free; peak memory of training {memory}"
     )
     if checkpoints > free:
         logger.warning("the checkpoints will not fit on the disk: --checkpoints_total_limit 2 keeps but two of them")
@@ -5088,7 +5143,7 @@ def end(run: Run, args: argparse.Namespace) -> None:
     """
     if run.upload:
         run.upload.result()
-        if run.saved.name not in run.state.pushed:
+        if run.saved.name != run.state.pushed[-1]:
             push_checkpoint(run, run.saved, args)
             run.upload.result()
         drop_checkpoints(run, args)

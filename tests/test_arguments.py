@@ -256,6 +256,11 @@ def test_quantization_is_refused_where_it_cannot_work(monkeypatch, flags, tmp_pa
         train_ltd.parse_args(flags(quantization="nf4"))
 
 
+def test_a_kernel_without_its_package_is_refused_before_anything_is_encoded(flags):
+    with pytest.raises(ValueError, match="--attention_backend flash: "):
+        train_ltd.parse_args(flags(attention_backend="flash"))
+
+
 # --- Recipes ---------------------------------------------------------------------------------------------------------
 
 
@@ -360,6 +365,16 @@ def test_a_tilde_is_the_home_folder(flags, tmp_path, monkeypatch):
     )
     for name in ("train_data_dir", "output_dir", "cache_dir", "init_lora"):
         assert getattr(args, name).startswith(f"{tmp_path}/")
+
+
+def test_sizes_on_the_command_line_override_the_size_of_a_recipe(flags, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("height: 32\nwidth: 48\nnum_frames: 9")
+    none = {"height": None, "width": None, "num_frames": None}
+    args = train_ltd.parse_args(flags(**none, config=tmp_path / "recipe.yaml", sizes=["48x32x9", "32x48x9"]))
+    assert (args.sizes, args.height) == (["48x32x9", "32x48x9"], None)
+    (tmp_path / "recipe.yaml").write_text("sizes: [48x32x9, 32x48x9]")
+    args = train_ltd.parse_args(flags(config=tmp_path / "recipe.yaml"))
+    assert (args.sizes, args.height) == (None, 32)
 
 
 # --- Prompts from a file ---------------------------------------------------------------------------------------------

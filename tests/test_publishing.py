@@ -342,6 +342,30 @@ def test_a_resumed_run_counts_what_it_had_pushed(run, monkeypatch):
     assert shelf.names >= {"checkpoint-5"} and len(shelf.names) == 2
 
 
+@pytest.mark.parametrize(
+    "on_hub", [["checkpoint-1", "checkpoint-4"], ["checkpoint-1", "checkpoint-2", "checkpoint-4"]]
+)
+def test_uploads_after_going_back(run, monkeypatch, tmp_path, on_hub):
+    """The Hub has checkpoints of the way that was given up, under the names of those that are made now."""
+    uploaded, over = [], threading.Event()
+
+    def upload(repo_id, branch, folder, own, limit):
+        if not uploaded:
+            over.wait()
+        uploaded.append((folder.name, folder.is_dir()))
+
+    kwargs = STEPS | {"max_train_steps": 4, "lr_scheduler": "constant"}
+    run(**kwargs)
+    strike(monkeypatch, train_ltd, "end", 1, over.set)
+    monkeypatch.setattr(train_ltd, "create_hub_repo", lambda args: "tester/run")
+    monkeypatch.setattr(train_ltd, "hub_checkpoints", lambda repo_id, branch: dict.fromkeys(on_hub))
+    monkeypatch.setattr(train_ltd, "upload_checkpoint", upload)
+    kwargs |= {"overwrite_output_dir": True, "push_checkpoints_to_hub": True, "checkpoints_total_limit": 1}
+    run(**kwargs, resume_from_checkpoint=tmp_path / "run/checkpoint-1", learning_rate=5e-3)
+    assert uploaded == [("checkpoint-2", True), ("checkpoint-4", True)]
+    assert checkpoints(tmp_path / "run") == ["checkpoint-4"]
+
+
 # --- Whole runs ------------------------------------------------------------------------------------------------------
 
 LORA_FILES = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, ROOT, run_script, tiny_run, train_here, wait_for, write_line
+from conftest import CPU, ROOT, STEPS, run_script, tiny_run, train_here, wait_for, write_line
 from corpus import make_videos
 from diffusers import WanTransformer3DModel
 from helpers import assert_same, checkpoints, metrics, weights
@@ -224,6 +224,40 @@ def test_hours_of_all_parts_are_added(run, begun):
     (path.parent / train_ltd.SUMS_FILE).write_text("".join(f"{value}  {name}\n" for name, value in sums))
     resumed = resume(run)
     assert ", 41." in (resumed / "README.md").read_text()
+
+
+def test_curves_go_on_on_another_machine(run, tmp_path):
+    """Which has the checkpoint alone, as `--resume_from_checkpoint hub` fetches it."""
+    kwargs = STEPS | {"validation_fraction": 0.2, "eval_steps": 1, "lr_scheduler": "constant"}
+    first = run(**kwargs | {"max_train_steps": 2})
+    shutil.copytree(first / "checkpoint-2", tmp_path / "fresh/checkpoint-2")
+    run(**kwargs, output_dir=tmp_path / "fresh", resume_from_checkpoint="latest")
+    evaluated = [row["step"] for row in train_ltd.read_metrics(tmp_path / "fresh") if "val/mse" in row]
+    assert evaluated == [0, 1, 2, 3]
+
+
+def test_a_renamed_copy_leaves_the_checkpoint_alone(run, tmp_path):
+    run(**STEPS)
+    best = shutil.copytree(tmp_path / "run/checkpoint-2", tmp_path / "run/best")
+    run(**STEPS, resume_from_checkpoint=best, overwrite_output_dir=True)
+    assert checkpoints(tmp_path / "run") == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert not list((tmp_path / "run").glob("*damaged*"))
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(run, tmp_path):
+    run(**STEPS)
+    with pytest.raises(ValueError, match=r"checkpoint-3 is of step 3, and the run ends at step 2: give more by"):
+        run(**STEPS | {"max_train_steps": 2}, resume_from_checkpoint="latest")
+
+
+def test_another_commit_of_the_base_is_refused_with_its_remedy(run, tmp_path):
+    folder = run(**STEPS) / "checkpoint-3"
+    settings = train_ltd.read_checkpoint(folder)["settings"]
+    saved = json.loads((folder / "settings.json").read_text())
+    saved["settings"]["base"] = "Wan-AI/Wan@1234:None"
+    (folder / "settings.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="--revision 1234 takes that of then"):
+        train_ltd.compare_settings(folder, settings | {"base": "Wan-AI/Wan@5678:None"})
 
 
 # --- Ends that nobody asked for --------------------------------------------------------------------------------------

@@ -343,6 +343,18 @@ def test_repeats_are_samples_with_noise_of_their_own(run, two_sources):
     assert sorted(names.values()) == [1, 1, 3, 3, 3]  # 0 to 2 are names of both
 
 
+def test_a_copy_in_another_source_is_not_trained_on(prepare, clips, tmp_path):
+    """The best clips once more, in a folder of their own: a held-out one is held out of both."""
+    best = shutil.copytree(clips, tmp_path / "best")
+    lines = (best / "metadata.jsonl").read_text().splitlines()
+    leaks = 0
+    for kept in ([0, 1], [2, 3], [4, 5]):
+        (best / "metadata.jsonl").write_text("\n".join(lines[i] for i in kept))
+        training, held_out, _, _ = prepare(train_data_dir=[clips, best], validation_fraction=0.3)
+        leaks += len({clip.identity for clip in training} & {clip.identity for clip in held_out})
+    assert leaks == 0
+
+
 # --- What the report proposes ----------------------------------------------------------------------------------------
 
 

@@ -371,13 +371,13 @@ def test_what_the_run_will_take_is_said_after_its_first_steps(run, clock, log, m
 
 
 def test_what_a_trial_says_of_the_whole_folder(run, clock, log, monkeypatch, tmp_path):
-    """Three of seven rows, encoded in 30 s: all of them take 70 s."""
+    """Three of seven rows, each encoded in 10 s: all of them take 70 s."""
 
     def work(*args):
         clock.seconds += 2
         return train_ltd.compute_loss(*args)
 
-    strike(monkeypatch, train_ltd, "prepare_data", None, lambda: clock.pass_time(30))
+    strike(monkeypatch, train_ltd, "encode_video", None, lambda: clock.pass_time(10))
     epochs = {"max_train_steps": None, "num_train_epochs": 5}
     output = run(work, max_train_samples=3, cache_dir=tmp_path / "cold", **epochs)
     estimate = estimate_of(output)
@@ -429,6 +429,43 @@ def test_a_trial_downloads_no_other_videos_of_a_hub_dataset(flags, log, monkeypa
     assert log("INFO") == ["of the 12 videos of user/clips only those of this trial were looked at"]
 
 
+def test_what_is_loaded_once_is_counted_once_in_the_estimate_of_a_trial(run, clock, log, monkeypatch, tmp_path):
+    """300 s to load VAE and text encoder, 5 s a clip: seven clips take 335 s, of which one was tried."""
+
+    def work(*args):
+        clock.pass_time(2)
+        return train_ltd.compute_loss(*args)
+
+    load = WanPipeline.from_pretrained.__func__
+
+    def slowly(cls, *args, **kwargs):
+        clock.pass_time(200)
+        return load(cls, *args, **kwargs)
+
+    monkeypatch.setattr(WanPipeline, "from_pretrained", classmethod(slowly))
+    strike(monkeypatch, train_ltd, "load_vae", 1, lambda: clock.pass_time(100))
+    strike(monkeypatch, train_ltd, "encode_video", None, lambda: clock.pass_time(5))
+    kwargs = {"max_train_samples": 1, "cache_dir": tmp_path / "cold"}
+    for expected, warned in ((335, False), (0, True)):
+        output = run(work, **kwargs, overwrite_output_dir=True)
+        hours = json.loads((output / train_ltd.ESTIMATE_FILE).read_text())["hours"]
+        assert 3600 * hours["caching"] == pytest.approx(expected)
+        assert any("were in the cache" in line for line in log("WARNING")) == warned
+
+
+def test_a_trial_says_what_all_held_out_clips_take(run, clock, monkeypatch):
+    strike(monkeypatch, train_ltd.LatentDataset, "load_fixed", None, lambda: clock.pass_time(10))
+    output = run(
+        lambda *args: clock.pass_time(2) or train_ltd.compute_loss(*args),
+        max_train_samples=2,
+        validation_fraction=0.4,
+        max_train_steps=1,
+    )
+    hours = json.loads((output / train_ltd.ESTIMATE_FILE).read_text())["hours"]
+    # Before the first step, every 250 and after the last of 1000; 0.4 of seven clips
+    assert 3600 * hours["evaluating"] == pytest.approx(5 * 3 * 10)
+
+
 @pytest.mark.parametrize(
     "kwargs", [{"train_type": "lora", "rank": 64}, {"train_type": "full", "rank": None}, {"rank": 64, "use_ema": True}]
 )
@@ -446,6 +483,22 @@ def test_checkpoints_that_will_not_fit_are_said_beforehand(run, log, monkeypatch
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     run()
     assert [line for line in log("WARNING") if "will not fit on the disk: --checkpoints_total_limit 2" in line]
+
+
+def test_clips_in_a_folder_called_samples_outlive_the_run(run, clips, tmp_path):
+    """A run clears its own samples in OUTPUT_DIR/samples, and nothing else that is there."""
+    project = tmp_path / "project"
+    shutil.copytree(clips, project / "samples")
+    (project / "samples/step-000002-0-old.mp4").write_bytes((clips / "0.mp4").read_bytes())
+    before = sorted(path.name for path in clips.iterdir())
+    run(train_data_dir=project / "samples", output_dir=project, max_train_steps=1)
+    assert sorted(path.name for path in (project / "samples").iterdir()) == before
+
+
+def test_the_rate_that_is_logged_is_that_of_the_step(run):
+    """With three steps of warm-up, the first is at a rate of zero."""
+    output = run(lr_scheduler="constant_with_warmup", lr_warmup_steps=3, learning_rate=3e-4, max_train_steps=4)
+    assert metrics(output, "lr") == pytest.approx({1: 0, 2: 1e-4, 3: 2e-4, 4: 3e-4})
 
 
 # --- The end ---------------------------------------------------------------------------------------------------------

@@ -114,6 +114,22 @@ def test_adapter_is_float32_on_a_bf16_base(flags, tiny_wan):
     assert all("lora_" not in n for n in frozen)
 
 
+@pytest.mark.parametrize("scale", ["scale_weight", "weight_scale"])
+def test_a_file_of_scaled_fp8_is_refused(run, tiny_wan, tmp_path, scale):
+    tensors = {}
+    model = WanTransformer3DModel.from_pretrained(tiny_wan, subfolder="transformer")
+    for key, value in model.state_dict().items():
+        name = train_ltd.original_name(key)
+        tensors[name] = value
+        if name.startswith("blocks.") and name.endswith(".weight") and value.ndim == 2:
+            factor = value.abs().max() / 448
+            tensors[name] = (value / factor).to(torch.float8_e4m3fn)
+            tensors[f"{name.removesuffix('weight')}{scale}"] = factor
+    save_file(tensors, tmp_path / "fp8.safetensors")
+    with pytest.raises(ValueError, match=f"it has the key .*{scale}"):
+        run(transformer_path=tmp_path / "fp8.safetensors")
+
+
 # --- Checkpointing ---------------------------------------------------------------------------------------------------
 
 

@@ -52,7 +52,7 @@ def source(tmp_path):
 def test_an_old_python_is_refused_before_anything_is_made(source, tmp_path):
     result = source(python3=OLD)
     assert result.returncode == 2 and not (tmp_path / ".venv").exists()
-    assert result.stderr.startswith("error: Python 3.11, 3.12 or 3.13 is needed, and python3 is Python 3.8.10: install")
+    assert result.stderr.startswith("error: Python 3.11, 3.12 or 3.13 is needed, and python3 is Python 3.8.10: ")
     assert result.stderr.count("\n") == 1
 
 
