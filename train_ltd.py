@@ -3591,10 +3591,18 @@ def fetch_checkpoint(repo_id: str, branch: str, output_dir: str) -> None:
 
 
 def check_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Refuse to mix two runs in one folder, and a checkpoint that cannot be resumed. Raises `ValueError`.
+    """Refuse to mix two runs in one folder or replace a README, and a checkpoint that cannot be resumed.
 
-    Settles `lr_warmup_steps` in `args`, whose default follows from how long the run was to be when it began.
+    Raises `ValueError`. Settles `lr_warmup_steps` in `args`, whose default follows from how long the run was to be
+    when it began.
     """
+    readme = Path(args.output_dir, "README.md")
+    if readme.is_file() and not args.overwrite_output_dir:
+        if "diffusers-training" not in readme.read_text(encoding="utf-8", errors="replace"):
+            raise ValueError(
+                f"--output_dir {args.output_dir} holds a README.md of something else, which the model card would "
+                "replace. Take another folder, or let it be replaced by --overwrite_output_dir."
+            )
     asked = args.resume_from_checkpoint
     existing = list_checkpoints(args.output_dir)
     by_name = asked not in (None, "latest", "hub")
@@ -4447,7 +4455,7 @@ def create_hub_repo(args: argparse.Namespace) -> str:
 
 def publish(args: argparse.Namespace, repo_id: str, files: list[Path]) -> None:
     """Upload a clean folder of just these files. Raises `RuntimeError` with the command that uploads it by hand."""
-    staging = Path(args.output_dir, "hub")
+    staging = Path(args.output_dir, ".upload")
     shutil.rmtree(staging, ignore_errors=True)
     for file in files:
         target = staging / file.relative_to(args.output_dir)

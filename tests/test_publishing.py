@@ -574,7 +574,7 @@ def test_failed_upload_prints_the_command_that_mends_it(hub, full_run):
     assert "RuntimeError" in full_run.done.stderr and "storage quota exceeded" in full_run.done.stderr
     assert full_run.before == {".gitattributes"}
     words = shlex.split(full_run.command)
-    assert words == ["hf", "upload", "tester/my-wan", "it's full/hub", "."]
+    assert words == ["hf", "upload", "tester/my-wan", "it's full/.upload", "."]
     assert full_run.typed.returncode == 0, full_run.typed.stderr
     files = hub.files("tester/my-wan")
     assert set(files) == FULL_FILES | {"samples/step-000002-0-a-square-moves.mp4"}
@@ -898,8 +898,8 @@ def test_publish_that_fails_for_good_keeps_the_folder(hub, worker, outputs, stag
     hub._faults.clear()
     assert done.error == "RuntimeError"
     command = shlex.split(done.message[done.message.index("hf upload") :].splitlines()[0])
-    assert command == ["hf", "upload", repo, str(outputs / "hub"), "."]
-    assert all_bytes(outputs / "hub") == wanted(outputs)
+    assert command == ["hf", "upload", repo, str(outputs / ".upload"), "."]
+    assert all_bytes(outputs / ".upload") == wanted(outputs)
     assert wanted(outputs).items() <= all_bytes(outputs).items()
     if fault in (401, 403):  # no use in trying again
         assert counts(done.requests, "POST", STAGES[stage]) == 1
@@ -922,8 +922,8 @@ def test_publish_again_sends_only_what_changed(hub, worker, outputs):
 @pytest.mark.slow
 def test_publish_leaves_nothing_of_an_earlier_staging(hub, worker, outputs):
     hub.add("tester/clean", {})
-    (outputs / "hub").mkdir()
-    (outputs / "hub" / "stale.safetensors").write_bytes(b"of an earlier run")
+    (outputs / ".upload").mkdir()
+    (outputs / ".upload" / "stale.safetensors").write_bytes(b"of an earlier run")
     assert push(hub, worker, outputs, "tester/clean").error is None
     assert set(hub.files("tester/clean")) == {".gitattributes", WEIGHTS, CARD, VIDEO}
 
@@ -1147,7 +1147,7 @@ def test_whatever_a_push_dies_of_the_command_is_printed(monkeypatch, flags, tmp_
     monkeypatch.setattr(train_ltd.time, "sleep", lambda seconds: None)
     with pytest.raises(RuntimeError, match="Nothing is lost; type: hf upload tester/run"):
         train_ltd.publish(args, "tester/run", [tmp_path / "run/README.md"])
-    assert (tmp_path / "run/hub/README.md").read_text() == "a card"
+    assert (tmp_path / "run/.upload/README.md").read_text() == "a card"
 
 
 def test_scores_in_a_card_stay_with_their_weights(run):

@@ -29,6 +29,8 @@ def test_all_recipes_are_there():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_key_of_a_recipe_is_a_flag_and_takes_effect(path, clips, monkeypatch):
     recipe = yaml.safe_load(path.read_text())
+    if recipe.get("mixed_precision") is False:
+        recipe["mixed_precision"] = "no"  # which YAML takes for a word of truth
     if recipe.get("quantization") == "nf4":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # without a GPU it is refused
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
