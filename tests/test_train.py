@@ -635,14 +635,6 @@ def test_8_bit_adam_trains_and_resumes(run, tmp_path):
     assert_same(weights(straight, "full"), weights(resumed, "full"))
 
 
-@pytest.mark.slow
-def test_regional_compile_trains_like_eager(run, tmp_path):
-    compiled = run(output_dir=tmp_path / "compiled", torch_compile=True)
-    eager = run(output_dir=tmp_path / "eager")
-    assert weights(compiled, "lora").keys() == weights(eager, "lora").keys()
-    assert metrics(compiled) == pytest.approx(metrics(eager), rel=1e-4)
-
-
 # --- Switches of memory and speed: the gradients that `main` trains by -----------------------------------------------
 
 PLAIN = {"gradient_checkpointing": "none", "max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 2}
