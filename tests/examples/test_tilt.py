@@ -368,6 +368,8 @@ def test_the_readmes_say_what_the_runs_say():
             f"{100 * errors[0] / background:+.1f} %",
         ]
         assert f"| {' | '.join(cells)} |" in first
+    with_words = rows["ltd_words", "mse_words", "videos/speed"]["difference"][0]
+    assert f"With the speed in the captions, the paper's weight adds {with_words:.3f} px a frame." in first
 
 
 # ------------------------------------------------------------------------------------------------ the command
