@@ -296,7 +296,7 @@ def trained_size(lora: str) -> dict[str, float]:
         weights = [path]
     elif path.is_dir():
         weights = sorted(path.glob("*.safetensors"))
-    elif not re.fullmatch(train_ltd.HUB_ID, lora):
+    elif "/" not in lora:  # no name on the Hub either
         return {}  # `find_lora` will say that it is nowhere
     settings = {}
     for name in ("training_settings.json", "high_noise/training_settings.json", "low_noise/training_settings.json"):

@@ -329,7 +329,7 @@ def test_resume(run, family, tmp_path):
     shutil.copytree(straight / "checkpoint-2", resumed / "checkpoint-2")
     run(output_dir=resumed, resume_from_checkpoint="latest", **kwargs)
     assert_same(load_file(lora_of(straight, family)), load_file(lora_of(resumed, family)))
-    assert metrics(resumed) == {step: loss for step, loss in metrics(straight).items() if step > 2}
+    assert metrics(resumed) == metrics(straight)  # the rows until then came with the checkpoint
 
 
 def test_resume_with_another_share_is_refused(run, families):

@@ -219,7 +219,7 @@ def test_resume_is_bit_identical(run_mixed, tmp_path, variant):
     shutil.copytree(straight / "checkpoint-4", resumed / "checkpoint-4")
     run_mixed(output_dir=resumed, resume_from_checkpoint="latest", **kwargs)
     assert_same(weights(straight, "lora"), weights(resumed, "lora"))
-    assert metrics(resumed) == {step: loss for step, loss in metrics(straight).items() if step > 4}
+    assert metrics(resumed) == metrics(straight)  # the rows until then came with the checkpoint
     card = (straight / "README.md").read_text()
     assert "| sizes | 64x32x9 64x32x5 32x64x9 64x32x1 |" in card
 
@@ -298,7 +298,7 @@ def two_sources(tmp_path) -> Path:
     (tmp_path / "dogs").mkdir()
     rows = []
     for number in range(3):
-        write_clip(tmp_path / "dogs" / f"{number}.mp4", number + 10)
+        write_clip(tmp_path / "dogs" / f"{number}.mp4", number, frames=20)
         rows.append(json.dumps({"clip": f"{number}.mp4", "caption": f"a dog, number {number}"}))
     (tmp_path / "dogs/metadata.jsonl").write_text("\n".join(rows))
     recipe = tmp_path / "recipe.yaml"

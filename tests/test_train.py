@@ -152,7 +152,7 @@ def test_resume_is_bit_identical(run, flags, tmp_path, variant):
     for name in ("optimizer.bin", "scheduler.bin"):
         a, b = (torch.load(f / "checkpoint-6" / name, weights_only=True) for f in (straight, resumed))
         assert str(a) == str(b)
-    assert metrics(resumed) == {step: loss for step, loss in metrics(straight).items() if step > 4}
+    assert metrics(resumed) == metrics(straight)  # the rows until then came with the checkpoint
 
 
 @pytest.mark.slow
