@@ -340,8 +340,8 @@ CARD_SETTINGS = (
     "mixed_precision",
     "seed",
 )
-# What a resumed run may change: where things lie, what is looked at, how often, by how many, for how long. Models and
-# data are compared by their contents, wherever they lie.
+# What a resumed run may change: where things lie, what is looked at, how often, by how many, for how long. Data and
+# local models are compared by their contents, wherever they lie; those of the Hub by name and commit.
 FREE_SETTINGS = (
     "pretrained_model_name_or_path",
     "revision",
@@ -4456,6 +4456,7 @@ def create_hub_repo(args: argparse.Namespace) -> str:
 def publish(args: argparse.Namespace, repo_id: str, files: list[Path]) -> None:
     """Upload a clean folder of just these files. Raises `RuntimeError` with the command that uploads it by hand."""
     staging = Path(args.output_dir, ".upload")
+    samples = (results_folder(args) / "samples").relative_to(args.output_dir).as_posix()
     shutil.rmtree(staging, ignore_errors=True)
     for file in files:
         target = staging / file.relative_to(args.output_dir)
@@ -4467,7 +4468,8 @@ def publish(args: argparse.Namespace, repo_id: str, files: list[Path]) -> None:
             repo_id=repo_id,
             folder_path=staging,
             commit_message="Upload weights, card and samples",
-            delete_patterns=[f"{(results_folder(args) / 'samples').relative_to(args.output_dir).as_posix()}/*"],
+            # Those of earlier runs; what else a repository has there is the user's.
+            delete_patterns=[f"{samples}/step-*.mp4"],
         )
     except Exception as error:  # whatever a Hub or a proxy answers, hours of training must not end in a riddle
         command = f"hf upload {repo_id} {shlex.quote(str(staging))} ."
