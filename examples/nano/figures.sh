@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Draws the README's pictures of the nano Wan again, into examples/images: 4 minutes on one core, after the quickstart.
+# Draws the README's pictures of the nano Wan again, into examples/images: 3 minutes on two cores, after the quickstart.
 #
 #   source .venv/bin/activate && bash examples/nano/figures.sh
 set -euo pipefail
