@@ -1103,7 +1103,12 @@ def identify_wan(args: argparse.Namespace) -> Wan:
         in_channels = 2 * transformer["out_channels"] + frame_multiple
     unsupported = []
     for key in keys:
-        if re.search(f"{UNSUPPORTED_KEYS}|{SCALE_KEYS}", key) or (re.search(IMAGE_KEYS, key) and not image_embeds):
+        if re.search(SCALE_KEYS, key):
+            raise ValueError(
+                f"--transformer_path {path} holds weights in scaled fp8 (the key {key}), which diffusers would load "
+                "without their scales; take the file in bf16 or fp16"
+            )
+        if re.search(UNSUPPORTED_KEYS, key) or (re.search(IMAGE_KEYS, key) and not image_embeds):
             unsupported.append(f"the key {key}")
     if keys and image_embeds and not any(re.search(IMAGE_KEYS, key) for key in keys):
         unsupported.append("no img_emb, as the base has")
