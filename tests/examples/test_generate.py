@@ -2,6 +2,7 @@
 
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import resource
 import shutil
