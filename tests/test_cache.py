@@ -209,6 +209,7 @@ def test_what_changes_the_cache(prepare, log, originals, tmp_path, change, count
     assert len(after) == len(before) + sum(got)
 
 
+@pytest.mark.slow
 def test_another_model_has_its_own_cache(prepare, log, tiny_wan, originals, tmp_path):
     """Same folder, other weights: of the VAE, then of the text encoder."""
     data = metadata_folder(originals, tmp_path / "data", "metadata.jsonl")
@@ -386,6 +387,7 @@ def test_entry_damaged_after_the_start(prepare, originals, tmp_path, kind):
     assert cache_files(args) == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_text_encoder")
 def test_windows_are_entries_of_their_own(prepare, log, tmp_path):
     """When one of a video's is lost, they are made again; the others' videos are not."""
@@ -417,6 +419,7 @@ def slower_at_first(monkeypatch) -> None:
     monkeypatch.setattr(train_ltd, "read_clip", function)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_text_encoder")
 def test_reading_ahead_changes_nothing(prepare, log, monkeypatch, tmp_path):
     """Neither clips, cache nor log, nor their order: with damaged videos and entries, copies and long captions."""

@@ -116,6 +116,7 @@ def test_clock_stops_with_a_checkpoint(run, straight):
     assert checkpoints(folder)[0] == "checkpoint-0" and same_weights(folder, straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strikes_at", ["evaluation", "samples"])
 def test_notice_during_validation(run, monkeypatch, tmp_path, strikes_at):
     """The next sample is left out, the checkpoint written; the resumed run makes what lacks, and ends the same."""

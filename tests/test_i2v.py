@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 import train_ltd
 from ltd_loss import ltd_weights
 
+pytestmark = pytest.mark.slow  # runs of other models
+
 FAMILIES = ("i2v", "high", "low", "5b")
 
 
@@ -338,7 +340,6 @@ def test_resume_with_another_share_is_refused(run, families):
         run(**families["5b"] | {"first_frame_share": 1.0}, resume_from_checkpoint=output / "checkpoint-2")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("train_type", ["lora", "full"])
 def test_code_of_the_card(run, family, tmp_path, monkeypatch, train_type):
     """As a user does: copy it, put a picture beside it, and run it where base and weights go by the names in it."""
@@ -368,7 +369,6 @@ def test_code_of_the_card(run, family, tmp_path, monkeypatch, train_type):
     assert moved == {part: part == trained for part in moved} and trained in moved
 
 
-@pytest.mark.slow
 def test_two_processes(run, flags, families, tmp_path):
     """They equal accumulation to the bit, and share clips and samples."""
     kwargs = families["i2v"] | SAMPLED

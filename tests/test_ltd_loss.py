@@ -601,6 +601,7 @@ def test_under_torch_compile():
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_one_compiled_graph_for_changing_lengths():
     """Traced, not lowered: fast enough to try every branch."""
     compiled = torch.compile(ltd_loss, fullgraph=True, dynamic=True, backend="eager")

@@ -389,6 +389,7 @@ def test_finished_results_without_checkpoints_are_not_replaced_by_latest(run, be
     assert (begun / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_longer_run_does_not_warm_up_again(run):
     kwargs = {"lr_scheduler": "constant_with_warmup", "checkpointing_steps": 20}
     folder = run(max_train_steps=20, logging_steps=20, **kwargs)

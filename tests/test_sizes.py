@@ -210,6 +210,7 @@ def test_with_one_size_the_order_is_that_of_torch_and_accelerate(per_update):
 EVERY_UPDATE = {"max_train_steps": 6, "logging_steps": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [{}, {"train_batch_size": 2}, {"gradient_accumulation_steps": 2}])
 def test_resume_is_bit_identical(run_mixed, tmp_path, variant):
     kwargs = EVERY_UPDATE | {"checkpointing_steps": 4, "validation_prompt": "x"} | variant

@@ -596,6 +596,7 @@ def test_autocast_keeps_no_copies_of_the_blocks_weights(run, monkeypatch):
         assert copied > 0.9 * in_blocks and alive <= outside < in_blocks
 
 
+@pytest.mark.slow
 def test_learns(run, tmp_path):
     """Plain overfitting: the loss falls well below its start."""
     losses = metrics(

@@ -68,6 +68,7 @@ def test_held_out_errors_in_two_processes_are_those_of_one(run, flags, tmp_path)
     assert rows[0][0] == rows[1][0]
 
 
+@pytest.mark.slow
 def test_samples_are_playable_and_keep_the_pipelines_shift(run, tmp_path):
     """Before step 1 the video depends on the base only: training's --flow_shift must not leak into it."""
     kwargs = {"max_train_steps": 2, **LOOKS}
@@ -122,6 +123,7 @@ def bars(monkeypatch):
     Bars.made.clear()
 
 
+@pytest.mark.slow
 def test_the_time_that_is_left_counts_no_pauses(run, monkeypatch, bars, clock):
     """A step takes a second; a sample, held-out errors and a checkpoint a thousand each."""
 
@@ -171,6 +173,7 @@ def test_a_line_of_the_log_is_no_part_of_a_bar(run, capsys, monkeypatch):
 # --- Trackers --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_scalars_frames_and_prompts(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

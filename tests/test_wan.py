@@ -272,6 +272,7 @@ def test_offloaded_inputs_of_layers_in_4_bits(flags, monkeypatch, moves):
     assert_same(offload, full)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
 @pytest.mark.parametrize("train_type", ["lora", "full"])
 def test_offloaded_run_and_its_resume_are_bit_identical(run, moves, tmp_path, train_type, mixed_precision):
@@ -423,6 +424,7 @@ def assert_quantized(model: WanTransformer3DModel, quantization: str) -> None:
 QUANTIZED = [pytest.param("int8", marks=needs_torchao), pytest.param("nf4", marks=pytest.mark.cuda)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", QUANTIZED)
 def test_lora_on_a_quantized_base(monkeypatch, run, tiny_wan, tmp_path, quantization):
     """Held-out error within 1 % of the float base's; the LoRA fits the unquantised base in the stock pipeline."""

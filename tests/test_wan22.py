@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import train_ltd
 
+pytestmark = pytest.mark.slow  # runs of other models
+
 FAMILIES = ("high", "low", "5b")
 
 
@@ -228,7 +230,6 @@ def test_resume(run, family, tmp_path):
     assert metrics(resumed) == metrics(straight)  # the rows until then came with the checkpoint
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("train_type", ["lora", "full"])
 def test_code_of_the_card(run, family, tmp_path, monkeypatch, train_type):
     """As a user does: copy it, run it where base and weights go by the names in it; the trained part is loaded."""
@@ -353,7 +354,6 @@ def test_experts_share_the_cache(run, tiny_experts, high, tmp_path, no_models):
 # --- Several processes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_two_processes(run, flags, tiny_experts, tmp_path):
     """They equal accumulation to the bit, and both load the other expert for samples."""
     kwargs = {"pretrained_model_name_or_path": tiny_experts, "expert": "low"} | SAMPLED

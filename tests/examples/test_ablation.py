@@ -17,6 +17,8 @@ import torch
 import train_ltd
 from ltd_loss import latent_temporal_discrepancy, ltd_weights
 
+pytestmark = pytest.mark.slow  # runs of many arms
+
 ROOT = Path(__file__).resolve().parents[2]
 
 EXPLORATORY_MAPS = ["per_frame", "per_clip", "normalized", "without_gap_0", "scale_4", "scale_16", "scale_64"]
@@ -351,7 +353,6 @@ def test_held_out_errors_are_means_over_clips(flags, clips, tmp_path):
     assert scores["training/variance_over_clips"] > 0
 
 
-@pytest.mark.slow
 def test_the_nano_wan_and_its_ground_truth(tmp_path, monkeypatch):
     """One step each on twelve clips: errors under the true masks, scores against captions, the ceiling, all rates."""
     rates, train = [], train_ltd.main

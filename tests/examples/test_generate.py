@@ -24,6 +24,8 @@ from videos import find_videos, read_video, write_video
 
 import train_ltd
 
+pytestmark = pytest.mark.slow  # models generate
+
 pytest_plugins = ["browser"]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -585,7 +587,6 @@ def test_values_that_are_not_finite_make_no_video(run, make_lora):
         run(lora=[make_lora(1, gain=float("nan"))])
 
 
-@pytest.mark.slow
 def test_two_processes_share_the_videos_and_make_the_same(run, flags, tmp_path):
     alone = run("alone", num_samples=2)
     result = launch(flags("shared", num_samples=2), 2, script=SCRIPT)
@@ -600,7 +601,6 @@ def test_two_processes_share_the_videos_and_make_the_same(run, flags, tmp_path):
         assert abs(pixels(alone / name) - pixels(tmp_path / "shared" / name)).mean() < 1
 
 
-@pytest.mark.slow
 def test_a_killed_run_leaves_whole_videos_and_goes_on(run, flags, forks, tmp_path):
     folder, settings = tmp_path / "base", {"num_samples": 30, "num_frames": 33}
     process = forks.Process(

@@ -12,6 +12,8 @@ import torch
 import train_vae
 from videos import read_video
 
+pytestmark = pytest.mark.slow  # a model is trained and generates
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -405,14 +407,12 @@ def test_the_shipped_pipeline_is_small():
     assert not any("_name_or_path" in path.read_text() for path in files if path.suffix == ".json")
 
 
-@pytest.mark.slow
 def test_the_shipped_pipeline_draws_what_is_asked(generated):
     assert generated["color_right"] >= 0.75
     assert generated["background_right"] >= 0.75
     assert generated["persistence"] >= 0.75
 
 
-@pytest.mark.slow
 def test_the_shipped_pipeline_moves_where_it_is_asked(generated):
     assert generated["direction_within_45"] >= 0.6
 

@@ -21,6 +21,8 @@ from videos import describe_video, read_video, write_video
 import train_ltd
 from ltd_loss import latent_temporal_discrepancy
 
+pytestmark = pytest.mark.slow  # models, and reports on clips
+
 ROOT = Path(__file__).resolve().parents[2]
 
 NANO = ROOT / "examples/nano/wan-nano"  # its VAE is trained, so that latents mean something
