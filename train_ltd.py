@@ -175,7 +175,8 @@ EXPERT_IN_NAME = re.compile(r"(high|low)[-_ ]?noise", re.IGNORECASE)  # as files
 # In single files: layers for CLIP's features, and those of models that this script does not train
 IMAGE_KEYS = "img_emb|k_img"
 UNSUPPORTED_KEYS = "vace_|control_adapter|ref_conv|emb_pos|audio|motion_encoder|face_|pose_"
-SCALE_KEYS = "scale_weight|weight_scale|scaled_fp8|comfy_quant"  # of fp8 files, whose weights mean nothing without
+# Of fp8 files, whose weights mean nothing without their scales
+SCALE_KEYS = "scale_weight|weight_scale|scaled_fp8|comfy_quant"
 # diffusers' names -> those of the original Wan code, which ComfyUI expects; applied in this order
 ORIGINAL_NAMES = {
     "image_embedder.norm1": "img_emb.proj.0",
@@ -399,6 +400,7 @@ LIST_FLAGS = (
     "validation_prompt",
     "validation_image",
 )
+FLAGS_OF_ONE_SIZE = ("height", "width", "num_frames")  # in place of which --sizes may stand
 # Flags of earlier versions, and what took their place
 REMOVED_FLAGS = {
     "min_ltd": "filter the table by `examples/visualize_ltd.py report --write_metadata kept.jsonl --min_ltd ...`",
@@ -680,11 +682,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         if args.validation_split or args.validation_fraction is not None:
             recipe.pop("validation_split", None)
             recipe.pop("validation_fraction", None)
-        of_one_size = ("height", "width", "num_frames")
         if args.sizes:
-            for name in of_one_size:
+            for name in FLAGS_OF_ONE_SIZE:
                 recipe.pop(name, None)
-        elif any(getattr(args, name) is not None for name in of_one_size):
+        elif any(getattr(args, name) is not None for name in FLAGS_OF_ONE_SIZE):
             recipe.pop("sizes", None)
         for name in LIST_FLAGS:
             if getattr(args, name):
@@ -926,7 +927,7 @@ def check_args(args: argparse.Namespace) -> None:
         if places.count(place) > 1:
             problems.append(f"{place} is given more than once; to train on it more often, give `repeats` in a recipe")
     if args.sizes:
-        for name in ("height", "width", "num_frames"):
+        for name in FLAGS_OF_ONE_SIZE:
             if getattr(args, name) is not None:
                 problems.append(f"give --sizes or --{name}, not both")
         if len(set(args.sizes)) < len(args.sizes):
@@ -2050,7 +2051,8 @@ class Clip(ClipFacts):
     mean: float  # of the latents, as is `std`
     std: float
     source: int = 0  # number of the source that it comes from
-    seconds: float = field(default=0.0, compare=False)  # that encoding took now, without loading the VAE, done once
+    # What encoding it took in this run; loading the VAE, which is done once, is no part of it.
+    seconds: float = field(default=0.0, compare=False)
 
     def largest_jump(self) -> tuple[float, int]:
         """Find the largest gap as a multiple of their median, and the latent frame before it.
@@ -2392,7 +2394,7 @@ def cache_clips(
     clips = []
     skipped = []
     progress = tqdm(total=reader.count(), desc=f"caching {split}", unit="video", disable=reader.rank > 0)
-    done = time.perf_counter()  # with the video before
+    done = time.perf_counter()  # when the video before was
     # Whatever ends this, the bar goes first: an error is the last line.
     with contextlib.closing(reader.read_ahead()) as videos, ThreadPoolExecutor(1) as writer, progress:
         for video in videos:
@@ -2584,11 +2586,17 @@ def prepare_data(
     return clips, held_out, cache_captions(args, accelerator, captions)
 
 
+def repeated(clips: list[Clip], args: argparse.Namespace) -> list[Clip]:
+    """Return the samples of an epoch: each clip as often as its source's `repeats` say."""
+    samples = []
+    for clip in clips:
+        samples += [clip] * args.sources[clip.source].repeats
+    return samples
+
+
 def check_counts(clips: list[Clip], per_update: int, args: argparse.Namespace) -> None:
     """Refuse a size of which there are fewer samples than one update takes. Raises `ValueError`."""
-    counts = collections.Counter()
-    for clip in clips:
-        counts[clip.bucket] += args.sources[clip.source].repeats
+    counts = collections.Counter(clip.bucket for clip in repeated(clips, args))
     for bucket, count in counts.items():
         if count >= per_update:
             continue
@@ -3705,8 +3713,9 @@ def resume(run: "Run", args: argparse.Namespace) -> None:
 
 
 def remove_later(run: "Run", args: argparse.Namespace) -> None:
-    """Clear the folder of checkpoints that are newer than the resumed step, or of all that a run left there.
+    """Clear the output folder of checkpoints that are newer than the resumed step.
 
+    A run that comes from no checkpoint of this folder clears it of all of them, and of earlier samples and curves.
     `latest` must not go back to them, nor the limit count them. Damaged ones are renamed, all others were given up by
     `--overwrite_output_dir`.
     """
@@ -3754,11 +3763,12 @@ def compare_settings(folder: Path, current: dict) -> tuple[list[str], list[str]]
     inexact = []
     refused = []
     if current.get("base", saved["base"]) != saved["base"]:
-        refused.append(f"another base model, {saved['base']} -> {current['base']}")
+        change = f"another base model, {saved['base']} -> {current['base']}"
         name, _, commit = saved["base"].partition("@")
         if commit and current["base"].startswith(f"{name}@"):
             revision = commit.split(":")[0]
-            refused[-1] += f" (the Hub has a newer commit; --revision {revision} takes that of then)"
+            change += f" (another commit of it; --revision {revision} takes that of then)"
+        refused.append(change)
     if current.get("data", saved["data"]) != saved["data"]:
         refused.append("other training clips or captions")
     for name, (then, now) in pairs.items():
@@ -4705,9 +4715,7 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator, wan: Wan) -> Run:
     per_update = samples_per_update(args, accelerator)
     clips, held_out, captions = prepare_data(args, accelerator, wan=wan, per_update=per_update)
     caching = time.perf_counter() - started
-    samples = []
-    for clip in clips:
-        samples += [clip] * args.sources[clip.source].repeats
+    samples = repeated(clips, args)
     dataset = LatentDataset(samples, captions, args)
     sampler = BucketSampler(samples, per_update, args.seed)
     updates_per_epoch = len(sampler) // per_update

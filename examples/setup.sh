@@ -1,6 +1,8 @@
 # Sourced by quickstart.sh and tests/run.sh: leaves PYTHON, and `install` for pip.
 # A machine whose Python already has a CUDA build of torch in range keeps it: those builds are several GB.
-if [ ! -x .venv/bin/python ]; then
+PYTHON=$PWD/.venv/bin/python
+install() { "$PYTHON" -m pip install -q --disable-pip-version-check "$@"; }
+if [ ! -x "$PYTHON" ]; then
   for python in python3 python3.13 python3.12 python3.11 none; do
     "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null && break
   done
@@ -23,8 +25,6 @@ PY
   if [ -n "$reuse" ]; then
     # Where the machine has these, pip would leave their commands there, and those run on the machine's own Python.
     grep -E '^(accelerate|huggingface-hub)[<>=]' requirements.txt > .venv/commands.txt
-    .venv/bin/python -m pip install -q --disable-pip-version-check --ignore-installed --no-deps -r .venv/commands.txt
+    install --ignore-installed --no-deps -r .venv/commands.txt
   fi
 fi
-PYTHON=$PWD/.venv/bin/python
-install() { "$PYTHON" -m pip install -q --disable-pip-version-check "$@"; }

@@ -43,7 +43,7 @@ from corpus import (
 )
 from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from helpers import kill, run_in_a_process, strike
+from helpers import encoded, kill, run_in_a_process, strike
 from hub_server import HubServer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -662,7 +662,7 @@ def write_shards(clips: Path, folder: Path, sizes: list[int]) -> Path:
 
 
 def entries(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in encoded(folder)}
 
 
 def number_shards(folder: Path, sizes: list[int]) -> datasets.IterableDataset:
